@@ -1,0 +1,1 @@
+"""The models: pure Flax NNX, no data, no training, no torch."""

@@ -1,0 +1,168 @@
+"""Parameters and multiply-adds, counted on the model itself."""
+
+import collections
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.extend.core import ClosedJaxpr, Jaxpr
+
+from slimconv_jax.errors import InputError
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """One module of a model, as `layers` reports it.
+
+    Attributes:
+      path: attribute names and indices from the model to the module.
+      type: name of the module's class.
+      shape: shape of its output, for a batch of one; None if it returns no single array.
+      params: trainable parameters in it.
+      macs: multiply-adds of the convolutions and matrix products in it, for one image.
+    """
+
+    path: tuple[str | int, ...]
+    type: str
+    shape: tuple[int, ...] | None
+    params: int
+    macs: int
+
+
+def count_params(model: nnx.Module) -> int:
+    """The number of trainable parameters; batch statistics are not among them."""
+    return sum(math.prod(p.shape) for p in jax.tree.leaves(nnx.state(model, nnx.Param)))
+
+
+def count_macs(model: nnx.Module, image_size: int = 224) -> int:
+    """Multiply-adds of one image through the model, in evaluation mode.
+
+    Counted are the convolutions and matrix products (the papers' "FLOPs"), padding
+    included, in the program that JAX traces from the model. Nothing is computed, and the
+    model stays as it is.
+
+    Args:
+      model: maps images (N, H, W, 3) to anything.
+      image_size: height and width of the image, in pixels.
+
+    Raises:
+      ValueError: if the image size is not a positive integer.
+    """
+    return sum(macs for _, macs in _products(_trace(model, image_size).jaxpr))
+
+
+def layers(model: nnx.Module, image_size: int = 224) -> list[Layer]:
+    """The modules that a forward pass calls, in the order of the calls, whole before parts.
+
+    The figures of a module include those of its parts. The first is the model itself,
+    with path (). Arguments and errors are those of `count_macs`.
+    """
+    rows: list[Layer] = []
+    jaxpr = _trace(model, image_size, lambda model, x: _call_recorded(model, x, rows)).jaxpr
+    macs = collections.Counter()
+    for scopes, count in _products(jaxpr):
+        macs.update(dict.fromkeys(scopes, count))
+    return [
+        dataclasses.replace(row, macs=macs[_scope(index)]) for index, row in enumerate(rows)
+    ]
+
+
+def _trace(
+    model: nnx.Module,
+    image_size: int,
+    forward: Callable[[nnx.Module, jax.Array], Any] = lambda model, x: model(x),
+) -> ClosedJaxpr:
+    """The program of a forward pass of one image, in evaluation mode."""
+    if not isinstance(image_size, int) or isinstance(image_size, bool) or image_size < 1:
+        raise InputError(f"image_size={image_size!r} must be an integer >= 1")
+    graphdef, state = nnx.split(model)
+
+    def run(state: nnx.State, x: jax.Array):
+        copy = nnx.merge(graphdef, state)
+        copy.eval()
+        return forward(copy, x)
+
+    image = jax.ShapeDtypeStruct((1, image_size, image_size, 3), jnp.float32)
+    return jax.make_jaxpr(run)(state, image)
+
+
+def _products(
+    jaxpr: Jaxpr, repeats: int = 1, outer: tuple[str, ...] = ()
+) -> Iterator[tuple[tuple[str, ...], int]]:
+    """Each convolution and matrix product of a program: its named scopes, its multiply-adds."""
+    for eqn in jaxpr.eqns:
+        scopes = (*outer, *str(eqn.source_info.name_stack).split("/"))
+        shapes = [getattr(v.aval, "shape", ()) for v in (*eqn.invars, *eqn.outvars)]
+        if eqn.primitive.name == "conv_general_dilated":
+            _, kernel, output = shapes
+            out_features = kernel[eqn.params["dimension_numbers"].rhs_spec[0]]
+            yield scopes, repeats * math.prod(output) * math.prod(kernel) // out_features
+        elif eqn.primitive.name == "dot_general":
+            lhs, _, output = shapes
+            (contracted, _), _ = eqn.params["dimension_numbers"]
+            yield scopes, repeats * math.prod(output) * math.prod(lhs[i] for i in contracted)
+        else:
+            inner_repeats = repeats * eqn.params.get("length", 1)  # of a scan
+            for inner in jax.tree.leaves(list(eqn.params.values()), is_leaf=_is_jaxpr):
+                if _is_jaxpr(inner):
+                    inner = getattr(inner, "jaxpr", inner)
+                    yield from _products(inner, inner_repeats, scopes)
+
+
+def _is_jaxpr(x: Any) -> bool:
+    return isinstance(x, Jaxpr | ClosedJaxpr)
+
+
+def _scope(index: int) -> str:
+    """The named scope in which the module of row `index` runs; no model has such a name."""
+    return f"<row {index}>"
+
+
+def _call_recorded(model: nnx.Module, x: jax.Array, rows: list[Layer]) -> Any:
+    """Calls a model with a row appended, and a named scope opened, for every module called.
+
+    Modules are called through their class, so for the time of the call `__call__` of the
+    classes concerned is replaced.
+    """
+    paths = {id(module): path for path, module in nnx.iter_modules(model)}
+    classes = {
+        base
+        for _, module in nnx.iter_modules(model)
+        for base in type(module).__mro__
+        if "__call__" in vars(base)
+    }
+    originals = {base: vars(base)["__call__"] for base in classes}
+    active = []
+
+    def recorded(original: Callable) -> Callable:
+        @functools.wraps(original)
+        def call(module: nnx.Module, *args, **kwargs):
+            if id(module) not in paths or (active and active[-1] is module):
+                return original(module, *args, **kwargs)  # not of this model, or super().__call__
+            index = len(rows)
+            rows.append(
+                Layer(paths[id(module)], type(module).__name__, None, count_params(module), 0)
+            )
+            active.append(module)
+            try:
+                with jax.named_scope(_scope(index)):
+                    output = original(module, *args, **kwargs)
+            finally:
+                active.pop()
+            rows[index] = dataclasses.replace(rows[index], shape=getattr(output, "shape", None))
+            return output
+
+        return call
+
+    try:
+        for base, original in originals.items():
+            base.__call__ = recorded(original)
+        return model(x)
+    finally:
+        for base, original in originals.items():
+            base.__call__ = original

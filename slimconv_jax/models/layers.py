@@ -1,0 +1,117 @@
+"""The pieces that SlimConv and the ResNets share: initialisers and conv + batch norm."""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from flax.typing import Dtype, Initializer
+
+kaiming_normal = nnx.initializers.variance_scaling(2.0, "fan_out", "normal")
+"""Normal with variance 2 / fan_out: PyTorch's `kaiming_normal_(mode="fan_out")`."""
+
+
+def uniform_fan_in(fan_in: int) -> Initializer:
+    """Uniform in +-1/sqrt(fan_in), PyTorch's default for linear layers and biases."""
+    bound = fan_in**-0.5
+
+    def init(key: jax.Array, shape: Sequence[int], dtype: Dtype = jnp.float32) -> jax.Array:
+        return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+    return init
+
+
+class BatchNorm(nnx.BatchNorm):
+    """Batch norm as everywhere in the paper: epsilon 1e-5, running average kept at 0.9.
+
+    It differs from its base class in two ways. With a `dtype`, only the input and the
+    output have it: statistics, scale and bias enter the arithmetic in float32, in
+    evaluation too. And it replaces the running statistics as a whole: the base class's
+    `mean[...] = ` looks for the sharding of a tracer, for which JAX walks the whole
+    program traced so far, so that tracing takes time quadratic in the depth.
+
+    Args:
+      features: channels, the last axis of the input.
+      scale_init: initialiser of the scale.
+      dtype: dtype of the output; inferred from input and parameters if None.
+      rngs: source of the initial parameters.
+    """
+
+    def __init__(
+        self,
+        features: int,
+        *,
+        scale_init: Initializer = nnx.initializers.ones_init(),
+        dtype: Dtype | None = None,
+        rngs: nnx.Rngs,
+    ):
+        super().__init__(
+            features, momentum=0.9, epsilon=1e-5, scale_init=scale_init, dtype=dtype, rngs=rngs
+        )
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Normalises (..., features), over the whole batch in training mode."""
+        mean, var, scale, bias = (v[...] for v in (self.mean, self.var, self.scale, self.bias))
+        dtype = jnp.result_type(x, scale) if self.dtype is None else self.dtype
+        x = x.astype(jnp.promote_types(dtype, jnp.float32))
+        if not self.use_running_average:
+            axes = tuple(range(x.ndim - 1))
+            batch_mean = x.mean(axes)
+            batch_var = jnp.maximum(jnp.square(x).mean(axes) - jnp.square(batch_mean), 0)
+            self.mean.set_value(self.momentum * mean + (1 - self.momentum) * batch_mean)
+            self.var.set_value(self.momentum * var + (1 - self.momentum) * batch_var)
+            mean, var = batch_mean, batch_var
+        return ((x - mean) * (jax.lax.rsqrt(var + self.epsilon) * scale) + bias).astype(dtype)
+
+
+class ConvBN(nnx.Module):
+    """A square convolution without bias, then batch norm; no activation.
+
+    The padding is symmetric, `kernel_dilation * (kernel_size - 1) / 2` on each side, as
+    in PyTorch; XLA's "SAME" pads unevenly at stride 2.
+
+    Args:
+      in_features: channels of the input.
+      out_features: channels of the output.
+      kernel_size: side of the kernel, odd.
+      strides: one stride, or one for each of height and width.
+      kernel_dilation: one dilation, or one for each of height and width.
+      feature_group_count: groups; must divide both channel counts.
+      scale_init: initialiser of the batch norm's scale.
+      dtype: dtype of the computation; inferred from input and parameters if None.
+      rngs: source of the initial parameters.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        kernel_size: int,
+        *,
+        strides: int | Sequence[int] = 1,
+        kernel_dilation: int | Sequence[int] = 1,
+        feature_group_count: int = 1,
+        scale_init: Initializer = nnx.initializers.ones_init(),
+        dtype: Dtype | None = None,
+        rngs: nnx.Rngs,
+    ):
+        dilation = (kernel_dilation,) * 2 if isinstance(kernel_dilation, int) else kernel_dilation
+        self.conv = nnx.Conv(
+            in_features,
+            out_features,
+            (kernel_size, kernel_size),
+            strides=strides,
+            padding=tuple((d * (kernel_size - 1) // 2,) * 2 for d in dilation),
+            kernel_dilation=kernel_dilation,
+            feature_group_count=feature_group_count,
+            use_bias=False,
+            kernel_init=kaiming_normal,
+            dtype=dtype,
+            rngs=rngs,
+        )
+        self.bn = BatchNorm(out_features, scale_init=scale_init, dtype=dtype, rngs=rngs)
+        self.out_features = out_features
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps (..., H, W, in_features) to (..., H', W', out_features)."""
+        return self.bn(self.conv(x))

@@ -1,0 +1,229 @@
+"""The SlimConv unit: reconstruct, transform, fuse (Qiu et al., IEEE TIP 2021, section III).
+
+The unit gates its channels, folds them together twice, once with the gate reversed, and
+convolves the two folded halves. It stands where a 3x3 convolution stood and returns
+fewer channels than it gets.
+"""
+
+from collections.abc import Sequence
+from fractions import Fraction
+from numbers import Integral, Real
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from flax.typing import Dtype
+
+from slimconv_jax.errors import InputError
+from slimconv_jax.models.layers import BatchNorm, ConvBN, kaiming_normal, uniform_fan_in
+
+CompressionRatio = str | Fraction | float
+
+
+def reduction_from_k(k: CompressionRatio) -> int:
+    """The reduction r >= 2 of the upper path for a compression ratio k = 2r/3.
+
+    Args:
+      k: a string such as "8/3", a Fraction, or a number.
+
+    Raises:
+      ValueError: if k is not 2r/3 for an integer r >= 2.
+    """
+    try:
+        if not isinstance(k, str | Real) or isinstance(k, bool):
+            raise TypeError
+        r = Fraction(k) * 3 / 2
+        reduction = round(r)
+        # The tolerance is for floats: 8 / 3 is not quite eight thirds.
+        if reduction < 2 or abs(r - reduction) > 1e-9:
+            raise ValueError
+    except (TypeError, ValueError, ZeroDivisionError, OverflowError):
+        ratios = ", ".join(str(k_from_reduction(r)) for r in range(2, 9))
+        raise InputError(
+            f"k={k!r} is not a compression ratio of SlimConv: it must be 2r/3 for an "
+            f"integer r >= 2, that is one of {ratios}, ..."
+        ) from None
+    return reduction
+
+
+def k_from_reduction(reduction: int) -> Fraction:
+    """The compression ratio k = C_in / C_out = 2r/3 that the paper names a setting by."""
+    return Fraction(2 * reduction, 3)
+
+
+def _obstacle(
+    in_features: int, reduction: int, upper_groups: int, lower_groups: int
+) -> str | None:
+    """Why a SlimConv of these settings cannot exist, or None if it can."""
+    if in_features < 2 * reduction:
+        return f"needs at least {2 * reduction} input channels and got {in_features}"
+    for path, features, groups in (
+        ("upper", in_features // reduction, upper_groups),
+        ("lower", in_features // (2 * reduction), lower_groups),
+    ):
+        if features % groups:
+            return f"has {features} channels in its {path} path, not divisible by {groups} groups"
+    return None
+
+
+def _abbreviate(items: list[str], most: int = 7) -> str:
+    shown = ", ".join(items[:most]) or "none"
+    return f"{shown}, ... {items[-1]}" if len(items) > most else shown
+
+
+class Gate(nnx.Module):
+    """One weight in (0, 1) per channel, from the channels' global averages.
+
+    Global average pool, 1x1 convolution C -> C // squeeze_ratio (at least 1) without bias,
+    batch norm, ReLU, 1x1 convolution back to C with bias, sigmoid. On a 1x1 map a
+    1x1 convolution is a matrix product, hence `nnx.Linear`.
+
+    Args:
+      features: channels C.
+      squeeze_ratio: how many channels one squeezed channel stands for.
+      dtype: dtype of the computation; inferred from input and parameters if None.
+      rngs: source of the initial parameters.
+    """
+
+    def __init__(
+        self, features: int, *, squeeze_ratio: int = 32, dtype: Dtype | None = None, rngs: nnx.Rngs
+    ):
+        squeezed = max(features // squeeze_ratio, 1)
+        self.squeeze = nnx.Linear(
+            features, squeezed, use_bias=False, kernel_init=kaiming_normal, dtype=dtype, rngs=rngs
+        )
+        self.bn = BatchNorm(squeezed, dtype=dtype, rngs=rngs)
+        self.excite = nnx.Linear(
+            squeezed,
+            features,
+            kernel_init=kaiming_normal,
+            bias_init=uniform_fan_in(squeezed),
+            dtype=dtype,
+            rngs=rngs,
+        )
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps (..., H, W, C) to weights of shape (..., 1, 1, C)."""
+        pooled = x.mean(axis=(-3, -2), keepdims=True)
+        return nnx.sigmoid(self.excite(nnx.relu(self.bn(self.squeeze(pooled)))))
+
+
+class SlimConv(nnx.Module):
+    """SlimConv, the drop-in replacement of a 3x3 convolution (paper, section III; figure 2).
+
+    With C input channels, a = C // r and b = C // 2r:
+
+    1. Reconstruct: the gate gives weights w, one per channel; w' is w reversed along the
+       channels. The upper features are `w * x`, split into r chunks of a channels, added
+       up; the lower features are `w' * x`, folded in the same way.
+    2. Transform: a 3x3 convolution a -> a on the upper path; a 1x1 convolution a -> b and
+       ReLU, then a 3x3 convolution b -> b on the lower one. Batch norm follows each.
+    3. Fuse: upper, then lower, concatenated along channels. No activation: apply ReLU next.
+
+    Strides, dilation and groups belong to the two 3x3 convolutions, whose padding equals
+    the dilation. The gate pools the input before any stride.
+
+    Args:
+      in_features: channels C of the input, at least 2r. Where r does not divide C, the last
+        C mod r channels take part in the gate only.
+      k: compression ratio 2r/3 as a string ("8/3"), Fraction or number. Give `k` or
+        `reduction`; neither means k = 4/3.
+      reduction: r >= 2, the reduction of the upper path; that of the lower one is 2r.
+      strides: one stride, or one for each of height and width.
+      kernel_dilation: one dilation, or one for each of height and width.
+      feature_group_count: groups of the upper 3x3 convolution; must divide a.
+      lower_feature_group_count: groups of the lower one; must divide b. The same as
+        `feature_group_count` if None.
+      squeeze_ratio: the gate squeezes C channels to C // squeeze_ratio, at least 1.
+      dtype: dtype of the computation; inferred from input and parameters if None.
+        Parameters and batch statistics are float32.
+      rngs: source of the initial parameters.
+
+    Attributes:
+      out_features: channels of the output, a + b.
+      reduction: r.
+
+    Raises:
+      ValueError: if k is not 2r/3 for an integer r >= 2, or C is too small for r, or the
+        channels of a path do not divide by its groups.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        *,
+        k: CompressionRatio | None = None,
+        reduction: int | None = None,
+        strides: int | Sequence[int] = 1,
+        kernel_dilation: int | Sequence[int] = 1,
+        feature_group_count: int = 1,
+        lower_feature_group_count: int | None = None,
+        squeeze_ratio: int = 32,
+        dtype: Dtype | None = None,
+        rngs: nnx.Rngs,
+    ):
+        if reduction is None:
+            reduction = reduction_from_k("4/3" if k is None else k)
+        elif k is not None:
+            raise InputError(f"give k or reduction, not both (k={k!r}, reduction={reduction!r})")
+        if lower_feature_group_count is None:
+            lower_feature_group_count = feature_group_count
+        for name, value, least in (
+            ("in_features", in_features, 1),
+            ("reduction", reduction, 2),
+            ("feature_group_count", feature_group_count, 1),
+            ("lower_feature_group_count", lower_feature_group_count, 1),
+            ("squeeze_ratio", squeeze_ratio, 1),
+        ):
+            if not isinstance(value, Integral) or value < least:
+                raise InputError(f"SlimConv: {name}={value!r} must be an integer >= {least}")
+        groups = feature_group_count, lower_feature_group_count
+        if obstacle := _obstacle(in_features, reduction, *groups):
+            possible = [
+                str(k_from_reduction(r))
+                for r in range(2, max(in_features // 2, 2) + 1)
+                if not _obstacle(in_features, r, *groups)
+            ]
+            raise InputError(
+                f"SlimConv({in_features}) at k={k_from_reduction(reduction)} {obstacle}; "
+                f"k possible with these channels and groups: {_abbreviate(possible)}"
+            )
+
+        upper_features = in_features // reduction
+        lower_features = in_features // (2 * reduction)
+        conv3x3 = {"strides": strides, "kernel_dilation": kernel_dilation, "dtype": dtype}
+        self.gate = Gate(in_features, squeeze_ratio=squeeze_ratio, dtype=dtype, rngs=rngs)
+        self.upper = ConvBN(
+            upper_features,
+            upper_features,
+            3,
+            feature_group_count=feature_group_count,
+            rngs=rngs,
+            **conv3x3,
+        )
+        self.lower_reduce = ConvBN(upper_features, lower_features, 1, dtype=dtype, rngs=rngs)
+        self.lower = ConvBN(
+            lower_features,
+            lower_features,
+            3,
+            feature_group_count=lower_feature_group_count,
+            rngs=rngs,
+            **conv3x3,
+        )
+        self.in_features = in_features
+        self.out_features = upper_features + lower_features
+        self.reduction = reduction
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps (..., H, W, in_features) to (..., H', W', out_features)."""
+        weights = self.gate(x)
+        upper = self.upper(self._fold(weights * x))
+        lower = self._fold(jnp.flip(weights, axis=-1) * x)
+        lower = self.lower(nnx.relu(self.lower_reduce(lower)))
+        return jnp.concatenate([upper, lower], axis=-1)
+
+    def _fold(self, x: jax.Array) -> jax.Array:
+        """Adds up the first r chunks of a consecutive channels: (..., C) to (..., a)."""
+        features = self.in_features // self.reduction
+        x = x[..., : self.reduction * features]
+        return x.reshape(*x.shape[:-1], self.reduction, features).sum(axis=-2)

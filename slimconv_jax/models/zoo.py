@@ -1,0 +1,127 @@
+"""The named architectures, as rows of data, and the two functions that use them."""
+
+import dataclasses
+import difflib
+import fnmatch
+import types
+from collections.abc import Sequence
+
+import jax
+from flax import nnx
+from flax.typing import Dtype
+
+from slimconv_jax.errors import InputError
+from slimconv_jax.models.resnet import ResNet, ResNetConfig
+from slimconv_jax.models.slimconv import CompressionRatio, k_from_reduction, reduction_from_k
+
+
+def _with_sc(plain: dict[str, ResNetConfig]) -> dict[str, ResNetConfig]:
+    """The plain bottleneck networks, each followed by its Sc counterpart at k = 4/3."""
+    return plain | {
+        f"sc_{name}": dataclasses.replace(config, reduction=2) for name, config in plain.items()
+    }
+
+
+ARCHITECTURES: dict[str, ResNetConfig] = (
+    {
+        "resnet18": ResNetConfig((2, 2, 2, 2), block="basic"),
+        "resnet34": ResNetConfig((3, 4, 6, 3), block="basic"),
+    }
+    | _with_sc(
+        {
+            "resnet14": ResNetConfig((1, 1, 1, 1)),
+            "resnet26": ResNetConfig((2, 2, 2, 2)),
+            "resnet50": ResNetConfig((3, 4, 6, 3)),
+            "resnet101": ResNetConfig((3, 4, 23, 3)),
+            "resnet152": ResNetConfig((3, 8, 36, 3)),
+            "resnext50_32x4d": ResNetConfig((3, 4, 6, 3), groups=32, base_width=4),
+            "resnext101_32x8d": ResNetConfig((3, 4, 23, 3), groups=32, base_width=8),
+            "wide_resnet50_2": ResNetConfig((3, 4, 6, 3), base_width=128),
+            "wide_resnet101_2": ResNetConfig((3, 4, 23, 3), base_width=128),
+        }
+    )
+    | {
+        "sc_resnext101_32x3d": ResNetConfig(
+            (4, 8, 18, 3), groups=32, base_width=3, reduction=3, lower_groups=16
+        ),
+    }
+)
+
+PUBLISHED: dict[tuple[str, str], str] = {
+    ("sc_resnet50", "4/3"): "16.76 M, 2.65 G, top-1 error 22.77 %",
+    ("sc_resnet50", "8/3"): "12.10 M, 1.88 G, top-1 error 24.48 %",
+    ("sc_resnet101", "4/3"): "27.96 M, (4.87 G), top-1 77.84 %",
+    ("sc_resnext101_32x3d", "2"): "23.70 M, 4.58 G, top-1 error 21.18 %",
+}
+"""The authors' ImageNet figures by (name, k): parameters, multiply-adds, top-1."""
+
+
+def list_models(pattern: str = "*") -> list[str]:
+    """The names that `create_model` knows, those matching a shell-style pattern."""
+    return [name for name in ARCHITECTURES if fnmatch.fnmatch(name, pattern)]
+
+
+def create_model(
+    name: str,
+    *,
+    k: CompressionRatio | None = None,
+    num_classes: int = 1000,
+    stem: str = "imagenet",
+    width: int = 64,
+    dilation: Sequence[bool] = (False, False, False),
+    zero_init_residual: bool = False,
+    dtype: Dtype | None = None,
+    rngs: nnx.Rngs,
+) -> ResNet:
+    """A new model of a named architecture, in training mode; `model.eval()` switches it.
+
+    Args:
+      name: one of `list_models()`.
+      k: compression ratio of every SlimConv, 2r/3 for an integer r >= 2, as a string
+        ("8/3"), Fraction or number; None for the architecture's own. Sc models only.
+      num_classes: outputs of the classifier.
+      stem: "imagenet", or "cifar" for small images.
+      width: channels of the stem and planes of the first stage, 64 in all published models.
+      dilation: for each of stages 2, 3 and 4, whether dilation replaces its stride.
+      zero_init_residual: whether the last batch norm of each residual branch starts with
+        scale 0.
+      dtype: dtype of the computation; parameters, batch statistics and logits are float32.
+      rngs: source of the initial parameters, such as `nnx.Rngs(0)`.
+
+    Raises:
+      ValueError: if the name is unknown, a value is not allowed, or the channels of the
+        architecture do not divide by its groups at this k and width.
+    """
+    if name not in ARCHITECTURES:
+        near = difflib.get_close_matches(name, ARCHITECTURES, n=3)
+        hint = f"did you mean {' or '.join(near)}?" if near else "list_models() names them all"
+        raise InputError(f"unknown model {name!r}; {hint}")
+    config = ARCHITECTURES[name]
+    if k is not None and config.reduction is None:
+        raise InputError(f"{name} has no SlimConv, so it takes no k (k={k!r} was given)")
+    reduction = config.reduction if k is None else reduction_from_k(k)
+    try:
+        config = dataclasses.replace(
+            config,
+            reduction=reduction,
+            num_classes=num_classes,
+            stem=stem,
+            width=width,
+            dilation=tuple(dilation),
+        )
+        return ResNet(config, zero_init_residual=zero_init_residual, dtype=dtype, rngs=rngs)
+    except InputError as error:
+        at = f" at k={k_from_reduction(reduction)}" if reduction else ""
+        raise InputError(f"{name}{at}: {error}") from None
+
+
+def abstract_model(name: str, **overrides) -> ResNet:
+    """`create_model` without the arrays: shapes and dtypes only, in about half a second.
+
+    For counting, and as the target of loaded weights. Arguments and errors are those of
+    `create_model`, less `rngs`.
+    """
+    # One key for everything, since nothing is drawn. `nnx.Rngs` would count its keys inside
+    # the traced program, at a cost quadratic in the number of layers (see BatchNorm).
+    rngs = types.SimpleNamespace(params=lambda: jax.random.key(0))
+    return nnx.eval_shape(lambda: create_model(name, rngs=rngs, **overrides))
