@@ -25,7 +25,7 @@ def list_command(args: argparse.Namespace) -> None:
             print(row.format(name, k or "-", params, macs, published).rstrip(), flush=True)
     print(
         "\n1000 classes, 224x224 pixels. MACs: multiply-adds of convolutions and matrix "
-        'products,\nthe papers\' "FLOPs". Published: the authors\' parameters, MACs and '
+        "products,\nthe papers' \"FLOPs\". Published: the authors' parameters, MACs and "
         "ImageNet top-1; in\nparentheses a figure that does not follow from the architecture."
     )
 
@@ -44,7 +44,10 @@ def summary_command(args: argparse.Namespace) -> None:
         name = "  " * len(enclosing) + name
         print(row.format(name, layer.type, output, f"{layer.params:,}", f"{layer.macs:,}"))
         enclosing.append(layer.path)
-    print(f"\nFor one image of {args.image_size}x{args.image_size} pixels; a layer includes its parts.")
+    print(
+        f"\nFor one image of {args.image_size}x{args.image_size} pixels; the figures of a layer "
+        "include those of its parts."
+    )
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -67,9 +67,7 @@ def layers(model: nnx.Module, image_size: int = 224) -> list[Layer]:
     macs = collections.Counter()
     for scopes, count in _products(jaxpr):
         macs.update(dict.fromkeys(scopes, count))
-    return [
-        dataclasses.replace(row, macs=macs[_scope(index)]) for index, row in enumerate(rows)
-    ]
+    return [dataclasses.replace(row, macs=macs[_scope(index)]) for index, row in enumerate(rows)]
 
 
 def _trace(

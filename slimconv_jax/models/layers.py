@@ -41,7 +41,7 @@ class BatchNorm(nnx.BatchNorm):
         self,
         features: int,
         *,
-        scale_init: Initializer = nnx.initializers.ones_init(),
+        scale_init: Initializer = jax.nn.initializers.ones,
         dtype: Dtype | None = None,
         rngs: nnx.Rngs,
     ):
@@ -91,7 +91,7 @@ class ConvBN(nnx.Module):
         strides: int | Sequence[int] = 1,
         kernel_dilation: int | Sequence[int] = 1,
         feature_group_count: int = 1,
-        scale_init: Initializer = nnx.initializers.ones_init(),
+        scale_init: Initializer = jax.nn.initializers.ones,
         dtype: Dtype | None = None,
         rngs: nnx.Rngs,
     ):

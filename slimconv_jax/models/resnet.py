@@ -10,7 +10,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from flax.typing import Dtype
+from flax.typing import Dtype, Initializer
 
 from slimconv_jax.errors import InputError
 from slimconv_jax.models.layers import ConvBN, uniform_fan_in
@@ -82,7 +82,7 @@ class BasicBlock(nnx.Module):
         *,
         strides: int,
         dilation: int,
-        scale_init: nnx.Initializer,
+        scale_init: Initializer,
         dtype: Dtype | None,
         rngs: nnx.Rngs,
     ):
@@ -113,7 +113,7 @@ class Bottleneck(nnx.Module):
         *,
         strides: int,
         dilation: int,
-        scale_init: nnx.Initializer,
+        scale_init: Initializer,
         dtype: Dtype | None,
         rngs: nnx.Rngs,
     ):
@@ -194,8 +194,8 @@ class ResNet(nnx.Module):
             self.stem = ConvBN(3, config.width, 3, dtype=dtype, rngs=rngs)
 
         block_type = BLOCKS[config.block]
-        init = nnx.initializers
-        scale_init = init.zeros_init() if zero_init_residual else init.ones_init()
+        init = jax.nn.initializers
+        scale_init = init.zeros if zero_init_residual else init.ones
         features, dilation = config.width, 1
         self.stages = nnx.List()
         for stage, num_blocks in enumerate(config.blocks):

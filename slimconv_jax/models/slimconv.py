@@ -51,9 +51,7 @@ def k_from_reduction(reduction: int) -> Fraction:
     return Fraction(2 * reduction, 3)
 
 
-def _obstacle(
-    in_features: int, reduction: int, upper_groups: int, lower_groups: int
-) -> str | None:
+def _obstacle(in_features: int, reduction: int, upper_groups: int, lower_groups: int) -> str | None:
     """Why a SlimConv of these settings cannot exist, or None if it can."""
     if in_features < 2 * reduction:
         return f"needs at least {2 * reduction} input channels and got {in_features}"

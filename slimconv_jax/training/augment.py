@@ -1,0 +1,42 @@
+"""What happens to images on the device, inside the step: crop, then normalise."""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+
+def normalize(images: jax.Array, *, mean: Sequence[float], std: Sequence[float]) -> jax.Array:
+    """(x / 255 - mean) / std, per channel: (N, H, W, 3) uint8 to float32."""
+    return (images / jnp.float32(255) - jnp.asarray(mean)) / jnp.asarray(std)
+
+
+def random_crop(key: jax.Array, images: jax.Array, *, padding: int) -> jax.Array:
+    """Moves each image by up to `padding` pixels in each direction, filling up with zeros.
+
+    Args:
+      key: source of the random offsets, one pair for each image.
+      images: (N, H, W, C).
+      padding: pixels added on each side before an H x W crop is taken, 0 for none.
+    """
+    if padding == 0:
+        return images
+    pad = (padding, padding)
+    padded = jnp.pad(images, ((0, 0), pad, pad, (0, 0)))
+    offsets = jax.random.randint(key, (len(images), 2), 0, 2 * padding + 1)
+
+    def crop(image, offset):
+        return jax.lax.dynamic_slice(image, (*offset, 0), images.shape[1:])
+
+    return jax.vmap(crop)(padded, offsets)
+
+
+def augment(key: jax.Array, images: jax.Array, *, crop_padding: int = 0) -> jax.Array:
+    """The random changes of a training batch; its options are the keys of `config.augment`.
+
+    Args:
+      key: source of all randomness.
+      images: (N, H, W, 3) uint8; so is the result.
+      crop_padding: see `random_crop`.
+    """
+    return random_crop(key, images, padding=crop_padding)

@@ -1,0 +1,87 @@
+"""The work directory: which run it belongs to, and its checkpoints."""
+
+import json
+
+import jax
+import ml_collections
+import orbax.checkpoint as ocp
+from etils import epath
+
+from slimconv_jax.errors import InputError
+from slimconv_jax.training.step import TrainState
+
+
+def claim_workdir(workdir: epath.PathLike, config: ml_collections.ConfigDict) -> epath.Path:
+    """Creates a work directory for a config, or makes sure that it belongs to that config.
+
+    Args:
+      workdir: local or remote (`gs://...`); parents are created.
+      config: written to `config.json` there, and compared with what is there already.
+
+    Raises:
+      ValueError: if the directory cannot be written, or belongs to another experiment.
+    """
+    path = epath.Path(workdir).expanduser().absolute()
+    text = config.to_json_best_effort(indent=2, sort_keys=True) + "\n"
+    file = path / "config.json"
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        if file.exists():
+            there = file.read_text()
+        elif (path / "checkpoints").exists():
+            raise InputError(
+                f"{path} holds checkpoints but no config.json that says of which experiment; "
+                "choose another --workdir"
+            )
+        else:
+            # Under another name first, so that it is never there in part.
+            part = path / "config.json.part"
+            part.write_text(text)
+            part.replace(file)
+            return path
+    except OSError as error:
+        raise InputError(f"cannot write to the work directory {path}: {error}") from None
+    if differences := _differences(there, text):
+        raise InputError(
+            f"{path} holds another experiment: {differences}; choose another --workdir, or "
+            "delete this one"
+        )
+    return path
+
+
+def _differences(there: str, here: str) -> str:
+    """Which keys of two configs, as JSON texts, differ; empty if none do."""
+    try:
+        old, new = _flatten(json.loads(there)), _flatten(json.loads(here))
+    except ValueError:
+        return "its config.json cannot be read"
+    return ", ".join(
+        f"config.{key} is {old.get(key, 'absent')!r} there and {new.get(key, 'absent')!r} here"
+        for key in sorted(old | new)
+        if old.get(key, "absent") != new.get(key, "absent")
+    )
+
+
+def _flatten(tree: dict, prefix: str = "") -> dict:
+    flat = {}
+    for key, value in tree.items():
+        nested = isinstance(value, dict)
+        flat |= _flatten(value, f"{prefix}{key}.") if nested else {prefix + key: value}
+    return flat
+
+
+def checkpoint_manager(workdir: epath.Path, *, to_keep: int) -> ocp.CheckpointManager:
+    """The checkpoints of a work directory; saving goes on in the background."""
+    options = ocp.CheckpointManagerOptions(max_to_keep=to_keep)
+    return ocp.CheckpointManager(workdir / "checkpoints", options=options)
+
+
+def save(manager: ocp.CheckpointManager, step: int, state: TrainState) -> None:
+    """Begins to save a state; it may be donated as soon as this returns."""
+    manager.save(step, args=ocp.args.StandardSave(state))
+
+
+def restore(manager: ocp.CheckpointManager, step: int, like: TrainState) -> TrainState:
+    """The state saved at a step, with the structure and the shardings of another one."""
+    abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+    return manager.restore(step, args=ocp.args.StandardRestore(abstract))

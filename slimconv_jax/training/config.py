@@ -1,0 +1,91 @@
+"""What a config may hold, checked before anything is built.
+
+A section of a config is the keyword arguments of one function, so the functions themselves
+say which keys there are.
+"""
+
+import difflib
+import inspect
+from collections.abc import Callable, Collection
+
+import ml_collections
+
+from slimconv_jax.data.sources import load_source
+from slimconv_jax.errors import InputError
+from slimconv_jax.models.zoo import create_model
+from slimconv_jax.training.augment import augment, normalize
+from slimconv_jax.training.optimizer import create_optimizer
+
+SECTIONS: dict[str, tuple[Callable, Collection[str]]] = {
+    "model": (create_model, ("num_classes", "rngs")),
+    "dataset": (load_source, ("split",)),
+    "normalize": (normalize, ("images",)),
+    "augment": (augment, ("key", "images")),
+    "optimizer": (create_optimizer, ("steps_per_epoch", "total_steps")),
+}
+"""For each section, the function that takes its keys and the arguments that are not keys."""
+
+INTEGERS = {
+    "seed": 0,
+    "batch_size": 1,
+    "eval_batch_size": 1,
+    "num_epochs": 1,
+    "eval_every_epochs": 1,
+    "log_every_steps": 1,
+    "checkpoints_to_keep": 1,
+}
+"""The keys outside the sections, all integers, with their smallest values."""
+
+
+def check_config(config: ml_collections.ConfigDict, num_devices: int) -> None:
+    """Checks keys and numbers of a training config.
+
+    Args:
+      config: as a file in `configs/` returns it.
+      num_devices: over how many devices a batch is split.
+
+    Raises:
+      ValueError: if a key is unknown or missing, or a number is out of range.
+    """
+    _check_keys("config", config, required=[*SECTIONS, *INTEGERS])
+    for section, (function, not_keys) in SECTIONS.items():
+        if not isinstance(config[section], ml_collections.ConfigDict):
+            raise InputError(f"config.{section} must be a section, that is a ConfigDict")
+        parameters = {
+            name: parameter
+            for name, parameter in inspect.signature(function).parameters.items()
+            if name not in not_keys
+        }
+        required = [name for name, p in parameters.items() if p.default is p.empty]
+        _check_keys(f"config.{section}", config[section], required, optional=parameters)
+    for key, least in INTEGERS.items():
+        value = config[key]
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise InputError(f"config.{key}={value!r} must be an integer >= {least}")
+    if config.batch_size % num_devices:
+        raise InputError(
+            f"config.batch_size={config.batch_size} does not divide over {num_devices} devices; "
+            f"it must be a multiple of {num_devices}"
+        )
+
+
+def _check_keys(
+    where: str,
+    section: ml_collections.ConfigDict,
+    required: Collection[str],
+    optional: Collection[str] = (),
+) -> None:
+    allowed = dict.fromkeys([*required, *optional])
+    for key in section:
+        if key not in allowed:
+            raise InputError(unknown_key(where, key, allowed))
+    for key in required:
+        if key not in section:
+            raise InputError(f"{where} lacks the key {key!r}")
+
+
+def unknown_key(where: str, key: str, allowed: Collection[str]) -> str:
+    """The sentence about a key that a section of a config does not have."""
+    near = difflib.get_close_matches(key, allowed, n=1)
+    hint = f" (did you mean {near[0]!r}?)" if near else ""
+    return f"{where} has no key {key!r}{hint}; its keys are: {', '.join(allowed)}"

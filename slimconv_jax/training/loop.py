@@ -1,0 +1,140 @@
+"""A training run, from a config to its result."""
+
+import contextlib
+import functools
+import time
+
+import jax
+import ml_collections
+from etils import epath
+from flax import nnx
+
+from slimconv_jax.data.loader import eval_batches, train_batches
+from slimconv_jax.data.sources import load_source
+from slimconv_jax.models.complexity import count_macs, count_params
+from slimconv_jax.models.zoo import abstract_model, create_model
+from slimconv_jax.training.augment import augment, normalize
+from slimconv_jax.training.checkpoint import checkpoint_manager, claim_workdir, restore, save
+from slimconv_jax.training.config import check_config
+from slimconv_jax.training.evaluate import make_evaluate
+from slimconv_jax.training.optimizer import create_optimizer
+from slimconv_jax.training.report import Reporter, read_metrics, say
+from slimconv_jax.training.step import (
+    batch_sharded,
+    create_state,
+    data_mesh,
+    make_train_step,
+    replicated,
+)
+
+
+def train(
+    config: ml_collections.ConfigDict,
+    workdir: epath.PathLike,
+    *,
+    devices: list[jax.Device] | None = None,
+) -> dict:
+    """Trains and evaluates; continues from the newest checkpoint in the work directory.
+
+    Args:
+      config: as a file in `configs/` returns it.
+      workdir: gets `config.json`, `checkpoints/` and `metrics.jsonl`.
+      devices: what to run on; all devices if None.
+
+    Returns:
+      The last evaluation: `step`, `loss`, `top1` (a fraction), `correct`, `examples`.
+
+    Raises:
+      ValueError: if the config or the work directory cannot be used.
+    """
+    start = time.perf_counter()
+    mesh = data_mesh(devices)
+    check_config(config, mesh.size)
+    train_source = load_source(split="train", **config.dataset)
+    test_source = load_source(split="test", **config.dataset)
+    steps_per_epoch = len(train_source) / config.batch_size
+    total_steps = max(round(config.num_epochs * steps_per_epoch), 1)
+    every = config.eval_every_epochs
+    eval_epochs = range(every, config.num_epochs, every)
+    eval_steps = {round(epoch * steps_per_epoch) for epoch in eval_epochs} | {total_steps}
+
+    model_args = {"num_classes": len(train_source.class_names), **config.model}
+    model = abstract_model(**model_args)
+    optimizer = create_optimizer(
+        steps_per_epoch=steps_per_epoch, total_steps=total_steps, **config.optimizer
+    )
+    workdir = claim_workdir(workdir, config)
+    image_size = train_source.images.shape[1]
+    say(
+        f"{config.model.name}: {count_params(model):,} parameters, "
+        f"{count_macs(model, image_size):,} multiply-adds at {image_size}x{image_size}\n"
+        f"{mesh.size} x {mesh.devices.flat[0].device_kind}, {len(train_source)} training images, "
+        f"{config.num_epochs} epochs, {total_steps} steps of {config.batch_size} images"
+    )
+
+    with contextlib.closing(
+        checkpoint_manager(workdir, to_keep=config.checkpoints_to_keep)
+    ) as manager:
+        first_step = manager.latest_step() or 0
+        results = [line for line in read_metrics(workdir) if line["split"] == "test"]
+        if first_step == total_steps and results and results[-1]["step"] == total_steps:
+            say(f"{workdir} is complete, nothing to do: {_describe(results[-1])}")
+            return results[-1]
+
+        model = create_model(rngs=nnx.Rngs(config.seed), **model_args)
+        state = jax.device_put(create_state(model, optimizer), replicated(mesh))
+        if first_step:
+            state = restore(manager, first_step, like=state)
+            say(f"continuing {workdir} after step {first_step}")
+
+        prepare = functools.partial(normalize, **config.normalize)
+        train_step = make_train_step(
+            model,
+            optimizer,
+            preprocess=lambda key, images: prepare(augment(key, images, **config.augment)),
+            seed=config.seed,
+            mesh=mesh,
+        )
+        evaluate = make_evaluate(model, preprocess=prepare, mesh=mesh)
+        sharding = batch_sharded(mesh)
+        batches = train_batches(
+            train_source,
+            config.batch_size,
+            seed=config.seed,
+            sharding=sharding,
+            first_step=first_step,
+        )
+
+        with Reporter(
+            workdir,
+            first_step=first_step,
+            total_steps=total_steps,
+            steps_per_epoch=steps_per_epoch,
+            batch_size=config.batch_size,
+            log_every_steps=config.log_every_steps,
+        ) as reporter:
+            for step in range(first_step + 1, total_steps + 1):
+                state, metrics = train_step(state, next(batches))
+                reporter.train_step(step, metrics)
+                if step in eval_steps:
+                    test_batches = eval_batches(
+                        test_source, config.eval_batch_size, sharding=sharding
+                    )
+                    totals = evaluate(state, test_batches)
+                    save(manager, step, state)
+                    reporter.test(step, totals)
+
+    result = reporter.evaluation
+    say(f"{_describe(result)}, in {_duration(time.perf_counter() - start)}; see {workdir}")
+    return result
+
+
+def _describe(result: dict) -> str:
+    return "top-1 {top1:.2%} ({correct} of {examples} test images), loss {loss:.4f}".format(
+        **result
+    )
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
