@@ -7,6 +7,7 @@ or --config.model.k=8/3. The work directory gets config.json, checkpoints/ and m
 same command again continues an interrupted run from its last checkpoint.
 """
 
+import itertools
 import sys
 from pathlib import Path
 
@@ -27,28 +28,38 @@ _WORKDIR = flags.DEFINE_string(
     "Where checkpoints and metrics go. Default: runs/NAME for configs/NAME.py.",
 )
 flags.mark_flag_as_required("config")
-flags.FLAGS.set_default("verbosity", logging.WARNING)  # else Orbax tells of each file it touches
 
 
 def parse_flags(argv: list[str]) -> list[str]:
     """Parses the command line, with a sentence where ml_collections has a traceback."""
     try:
-        return app.parse_flags_with_usage(argv)
-    except (AttributeError, KeyError, OSError):
-        try:
-            _explain_overrides(argv)
-        except InputError as error:
-            sys.exit(f"error: {error}")
-        raise
+        _check_overrides(argv)
+    except InputError as error:
+        sys.exit(f"error: {error}")
+    rest = app.parse_flags_with_usage(argv)
+    if flags.FLAGS["verbosity"].using_default_value:
+        flags.FLAGS.verbosity = logging.WARNING  # else Orbax tells of every file it touches
+    return rest
 
 
-def _explain_overrides(argv: list[str]) -> None:
-    """Raises an InputError for the first --config.KEY=VALUE whose key does not exist."""
-    config = _loaded_config()
-    for argument in argv[1:]:
-        name = argument.lstrip("-").split("=")[0]
-        if not name.startswith("config."):
-            continue
+def _check_overrides(argv: list[str]) -> None:
+    """Loads the config without its overrides, and looks up the key of each in it."""
+    names = [argument.lstrip("-").split("=")[0] for argument in argv]
+    is_override = [name.startswith("config.") for name in names]
+    plain = [argument for argument, skip in zip(argv, is_override, strict=True) if not skip]
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=plain)
+    try:
+        values(plain, known_only=True)
+    except flags.Error:
+        return  # left to the parsing proper, which says it well
+    config = values["config"].value
+    if config is None:
+        return
+    if not isinstance(config, ConfigDict):
+        path = values["config"].config_filename
+        raise InputError(f"there is no config file {path!r}; configs/ holds some")
+    for name in itertools.compress(names, is_override):
         section, where = config, "config"
         for key in name.split(".")[1:]:
             if not isinstance(section, ConfigDict):
@@ -58,24 +69,14 @@ def _explain_overrides(argv: list[str]) -> None:
             section, where = section[key], f"{where}.{key}"
 
 
-def _loaded_config() -> ConfigDict:
-    config = flags.FLAGS["config"].value  # there even if parsing failed
-    if not isinstance(config, ConfigDict):
-        raise InputError(f"cannot load a config from {_config_file()}; configs/ holds some")
-    return config
-
-
-def _config_file() -> Path:
-    return Path(config_flags.get_config_filename(flags.FLAGS["config"]))
-
-
 def main(argv: list[str]) -> int | None:
     if len(argv) > 1:
         raise app.UsageError(f"what is {argv[1]!r}? Options begin with --")
     enable_compilation_cache()
-    workdir = _WORKDIR.value or f"runs/{_config_file().stem}"
+    config = flags.FLAGS["config"]
+    workdir = _WORKDIR.value or f"runs/{Path(config.config_filename).stem}"
     try:
-        train(_loaded_config(), workdir)
+        train(config.value, workdir)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -19,6 +19,7 @@ def get_config() -> ConfigDict:
     config.model.k = "4/3"
     config.model.width = 32
     config.model.stem = "imagenet"
+    config.model.zero_init_residual = False
 
     config.dataset = ConfigDict()
     config.dataset.name = "digits"

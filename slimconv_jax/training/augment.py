@@ -5,9 +5,20 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
+from slimconv_jax.errors import InputError
+
 
 def normalize(images: jax.Array, *, mean: Sequence[float], std: Sequence[float]) -> jax.Array:
-    """(x / 255 - mean) / std, per channel: (N, H, W, 3) uint8 to float32."""
+    """(x / 255 - mean) / std, per channel: (N, H, W, 3) uint8 to float32.
+
+    Raises:
+      ValueError: unless `mean` and `std` have three numbers each, those of `std` positive.
+    """
+    if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
+        raise InputError(
+            f"normalize: mean={tuple(mean)} and std={tuple(std)} must be three numbers each, one "
+            "for each of red, green and blue, and those of std positive"
+        )
     return (images / jnp.float32(255) - jnp.asarray(mean)) / jnp.asarray(std)
 
 
@@ -18,7 +29,12 @@ def random_crop(key: jax.Array, images: jax.Array, *, padding: int) -> jax.Array
       key: source of the random offsets, one pair for each image.
       images: (N, H, W, C).
       padding: pixels added on each side before an H x W crop is taken, 0 for none.
+
+    Raises:
+      ValueError: if the padding is negative.
     """
+    if padding < 0:
+        raise InputError(f"augment: crop_padding={padding} must be an integer >= 0")
     if padding == 0:
         return images
     pad = (padding, padding)

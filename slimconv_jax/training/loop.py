@@ -63,6 +63,13 @@ def train(
     optimizer = create_optimizer(
         steps_per_epoch=steps_per_epoch, total_steps=total_steps, **config.optimizer
     )
+    prepare = functools.partial(normalize, **config.normalize)
+
+    def augment_and_prepare(key, images):
+        return prepare(augment(key, images, **config.augment))
+
+    # Everything that can be wrong with a config is found before it claims the directory.
+    jax.eval_shape(augment_and_prepare, jax.random.key(0), train_source.images[:1])
     workdir = claim_workdir(workdir, config)
     image_size = train_source.images.shape[1]
     say(
@@ -87,13 +94,8 @@ def train(
             state = restore(manager, first_step, like=state)
             say(f"continuing {workdir} after step {first_step}")
 
-        prepare = functools.partial(normalize, **config.normalize)
         train_step = make_train_step(
-            model,
-            optimizer,
-            preprocess=lambda key, images: prepare(augment(key, images, **config.augment)),
-            seed=config.seed,
-            mesh=mesh,
+            model, optimizer, preprocess=augment_and_prepare, seed=config.seed, mesh=mesh
         )
         evaluate = make_evaluate(model, preprocess=prepare, mesh=mesh)
         sharding = batch_sharded(mesh)
@@ -103,6 +105,9 @@ def train(
             seed=config.seed,
             sharding=sharding,
             first_step=first_step,
+        )
+        test_batches = functools.partial(
+            eval_batches, test_source, config.eval_batch_size, sharding=sharding
         )
 
         with Reporter(
@@ -117,12 +122,10 @@ def train(
                 state, metrics = train_step(state, next(batches))
                 reporter.train_step(step, metrics)
                 if step in eval_steps:
-                    test_batches = eval_batches(
-                        test_source, config.eval_batch_size, sharding=sharding
-                    )
-                    totals = evaluate(state, test_batches)
+                    reporter.test(step, evaluate(state, test_batches()))
                     save(manager, step, state)
-                    reporter.test(step, totals)
+            if first_step == total_steps:  # interrupted between the last two lines
+                reporter.test(total_steps, evaluate(state, test_batches()))
 
     result = reporter.evaluation
     say(f"{_describe(result)}, in {_duration(time.perf_counter() - start)}; see {workdir}")

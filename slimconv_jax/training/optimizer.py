@@ -1,7 +1,12 @@
 """SGD with momentum, and its learning rate over time."""
 
+import math
+from numbers import Real
+
 import jax
 import optax
+
+from slimconv_jax.errors import InputError
 
 
 def create_optimizer(
@@ -25,7 +30,18 @@ def create_optimizer(
       warmup_epochs: epochs of linear increase from 0, followed by a cosine down to 0.
       steps_per_epoch: steps in an epoch, not necessarily a whole number.
       total_steps: steps in the run.
+
+    Raises:
+      ValueError: if a number is negative, infinite or none.
     """
+    for name, value in (
+        ("learning_rate", learning_rate),
+        ("momentum", momentum),
+        ("weight_decay", weight_decay),
+        ("warmup_epochs", warmup_epochs),
+    ):
+        if not isinstance(value, Real) or not math.isfinite(value) or value < 0:
+            raise InputError(f"optimizer: {name}={value!r} must be a number >= 0")
     schedule = optax.warmup_cosine_decay_schedule(
         init_value=0.0,
         peak_value=learning_rate,

@@ -1,0 +1,55 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from slimconv_jax.models.layers import BatchNorm, ConvBN
+
+
+def test_batch_norm_keeps_nine_tenths_of_its_running_averages():
+    norm = BatchNorm(3, rngs=nnx.Rngs(0))
+    x = np.random.default_rng(0).normal(2, 3, (8, 5, 5, 3)).astype(np.float32)
+    y = norm(jnp.asarray(x))
+    np.testing.assert_allclose(y.mean((0, 1, 2)), 0, atol=1e-5)
+    np.testing.assert_allclose(y.std((0, 1, 2)), 1, rtol=1e-5)
+    np.testing.assert_allclose(norm.mean[...], 0.1 * x.mean((0, 1, 2)), rtol=1e-5)
+    np.testing.assert_allclose(norm.var[...], 0.9 + 0.1 * x.var((0, 1, 2)), rtol=1e-5)
+    norm.eval()
+    before = norm.mean[...]
+    norm(jnp.asarray(x))
+    np.testing.assert_array_equal(norm.mean[...], before)
+
+
+@pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
+def test_batch_norm_equals_its_base_class(train):
+    x = jax.random.normal(jax.random.key(0), (4, 6, 6, 5))
+    ours = BatchNorm(5, rngs=nnx.Rngs(0))
+    base = nnx.BatchNorm(5, momentum=0.9, epsilon=1e-5, rngs=nnx.Rngs(0))
+    for norm in (ours, base):
+        norm.train() if train else norm.eval()
+    np.testing.assert_allclose(ours(x), base(x), atol=1e-6)
+    for mine, theirs in ((ours.mean, base.mean), (ours.var, base.var)):
+        np.testing.assert_allclose(mine[...], theirs[...], atol=1e-7)
+
+
+def test_batch_norm_in_bfloat16_has_float32_statistics():
+    norm = BatchNorm(2, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    norm.mean.set_value(jnp.array([1.001, 100.1]))  # 1.001 and 100.1 are not bfloat16 numbers
+    norm.eval()
+    x = jnp.array([[1.0, 100.0]], jnp.bfloat16)
+    y = norm(x)
+    assert y.dtype == jnp.bfloat16
+    np.testing.assert_allclose(y.astype(np.float32), [[-0.001, -0.1]], rtol=0.01)
+
+
+@pytest.mark.parametrize("side", [8, 9])
+@pytest.mark.parametrize("strides", [1, 2])
+def test_padding_is_symmetric(side, strides):
+    # With a kernel that picks its centre, output i is input i * strides; XLA's "SAME" would
+    # give input i * strides + 1 at stride 2 and an even side.
+    layer = ConvBN(1, 1, 3, strides=strides, rngs=nnx.Rngs(0))
+    layer.conv.kernel.set_value(jnp.zeros((3, 3, 1, 1)).at[1, 1].set(1))
+    layer.eval()
+    x = jnp.arange(side * side, dtype=jnp.float32).reshape(1, side, side, 1)
+    np.testing.assert_allclose(layer(x), x[:, ::strides, ::strides], rtol=1e-5)
