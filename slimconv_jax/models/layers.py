@@ -24,11 +24,13 @@ def uniform_fan_in(fan_in: int) -> Initializer:
 class BatchNorm(nnx.BatchNorm):
     """Batch norm as everywhere in the paper: epsilon 1e-5, running average kept at 0.9.
 
-    It differs from its base class in two ways. With a `dtype`, only the input and the
+    It differs from its base class in three ways. With a `dtype`, only the input and the
     output have it: statistics, scale and bias enter the arithmetic in float32, in
-    evaluation too. And it replaces the running statistics as a whole: the base class's
-    `mean[...] = ` looks for the sharding of a tracer, for which JAX walks the whole
-    program traced so far, so that tracing takes time quadratic in the depth.
+    evaluation too. The variance is the mean of (x - mean)^2, as PyTorch's, where the base
+    class has E[x^2] - E[x]^2, which cancels: the gates' batch norm sees global averages,
+    which differ little within a batch. And the running statistics are replaced as a whole:
+    the base class's `mean[...] = ` looks for the sharding of a tracer, for which JAX walks
+    the whole program traced so far, so that tracing takes time quadratic in the depth.
 
     Args:
       features: channels, the last axis of the input.
@@ -57,7 +59,7 @@ class BatchNorm(nnx.BatchNorm):
         if not self.use_running_average:
             axes = tuple(range(x.ndim - 1))
             batch_mean = x.mean(axes)
-            batch_var = jnp.maximum(jnp.square(x).mean(axes) - jnp.square(batch_mean), 0)
+            batch_var = jnp.square(x - batch_mean).mean(axes)
             self.mean.set_value(self.momentum * mean + (1 - self.momentum) * batch_mean)
             self.var.set_value(self.momentum * var + (1 - self.momentum) * batch_var)
             mean, var = batch_mean, batch_var

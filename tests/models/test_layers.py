@@ -53,3 +53,14 @@ def test_padding_is_symmetric(side, strides):
     layer.eval()
     x = jnp.arange(side * side, dtype=jnp.float32).reshape(1, side, side, 1)
     np.testing.assert_allclose(layer(x), x[:, ::strides, ::strides], rtol=1e-5)
+
+
+def test_batch_norm_does_not_cancel():
+    # Values that differ in the fifth digit, as global averages within a batch may.
+    x = 100 + 1e-2 * np.random.default_rng(0).normal(size=(64, 1, 1, 4)).astype(np.float32)
+    norm = BatchNorm(4, rngs=nnx.Rngs(0))
+    norm(jnp.asarray(x))
+    expected = 0.9 + 0.1 * x.astype(np.float64).var((0, 1, 2))
+    np.testing.assert_allclose(norm.var[...], expected, rtol=1e-7)
+    variance = (np.asarray(norm.var[...], np.float64) - 0.9) / 0.1
+    np.testing.assert_allclose(variance, (expected - 0.9) / 0.1, atol=2e-6)

@@ -6,6 +6,7 @@ from flax import nnx
 from randomize import randomized
 
 from slimconv_jax.models.zoo import abstract_model
+from slimconv_jax.training.augment import augment
 from slimconv_jax.training.step import create_state, data_mesh, make_train_step, replicated
 
 
@@ -72,3 +73,38 @@ def test_steps_compile_once_and_leave_no_host_work_behind():
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(previous.params))
     assert type(state.params) is dict
     assert metrics["loss"].sharding.is_fully_replicated
+
+
+def test_the_number_of_devices_does_not_change_the_numbers():
+    # In float64, where rounding cannot hide a difference in what is computed: batch
+    # statistics, gradients and random numbers of 20 steps.
+    rng = np.random.default_rng(0)
+    batches = [
+        {
+            "image": rng.integers(0, 256, (16, 32, 32, 3), dtype=np.uint8),
+            "label": rng.integers(0, 3, 16).astype(np.int32),
+        }
+        for _ in range(20)
+    ]
+    losses = []
+    with jax.enable_x64(True):
+        for devices in (1, 8):
+            model = randomized(
+                lambda: abstract_model("sc_resnet14", width=8, num_classes=3), np.float64
+            )
+            mesh = data_mesh(jax.devices()[:devices])
+            optimizer = optax.sgd(0.02, momentum=0.9, nesterov=True)
+            step = make_train_step(
+                model,
+                optimizer,
+                preprocess=lambda key, images: augment(key, images, crop_padding=4) / 255.0,
+                seed=0,
+                mesh=mesh,
+            )
+            state = jax.device_put(create_state(model, optimizer), replicated(mesh))
+            losses.append([])
+            for batch in batches:
+                state, metrics = step(state, batch)
+                losses[-1].append(float(metrics["loss"]))
+    assert losses[0][-1] != losses[0][0]
+    np.testing.assert_allclose(losses[0], losses[1], atol=1e-9)

@@ -1,0 +1,79 @@
+"""The command line of train.py, each time in a process of its own."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(*arguments, cwd=ROOT, **environment):
+    command = [sys.executable, str(ROOT / "train.py"), *map(str, arguments)]
+    env = os.environ | {"XLA_FLAGS": ""} | environment
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=env)
+
+
+CONFIG = f"--config={ROOT / 'configs' / 'digits.py'}"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "Flag --config must have a value"),
+        (["--config=configs/nope.py"], "error: there is no config file 'configs/nope.py'"),
+        (
+            [CONFIG, "--config.batch_sise=3"],
+            "error: config has no key 'batch_sise' (did you mean 'batch_size'?)",
+        ),
+        ([CONFIG, "--config.model.kk", "3"], "error: config.model has no key 'kk'"),
+        ([CONFIG, "--config.seed.x=3"], "error: config.seed is a value"),
+        ([CONFIG, "--config.batch_size=x"], "invalid literal for int()"),
+        ([CONFIG, "--config.model.name=sc_resnet41"], "error: unknown model 'sc_resnet41'"),
+        ([CONFIG, "more"], "what is 'more'?"),
+    ],
+)
+def test_bad_input_is_a_sentence(arguments, message, tmp_path):
+    done = run(*arguments, cwd=tmp_path)
+    assert done.returncode == 1
+    assert message in done.stderr + done.stdout
+    assert "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_indivisible_batch_and_foreign_or_unwritable_directories(tmp_path):
+    done = run(CONFIG, "--config.batch_size=100", XLA_FLAGS=os.environ["XLA_FLAGS"])
+    assert done.returncode == 1
+    assert "batch_size=100 does not divide over 8 devices" in done.stderr
+
+    (tmp_path / "config.json").write_text(json.dumps({"seed": 1}))
+    done = run(CONFIG, "--workdir", tmp_path)
+    assert done.returncode == 1
+    assert "holds another experiment: " in done.stderr
+    assert "config.seed is 1 there and 0 here" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+    (tmp_path / "file").write_text("")
+    done = run(CONFIG, "--workdir", tmp_path / "file" / "run")
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: cannot write to the work directory")
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_run_from_the_command_line(tmp_path):
+    settings = ("--config.num_epochs=1", "--config.model.width=8", "--config.model.k=2")
+    cache = tmp_path / "cache"
+    done = run(CONFIG, *settings, cwd=tmp_path, XDG_CACHE_HOME=str(cache))
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert "of 360 test images" in done.stdout.splitlines()[-1]
+    workdir = tmp_path / "runs" / "digits"
+    assert json.loads((workdir / "config.json").read_text())["model"]["k"] == "2"
+    assert len(list((cache / "slimconv_jax").iterdir())) > 10  # compiled programs
+
+    done = run(CONFIG, *settings, cwd=tmp_path, XDG_CACHE_HOME=str(cache))
+    assert done.returncode == 0
+    assert "is complete, nothing to do" in done.stdout

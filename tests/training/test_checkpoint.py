@@ -1,0 +1,75 @@
+import contextlib
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from slimconv_jax.training.checkpoint import checkpoint_manager, claim_workdir, restore, save
+from slimconv_jax.training.step import TrainState, data_mesh, replicated
+
+CONFIG = ConfigDict({"seed": 0, "model": {"k": "4/3", "dilation": (True, False)}})
+
+
+def test_a_directory_is_claimed_and_claimed_again(tmp_path):
+    path = claim_workdir(tmp_path / "a" / "b", CONFIG)
+    assert json.loads((path / "config.json").read_text()) == {
+        "seed": 0,
+        "model": {"k": "4/3", "dilation": [True, False]},
+    }
+    assert [entry.name for entry in path.iterdir()] == ["config.json"]
+    assert claim_workdir(path, CONFIG) == path
+
+
+def test_another_experiment_is_refused_and_left_alone(tmp_path):
+    claim_workdir(tmp_path, CONFIG)
+    before = (tmp_path / "config.json").read_bytes()
+    other = ConfigDict({"seed": 0, "model": {"k": "2", "dilation": (True, False)}, "more": 1})
+    with pytest.raises(ValueError, match="another experiment") as error:
+        claim_workdir(tmp_path, other)
+    assert "config.model.k is '4/3' there and '2' here" in str(error.value)
+    assert "config.more is 'absent' there and 1 here" in str(error.value)
+    assert "config.seed" not in str(error.value)
+    assert (tmp_path / "config.json").read_bytes() == before
+
+
+def test_checkpoints_without_a_config_are_refused(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(ValueError, match=r"holds checkpoints but no config\.json"):
+        claim_workdir(tmp_path, CONFIG)
+
+
+def test_an_unreadable_config_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"its config\.json cannot be read"):
+        claim_workdir(tmp_path, CONFIG)
+
+
+def test_an_unwritable_directory_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"cannot write to the work directory .*file/run"):
+        claim_workdir(tmp_path / "file" / "run", CONFIG)
+
+
+def test_a_state_comes_back_as_it_was(tmp_path):
+    sharding = replicated(data_mesh())
+    state = TrainState(
+        jnp.int32(3),
+        {"stages": {0: {"kernel": jnp.arange(6.0).reshape(2, 3)}}},
+        {"mean": jnp.array([0.1, 1e-30])},
+        ({"trace": jnp.ones(2, jnp.bfloat16)}, ()),
+    )
+    state = jax.device_put(state, sharding)
+    with contextlib.closing(checkpoint_manager(tmp_path, to_keep=2)) as manager:
+        for step in (1, 2, 3):
+            save(manager, step, state)
+    with contextlib.closing(checkpoint_manager(tmp_path, to_keep=2)) as manager:
+        assert sorted(manager.all_steps()) == [2, 3]
+        zeros = jax.device_put(jax.tree.map(jnp.zeros_like, state), sharding)
+        restored = restore(manager, 3, like=zeros)
+    assert jax.tree.structure(restored) == jax.tree.structure(state)
+    for a, b in zip(jax.tree.leaves(restored), jax.tree.leaves(state), strict=True):
+        assert (a.dtype, a.sharding) == (b.dtype, b.sharding)
+        np.testing.assert_array_equal(a, b)

@@ -1,0 +1,60 @@
+import pytest
+from ml_collections import ConfigDict
+
+from configs import digits
+from slimconv_jax.training.config import check_config
+
+
+@pytest.fixture
+def config():
+    return digits.get_config()
+
+
+def test_the_configs_are_right(config):
+    check_config(config, num_devices=8)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("batch_sise", 3, "^config has no key 'batch_sise' .did you mean 'batch_size'.*seed"),
+        (
+            "model.kk",
+            3,
+            "^config.model has no key 'kk' .did you mean 'k'.*; its keys are: name, k,",
+        ),
+        ("model.rngs", 3, "^config.model has no key 'rngs'"),
+        ("optimizer.total_steps", 3, "^config.optimizer has no key 'total_steps'"),
+        ("batch_size", 100, "batch_size=100 does not divide over 8 devices.*multiple of 8"),
+        ("batch_size", 0, "batch_size=0 must be an integer >= 1"),
+        ("batch_size", 8.0, "batch_size=8.0 must be an integer >= 1"),
+        ("num_epochs", True, "num_epochs=True must be an integer >= 1"),
+        ("augment", 4, "config.augment must be a section"),
+    ],
+)
+def test_bad_configs(config, key, value, message):
+    *sections, key = key.split(".")
+    where = config
+    for section in sections:
+        where = where[section]
+    with where.ignore_type():
+        where[key] = value
+    with pytest.raises(ValueError, match=message):
+        check_config(config, num_devices=8)
+
+
+@pytest.mark.parametrize("key", ["seed", "model", "optimizer.momentum", "model.name"])
+def test_missing_keys(config, key):
+    *sections, key = key.split(".")
+    where = config
+    for section in sections:
+        where = where[section]
+    del where[key]
+    with pytest.raises(ValueError, match=f"lacks the key '{key}'"):
+        check_config(config, num_devices=1)
+
+
+def test_keys_with_a_default_may_be_left_out(config):
+    config.augment = ConfigDict()
+    del config.model["width"]
+    check_config(config, num_devices=1)
