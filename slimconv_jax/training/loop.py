@@ -88,28 +88,6 @@ def train(
             say(f"{workdir} is complete, nothing to do: {_describe(results[-1])}")
             return results[-1]
 
-        model = create_model(rngs=nnx.Rngs(config.seed), **model_args)
-        state = jax.device_put(create_state(model, optimizer), replicated(mesh))
-        if first_step:
-            state = restore(manager, first_step, like=state)
-            say(f"continuing {workdir} after step {first_step}")
-
-        train_step = make_train_step(
-            model, optimizer, preprocess=augment_and_prepare, seed=config.seed, mesh=mesh
-        )
-        evaluate = make_evaluate(model, preprocess=prepare, mesh=mesh)
-        sharding = batch_sharded(mesh)
-        batches = train_batches(
-            train_source,
-            config.batch_size,
-            seed=config.seed,
-            sharding=sharding,
-            first_step=first_step,
-        )
-        test_batches = functools.partial(
-            eval_batches, test_source, config.eval_batch_size, sharding=sharding
-        )
-
         with Reporter(
             workdir,
             first_step=first_step,
@@ -118,6 +96,27 @@ def train(
             batch_size=config.batch_size,
             log_every_steps=config.log_every_steps,
         ) as reporter:
+            model = create_model(rngs=nnx.Rngs(config.seed), **model_args)
+            state = jax.device_put(create_state(model, optimizer), replicated(mesh))
+            if first_step:
+                state = restore(manager, first_step, like=state)
+                say(f"continuing {workdir} after step {first_step}")
+            train_step = make_train_step(
+                model, optimizer, preprocess=augment_and_prepare, seed=config.seed, mesh=mesh
+            )
+            evaluate = make_evaluate(model, preprocess=prepare, mesh=mesh)
+            sharding = batch_sharded(mesh)
+            batches = train_batches(
+                train_source,
+                config.batch_size,
+                seed=config.seed,
+                sharding=sharding,
+                first_step=first_step,
+            )
+            test_batches = functools.partial(
+                eval_batches, test_source, config.eval_batch_size, sharding=sharding
+            )
+
             for step in range(first_step + 1, total_steps + 1):
                 state, metrics = train_step(state, next(batches))
                 reporter.train_step(step, metrics)

@@ -84,11 +84,12 @@ class Reporter:
 
         self._bar = rich.progress.Progress(
             rich.progress.TextColumn("{task.description}"),
-            rich.progress.BarColumn(bar_width=20),
+            rich.progress.BarColumn(bar_width=None),
             rich.progress.MofNCompleteColumn(),
             rich.progress.TextColumn("{task.fields[metrics]}"),
             rich.progress.TimeRemainingColumn(),
             console=_console,
+            expand=True,
             disable=not _console.is_terminal,
         )
         self._task = self._bar.add_task(
