@@ -8,6 +8,8 @@ same command again continues an interrupted run from its last checkpoint.
 """
 
 import itertools
+import os
+import re
 import sys
 from pathlib import Path
 
@@ -44,8 +46,7 @@ def parse_flags(argv: list[str]) -> list[str]:
 
 def _check_overrides(argv: list[str]) -> None:
     """Loads the config without its overrides, and looks up the key of each in it."""
-    names = [argument.lstrip("-").split("=")[0] for argument in argv]
-    is_override = [name.startswith("config.") for name in names]
+    is_override = [re.match(r"--?config\.", argument) is not None for argument in argv]
     plain = [argument for argument, skip in zip(argv, is_override, strict=True) if not skip]
     values = flags.FlagValues()
     config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=plain)
@@ -53,15 +54,20 @@ def _check_overrides(argv: list[str]) -> None:
         values(plain, known_only=True)
     except flags.Error:
         return  # left to the parsing proper, which says it well
+    except (AttributeError, SyntaxError) as error:
+        raise InputError(f"the config file cannot be used: {error}") from None
     config = values["config"].value
     if config is None:
         return
-    if not isinstance(config, ConfigDict):
-        path = values["config"].config_filename
+    path = values["config"].config_filename
+    if not Path(path).is_file():
         raise InputError(f"there is no config file {path!r}; configs/ holds some")
-    for name in itertools.compress(names, is_override):
+    if not isinstance(config, ConfigDict):
+        raise InputError(f"{path} is no config file: its get_config must return a ConfigDict")
+    for argument in itertools.compress(argv, is_override):
+        name = argument.lstrip("-").split("=")[0]
         section, where = config, "config"
-        for key in name.split(".")[1:]:
+        for key in re.sub(r"\[.*?\]", "", name).split(".")[1:]:
             if not isinstance(section, ConfigDict):
                 raise InputError(f"{where} is a value, so there is no {name}")
             if key not in section:
@@ -82,7 +88,10 @@ def main(argv: list[str]) -> int | None:
         return 1
     except KeyboardInterrupt:
         print("interrupted; the same command continues from the last checkpoint", file=sys.stderr)
-        return 130
+        # Everything is saved and closed. At an orderly exit, threads of XLA that still compile
+        # crash the interpreter.
+        sys.stdout.flush()
+        os._exit(130)
     return 0
 
 

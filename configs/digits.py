@@ -4,7 +4,7 @@
 
 The data come with scikit-learn: 1437 training and 360 test images of 8x8 pixels, enlarged to
 32x32. The "imagenet" stem, of stride 4, brings them back to 8x8. To expect: top-1 of about 99 %
-in a minute on two CPU cores.
+in one to two minutes on two CPU cores.
 """
 
 from ml_collections import ConfigDict

@@ -18,4 +18,5 @@ def enable_compilation_cache() -> None:
         directory = Path(cache_home) / "slimconv_jax"
         jax.config.update("jax_compilation_cache_dir", str(directory))
     # JAX's default of one second leaves out the many small programs of an initialisation.
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

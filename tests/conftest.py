@@ -1,4 +1,4 @@
-"""Eight simulated devices for every test, and the configs and runs that tests share."""
+"""Eight simulated devices for every test."""
 
 import os
 

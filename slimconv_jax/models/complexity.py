@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
-from slimconv_jax.errors import InputError
+from slimconv_jax.errors import require_integer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,8 +43,8 @@ def count_macs(model: nnx.Module, image_size: int = 224) -> int:
     """Multiply-adds of one image through the model, in evaluation mode.
 
     Counted are the convolutions and matrix products (the papers' "FLOPs"), padding
-    included, in the program that JAX traces from the model. Nothing is computed, and the
-    model stays as it is.
+    included, in the program that JAX traces from the model: of a `while_loop` one turn, of a
+    `cond` all branches. Nothing is computed, and the model stays as it is.
 
     Args:
       model: maps images (N, H, W, 3) to anything.
@@ -76,8 +76,7 @@ def _trace(
     forward: Callable[[nnx.Module, jax.Array], Any] = lambda model, x: model(x),
 ) -> ClosedJaxpr:
     """The program of a forward pass of one image, in evaluation mode."""
-    if not isinstance(image_size, int) or isinstance(image_size, bool) or image_size < 1:
-        raise InputError(f"image_size={image_size!r} must be an integer >= 1")
+    require_integer("image_size", image_size, 1)
     graphdef, state = nnx.split(model)
 
     def run(state: nnx.State, x: jax.Array):

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.typing import Dtype, Initializer
 
-from slimconv_jax.errors import InputError
+from slimconv_jax.errors import InputError, require_integer
 from slimconv_jax.models.layers import ConvBN, uniform_fan_in
 from slimconv_jax.models.slimconv import SlimConv
 
@@ -56,13 +56,16 @@ class ResNetConfig:
     dilation: tuple[bool, bool, bool] = (False, False, False)
 
     def __post_init__(self):
-        for name in ("num_classes", "width"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise InputError(f"{name}={value!r} must be an integer >= 1")
+        for name in ("num_classes", "width", "groups", "base_width"):
+            require_integer(name, getattr(self, name), 1)
+        if self.block not in BLOCKS:
+            raise InputError(f"block={self.block!r} must be one of {', '.join(map(repr, BLOCKS))}")
+        if self.block == "basic" and self.reduction is not None:
+            raise InputError("a basic block has no SlimConv, so it takes no reduction")
         if self.stem not in STEMS:
             raise InputError(f"stem={self.stem!r} must be one of {', '.join(map(repr, STEMS))}")
-        if len(self.dilation) != 3 or not all(isinstance(d, bool) for d in self.dilation):
+        dilation = self.dilation if isinstance(self.dilation, tuple) else ()
+        if len(dilation) != 3 or not all(isinstance(d, bool) for d in dilation):
             raise InputError(
                 f"dilation={self.dilation!r} must be three booleans, one for each of stages 2, 3 "
                 "and 4: whether dilation replaces the stride"
@@ -176,7 +179,8 @@ class ResNet(nnx.Module):
       config: the architecture.
 
     Raises:
-      ValueError: if a SlimConv of the architecture cannot exist (see `SlimConv`).
+      ValueError: if a SlimConv of the architecture cannot exist (see `SlimConv`), or if
+        `dtype` is no dtype.
     """
 
     def __init__(
@@ -188,6 +192,10 @@ class ResNet(nnx.Module):
         rngs: nnx.Rngs,
     ):
         self.config = config
+        try:
+            dtype = None if dtype is None else jnp.dtype(dtype)
+        except TypeError:
+            raise InputError(f"dtype={dtype!r} is no dtype, such as 'bfloat16'") from None
         if config.stem == "imagenet":
             self.stem = ConvBN(3, config.width, 7, strides=2, dtype=dtype, rngs=rngs)
         else:

@@ -7,14 +7,14 @@ fewer channels than it gets.
 
 from collections.abc import Sequence
 from fractions import Fraction
-from numbers import Integral, Real
+from numbers import Real
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from flax.typing import Dtype
 
-from slimconv_jax.errors import InputError
+from slimconv_jax.errors import InputError, require_integer
 from slimconv_jax.models.layers import BatchNorm, ConvBN, kaiming_normal, uniform_fan_in
 
 CompressionRatio = str | Fraction | float
@@ -32,10 +32,10 @@ def reduction_from_k(k: CompressionRatio) -> int:
     try:
         if not isinstance(k, str | Real) or isinstance(k, bool):
             raise TypeError
-        r = Fraction(k) * 3 / 2
+        r = Fraction(k if isinstance(k, str) else float(k)) * 3 / 2
         reduction = round(r)
         # The tolerance is for floats: 8 / 3 is not quite eight thirds.
-        if reduction < 2 or abs(r - reduction) > 1e-9:
+        if reduction < 2 or abs(r - reduction) > 1e-6:
             raise ValueError
     except (TypeError, ValueError, ZeroDivisionError, OverflowError):
         ratios = ", ".join(str(k_from_reduction(r)) for r in range(2, 9))
@@ -173,8 +173,7 @@ class SlimConv(nnx.Module):
             ("lower_feature_group_count", lower_feature_group_count, 1),
             ("squeeze_ratio", squeeze_ratio, 1),
         ):
-            if not isinstance(value, Integral) or value < least:
-                raise InputError(f"SlimConv: {name}={value!r} must be an integer >= {least}")
+            require_integer(f"SlimConv: {name}", value, least)
         groups = feature_group_count, lower_feature_group_count
         if obstacle := _obstacle(in_features, reduction, *groups):
             possible = [

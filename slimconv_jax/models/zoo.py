@@ -107,7 +107,7 @@ def create_model(
             num_classes=num_classes,
             stem=stem,
             width=width,
-            dilation=tuple(dilation),
+            dilation=tuple(dilation) if isinstance(dilation, Sequence) else dilation,
         )
         return ResNet(config, zero_init_residual=zero_init_residual, dtype=dtype, rngs=rngs)
     except InputError as error:
@@ -122,6 +122,6 @@ def abstract_model(name: str, **overrides) -> ResNet:
     `create_model`, less `rngs`.
     """
     # One key for everything, since nothing is drawn. `nnx.Rngs` would count its keys inside
-    # the traced program, at a cost quadratic in the number of layers (see BatchNorm).
+    # the traced program, with jax 0.10 at a cost quadratic in the depth (see BatchNorm).
     rngs = types.SimpleNamespace(params=lambda: jax.random.key(0))
     return nnx.eval_shape(lambda: create_model(name, rngs=rngs, **overrides))

@@ -1,11 +1,12 @@
 """What happens to images on the device, inside the step: crop, then normalise."""
 
 from collections.abc import Sequence
+from numbers import Real
 
 import jax
 import jax.numpy as jnp
 
-from slimconv_jax.errors import InputError
+from slimconv_jax.errors import InputError, require_integer
 
 
 def normalize(images: jax.Array, *, mean: Sequence[float], std: Sequence[float]) -> jax.Array:
@@ -14,7 +15,8 @@ def normalize(images: jax.Array, *, mean: Sequence[float], std: Sequence[float])
     Raises:
       ValueError: unless `mean` and `std` have three numbers each, those of `std` positive.
     """
-    if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
+    numbers = all(isinstance(value, Real) for value in (*mean, *std))
+    if len(mean) != 3 or len(std) != 3 or not numbers or min(std) <= 0:
         raise InputError(
             f"normalize: mean={tuple(mean)} and std={tuple(std)} must be three numbers each, one "
             "for each of red, green and blue, and those of std positive"
@@ -31,10 +33,9 @@ def random_crop(key: jax.Array, images: jax.Array, *, padding: int) -> jax.Array
       padding: pixels added on each side before an H x W crop is taken, 0 for none.
 
     Raises:
-      ValueError: if the padding is negative.
+      ValueError: if the padding is no integer >= 0.
     """
-    if padding < 0:
-        raise InputError(f"augment: crop_padding={padding} must be an integer >= 0")
+    require_integer("augment: crop_padding", padding, 0)
     if padding == 0:
         return images
     pad = (padding, padding)

@@ -15,7 +15,7 @@ def claim_workdir(workdir: epath.PathLike, config: ml_collections.ConfigDict) ->
     """Creates a work directory for a config, or makes sure that it belongs to that config.
 
     Args:
-      workdir: local or remote (`gs://...`); parents are created.
+      workdir: a directory; it is created, with its parents, if it is not there.
       config: written to `config.json` there, and compared with what is there already.
 
     Raises:
@@ -26,19 +26,20 @@ def claim_workdir(workdir: epath.PathLike, config: ml_collections.ConfigDict) ->
     file = path / "config.json"
     try:
         path.mkdir(parents=True, exist_ok=True)
-        if file.exists():
-            there = file.read_text()
-        elif (path / "checkpoints").exists():
+        if not file.exists() and (path / "checkpoints").exists():
             raise InputError(
                 f"{path} holds checkpoints but no config.json that says of which experiment; "
                 "choose another --workdir"
             )
-        else:
-            # Under another name first, so that it is never there in part.
-            part = path / "config.json.part"
-            part.write_text(text)
+        # Written in any case, to learn whether that is possible, and under another name
+        # first, so that config.json is never there in part.
+        part = path / "config.json.part"
+        part.write_text(text)
+        if not file.exists():
             part.replace(file)
             return path
+        part.unlink()
+        there = file.read_bytes()
     except OSError as error:
         raise InputError(f"cannot write to the work directory {path}: {error}") from None
     if differences := _differences(there, text):
@@ -49,12 +50,12 @@ def claim_workdir(workdir: epath.PathLike, config: ml_collections.ConfigDict) ->
     return path
 
 
-def _differences(there: str, here: str) -> str:
+def _differences(there: bytes, here: str) -> str:
     """Which keys of two configs, as JSON texts, differ; empty if none do."""
     try:
         old, new = _flatten(json.loads(there)), _flatten(json.loads(here))
-    except ValueError:
-        return "its config.json cannot be read"
+    except (ValueError, AttributeError):
+        return "its config.json cannot be read as a config"
     return ", ".join(
         f"config.{key} is {old.get(key, 'absent')!r} there and {new.get(key, 'absent')!r} here"
         for key in sorted(old | new)
@@ -81,7 +82,15 @@ def save(manager: ocp.CheckpointManager, step: int, state: TrainState) -> None:
     manager.save(step, args=ocp.args.StandardSave(state))
 
 
-def restore(manager: ocp.CheckpointManager, step: int, like: TrainState) -> TrainState:
-    """The state saved at a step, with the structure and the shardings of another one."""
-    abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+def restore(
+    manager: ocp.CheckpointManager,
+    step: int,
+    *,
+    like: TrainState,
+    sharding: jax.sharding.Sharding,
+) -> TrainState:
+    """The state saved at a step, with the shapes of another one, which may be abstract."""
+    abstract = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), like
+    )
     return manager.restore(step, args=ocp.args.StandardRestore(abstract))

@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection
 import ml_collections
 
 from slimconv_jax.data.sources import load_source
-from slimconv_jax.errors import InputError
+from slimconv_jax.errors import InputError, require_integer
 from slimconv_jax.models.zoo import create_model
 from slimconv_jax.training.augment import augment, normalize
 from slimconv_jax.training.optimizer import create_optimizer
@@ -59,9 +59,9 @@ def check_config(config: ml_collections.ConfigDict, num_devices: int) -> None:
         required = [name for name, p in parameters.items() if p.default is p.empty]
         _check_keys(f"config.{section}", config[section], required, optional=parameters)
     for key, least in INTEGERS.items():
-        value = config[key]
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise InputError(f"config.{key}={value!r} must be an integer >= {least}")
+        require_integer(f"config.{key}", config[key], least)
+    if config.seed >= 2**32:
+        raise InputError(f"config.seed={config.seed} must be less than 2**32")
     if config.batch_size % num_devices:
         raise InputError(
             f"config.batch_size={config.batch_size} does not divide over {num_devices} devices; "

@@ -20,6 +20,7 @@ from slimconv_jax.training.evaluate import make_evaluate
 from slimconv_jax.training.optimizer import create_optimizer
 from slimconv_jax.training.report import Reporter, read_metrics, say
 from slimconv_jax.training.step import (
+    abstract_state,
     batch_sharded,
     create_state,
     data_mesh,
@@ -68,13 +69,14 @@ def train(
     def augment_and_prepare(key, images):
         return prepare(augment(key, images, **config.augment))
 
-    # Everything that can be wrong with a config is found before it claims the directory.
+    # What is wrong with a config is found before it claims the directory.
     jax.eval_shape(augment_and_prepare, jax.random.key(0), train_source.images[:1])
-    workdir = claim_workdir(workdir, config)
     image_size = train_source.images.shape[1]
+    macs = count_macs(model, image_size)
+    workdir = claim_workdir(workdir, config)
     say(
         f"{config.model.name}: {count_params(model):,} parameters, "
-        f"{count_macs(model, image_size):,} multiply-adds at {image_size}x{image_size}\n"
+        f"{macs:,} multiply-adds at {image_size}x{image_size}\n"
         f"{mesh.size} x {mesh.devices.flat[0].device_kind}, {len(train_source)} training images, "
         f"{config.num_epochs} epochs, {total_steps} steps of {config.batch_size} images"
     )
@@ -83,10 +85,10 @@ def train(
         checkpoint_manager(workdir, to_keep=config.checkpoints_to_keep)
     ) as manager:
         first_step = manager.latest_step() or 0
-        results = [line for line in read_metrics(workdir) if line["split"] == "test"]
-        if first_step == total_steps and results and results[-1]["step"] == total_steps:
-            say(f"{workdir} is complete, nothing to do: {_describe(results[-1])}")
-            return results[-1]
+        tests = {line["step"]: line for line in read_metrics(workdir) if line["split"] == "test"}
+        if first_step == total_steps and total_steps in tests:
+            say(f"{workdir} is complete, nothing to do: {_describe(tests[total_steps])}")
+            return tests[total_steps]
 
         with Reporter(
             workdir,
@@ -95,14 +97,19 @@ def train(
             steps_per_epoch=steps_per_epoch,
             batch_size=config.batch_size,
             log_every_steps=config.log_every_steps,
+            eval_steps=eval_steps,
         ) as reporter:
-            model = create_model(rngs=nnx.Rngs(config.seed), **model_args)
-            state = jax.device_put(create_state(model, optimizer), replicated(mesh))
+            params_key, step_key = jax.random.split(jax.random.key(config.seed))
+            everywhere = replicated(mesh)
             if first_step:
-                state = restore(manager, first_step, like=state)
+                like = abstract_state(model, optimizer)
+                state = restore(manager, first_step, like=like, sharding=everywhere)
                 say(f"continuing {workdir} after step {first_step}")
+            else:
+                new_model = create_model(rngs=nnx.Rngs(params_key), **model_args)
+                state = jax.device_put(create_state(new_model, optimizer), everywhere)
             train_step = make_train_step(
-                model, optimizer, preprocess=augment_and_prepare, seed=config.seed, mesh=mesh
+                model, optimizer, preprocess=augment_and_prepare, key=step_key, mesh=mesh
             )
             evaluate = make_evaluate(model, preprocess=prepare, mesh=mesh)
             sharding = batch_sharded(mesh)
@@ -117,14 +124,14 @@ def train(
                 eval_batches, test_source, config.eval_batch_size, sharding=sharding
             )
 
+            if first_step and first_step not in tests:  # interrupted while it was evaluated
+                reporter.test(first_step, evaluate(state, test_batches()))
             for step in range(first_step + 1, total_steps + 1):
                 state, metrics = train_step(state, next(batches))
                 reporter.train_step(step, metrics)
                 if step in eval_steps:
                     reporter.test(step, evaluate(state, test_batches()))
                     save(manager, step, state)
-            if first_step == total_steps:  # interrupted between the last two lines
-                reporter.test(total_steps, evaluate(state, test_batches()))
 
     result = reporter.evaluation
     say(f"{_describe(result)}, in {_duration(time.perf_counter() - start)}; see {workdir}")

@@ -4,6 +4,7 @@ import json
 import queue
 import threading
 import time
+from collections.abc import Collection
 
 import jax
 import rich.console
@@ -23,11 +24,16 @@ def say(text: str) -> None:
 def read_metrics(workdir: epath.Path) -> list[dict]:
     """The lines of a run's `metrics.jsonl`; none if there is no such file.
 
-    A last line that was cut off when its run was killed is left out.
+    They end before a line that is no JSON: one that was cut off when its run was killed.
     """
     path = workdir / "metrics.jsonl"
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    metrics = []
+    for line in path.read_bytes().splitlines() if path.exists() else ():
+        try:
+            metrics.append(json.loads(line))
+        except ValueError:
+            break
+    return metrics
 
 
 class Reporter:
@@ -48,6 +54,8 @@ class Reporter:
       steps_per_epoch: steps in an epoch, not necessarily a whole number.
       batch_size: images in a step.
       log_every_steps: how many steps a line of training metrics averages over.
+      eval_steps: where evaluations and checkpoints are, and lines of training metrics too, so
+        that a run that continues there writes the same lines as an uninterrupted one.
 
     Attributes:
       evaluation: what was last written to `metrics.jsonl` about the test images.
@@ -62,11 +70,13 @@ class Reporter:
         steps_per_epoch: float,
         batch_size: int,
         log_every_steps: int,
+        eval_steps: Collection[int],
     ):
         self._total_steps = total_steps
         self._steps_per_epoch = steps_per_epoch
         self._batch_size = batch_size
         self._log_every_steps = log_every_steps
+        self._eval_steps = eval_steps
         self.evaluation: dict | None = None
 
         # A window is the steps since the last line of training metrics. Its seconds begin
@@ -83,6 +93,7 @@ class Reporter:
         self._file = part.replace(workdir / "metrics.jsonl").open("a")
 
         self._bar = rich.progress.Progress(
+            rich.progress.SpinnerColumn(),
             rich.progress.TextColumn("{task.description}"),
             rich.progress.BarColumn(bar_width=None),
             rich.progress.MofNCompleteColumn(),
@@ -153,7 +164,7 @@ class Reporter:
             text += "  {images_per_second:,.0f} images/s".format(**means)
         self._bar.update(self._task, description="training", completed=step, metrics=text)
 
-        if step % self._log_every_steps == 0 or step == self._total_steps:
+        if step % self._log_every_steps == 0 or step in self._eval_steps:
             self._write({"step": step, "split": "train", **means})
             if not _console.is_terminal:
                 self._print(step, f"train {text}")

@@ -47,10 +47,19 @@ def batch_sharded(mesh: jax.sharding.Mesh) -> NamedSharding:
 
 def create_state(model: nnx.Module, optimizer: optax.GradientTransformation) -> TrainState:
     """The state of a run that has not begun; it holds the model's own arrays."""
-    params, batch_stats = (
-        nnx.to_pure_dict(nnx.state(model, kind)) for kind in (nnx.Param, nnx.BatchStat)
-    )
+    params, batch_stats = _variables(model)
     return TrainState(jnp.int32(0), params, batch_stats, optimizer.init(params))
+
+
+def abstract_state(model: nnx.Module, optimizer: optax.GradientTransformation) -> TrainState:
+    """The shapes and dtypes of `create_state`, for a model that may be abstract itself."""
+    params, batch_stats = _variables(model)
+    opt_state = jax.eval_shape(optimizer.init, params)
+    return TrainState(jax.ShapeDtypeStruct((), jnp.int32), params, batch_stats, opt_state)
+
+
+def _variables(model: nnx.Module) -> tuple[PyTree, ...]:
+    return tuple(nnx.to_pure_dict(nnx.state(model, kind)) for kind in (nnx.Param, nnx.BatchStat))
 
 
 def make_train_step(
@@ -58,7 +67,7 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     *,
     preprocess: Callable[[jax.Array, jax.Array], jax.Array],
-    seed: int,
+    key: jax.Array,
     mesh: jax.sharding.Mesh,
 ) -> Callable[[TrainState, dict[str, jax.Array]], tuple[TrainState, dict[str, jax.Array]]]:
     """The compiled step: `state, metrics = step(state, batch)`.
@@ -71,7 +80,7 @@ def make_train_step(
       model: gives the structure of the computation; its arrays are not used.
       optimizer: an Optax optimiser.
       preprocess: maps a random key and `batch["image"]` to what the model takes.
-      seed: of the random key, into which the number of the step is folded.
+      key: the random key, into which the number of the step is folded.
       mesh: from `data_mesh`.
 
     Returns:
@@ -87,8 +96,7 @@ def make_train_step(
         return loss, (logits, nnx.to_pure_dict(nnx.state(model, nnx.BatchStat)))
 
     def train_step(state: TrainState, batch: dict[str, jax.Array]):
-        key = jax.random.fold_in(jax.random.key(seed), state.step)
-        images = preprocess(key, batch["image"])
+        images = preprocess(jax.random.fold_in(key, state.step), batch["image"])
         (loss, (logits, batch_stats)), grads = jax.value_and_grad(loss_fn, has_aux=True)(
             state.params, state.batch_stats, images, batch["label"]
         )

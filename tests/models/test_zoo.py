@@ -1,5 +1,6 @@
 from fractions import Fraction
 
+import numpy as np
 import pytest
 from flax import nnx
 
@@ -9,6 +10,7 @@ from slimconv_jax.models.zoo import ARCHITECTURES, PUBLISHED, abstract_model
 
 def test_list_models():
     assert len(list_models()) == len(set(list_models())) == len(ARCHITECTURES)
+    assert abstract_model("resnet14", num_classes=np.int64(7)).config.num_classes == 7
     assert set(list_models("sc_resnet*")) >= {"sc_resnet14", "sc_resnet50", "sc_resnet152"}
     assert list_models("vgg*") == []
 
@@ -31,7 +33,7 @@ def test_overrides_reach_the_model():
     assert model.config.reduction == 4
     assert model.classifier.kernel.shape == (512, 5)
     assert model.stem.conv.kernel.shape == (3, 3, 3, 16)
-    assert model.stages[3][1].conv2.upper.conv.kernel_dilation == 4
+    assert model.stages[3][1].conv2.upper.conv.kernel_dilation == (4, 4)
 
 
 def test_abstract_model_has_the_shapes_of_the_real_one():

@@ -30,13 +30,20 @@ def test_no_padding_is_no_change():
 
 
 @pytest.mark.parametrize(
-    ("mean", "std"), [((0, 0), (1, 1, 1)), ((0, 0, 0), (1, 1)), ((0, 0, 0), (1, 0, 1))]
+    ("mean", "std"),
+    [
+        ((0, 0), (1, 1, 1)),
+        ((0, 0, 0), (1, 1)),
+        ((0, 0, 0), (1, 0, 1)),
+        (("a", "b", "c"), (1, 1, 1)),
+    ],
 )
 def test_bad_normalization(mean, std):
     with pytest.raises(ValueError, match="must be three numbers each"):
         normalize(np.zeros((1, 2, 2, 3), np.uint8), mean=mean, std=std)
 
 
-def test_bad_padding():
-    with pytest.raises(ValueError, match="crop_padding=-1 must be an integer >= 0"):
-        random_crop(jax.random.key(0), np.zeros((1, 2, 2, 3), np.uint8), padding=-1)
+@pytest.mark.parametrize("padding", [-1, 1.5])
+def test_bad_padding(padding):
+    with pytest.raises(ValueError, match=f"crop_padding={padding} must be an integer >= 0"):
+        random_crop(jax.random.key(0), np.zeros((1, 2, 2, 3), np.uint8), padding=padding)

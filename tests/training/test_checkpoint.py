@@ -41,8 +41,9 @@ def test_checkpoints_without_a_config_are_refused(tmp_path):
         claim_workdir(tmp_path, CONFIG)
 
 
-def test_an_unreadable_config_is_refused(tmp_path):
-    (tmp_path / "config.json").write_text("{")
+@pytest.mark.parametrize("content", [b"{", b"[]", b"\xff"])
+def test_an_unreadable_config_is_refused(tmp_path, content):
+    (tmp_path / "config.json").write_bytes(content)
     with pytest.raises(ValueError, match=r"its config\.json cannot be read"):
         claim_workdir(tmp_path, CONFIG)
 
@@ -51,6 +52,13 @@ def test_an_unwritable_directory_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match=r"cannot write to the work directory .*file/run"):
         claim_workdir(tmp_path / "file" / "run", CONFIG)
+
+
+def test_a_claimed_directory_that_became_unwritable_is_refused(tmp_path):
+    claim_workdir(tmp_path, CONFIG)
+    (tmp_path / "config.json.part").mkdir()  # stands in the way even of root
+    with pytest.raises(ValueError, match="cannot write to the work directory"):
+        claim_workdir(tmp_path, CONFIG)
 
 
 def test_a_state_comes_back_as_it_was(tmp_path):
@@ -67,8 +75,8 @@ def test_a_state_comes_back_as_it_was(tmp_path):
             save(manager, step, state)
     with contextlib.closing(checkpoint_manager(tmp_path, to_keep=2)) as manager:
         assert sorted(manager.all_steps()) == [2, 3]
-        zeros = jax.device_put(jax.tree.map(jnp.zeros_like, state), sharding)
-        restored = restore(manager, 3, like=zeros)
+        like = jax.eval_shape(lambda: state)
+        restored = restore(manager, 3, like=like, sharding=sharding)
     assert jax.tree.structure(restored) == jax.tree.structure(state)
     for a, b in zip(jax.tree.leaves(restored), jax.tree.leaves(state), strict=True):
         assert (a.dtype, a.sharding) == (b.dtype, b.sharding)

@@ -26,6 +26,7 @@ def test_the_configs_are_right(config):
         ("model.rngs", 3, "^config.model has no key 'rngs'"),
         ("optimizer.total_steps", 3, "^config.optimizer has no key 'total_steps'"),
         ("batch_size", 100, "batch_size=100 does not divide over 8 devices.*multiple of 8"),
+        ("seed", 2**32, r"seed=4294967296 must be less than 2\*\*32"),
         ("batch_size", 0, "batch_size=0 must be an integer >= 1"),
         ("batch_size", 8.0, "batch_size=8.0 must be an integer >= 1"),
         ("num_epochs", True, "num_epochs=True must be an integer >= 1"),

@@ -15,6 +15,7 @@ def reporter(workdir, first_step=0):
         steps_per_epoch=2.5,
         batch_size=4,
         log_every_steps=4,
+        eval_steps={5, 10},
     )
 
 
@@ -34,8 +35,9 @@ def test_lines_average_over_the_steps_since_the_last_one(tmp_path, capsys):
     lines = read_metrics(epath.Path(tmp_path))
     assert [(line["split"], line["step"], line["loss"]) for line in lines] == [
         ("train", 4, 2.5),
+        ("train", 5, 5.0),
         ("test", 5, 1.5),
-        ("train", 8, 6.5),
+        ("train", 8, 7.0),
         ("train", 10, 9.5),
     ]
     assert lines[0]["epoch"] == 1.6
@@ -49,8 +51,8 @@ def test_lines_average_over_the_steps_since_the_last_one(tmp_path, capsys):
         "examples": 4,
     }
     printed = capsys.readouterr().out.splitlines()
-    assert len(printed) == 4  # no terminal: no bar, but lines
-    assert printed[1] == "step  5/10  epoch 2.0  test  loss 1.5000  top-1 75.00%"
+    assert len(printed) == 5  # no terminal: no bar, but lines
+    assert printed[2] == "step  5/10  epoch 2.0  test  loss 1.5000  top-1 75.00%"
 
 
 def test_a_run_that_continues_keeps_only_what_its_checkpoint_knows(tmp_path):
@@ -63,7 +65,12 @@ def test_a_run_that_continues_keeps_only_what_its_checkpoint_knows(tmp_path):
         for step in range(6, 11):
             report.train_step(step, metrics(2 * step))
     lines = [json.loads(line) for line in path.read_text().splitlines()]
-    assert [(line["step"], line["loss"]) for line in lines] == [(4, 2.5), (8, 14.0), (10, 19.0)]
+    assert [(line["step"], line["loss"]) for line in lines] == [
+        (4, 2.5),
+        (5, 5.0),
+        (8, 14.0),
+        (10, 19.0),
+    ]
 
 
 def test_what_goes_wrong_in_the_thread_is_raised_and_nobody_hangs(tmp_path):

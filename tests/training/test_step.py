@@ -27,7 +27,7 @@ def test_a_step_is_what_its_parts_say():
     }
     mesh = data_mesh()
     optimizer = optax.sgd(0.1, momentum=0.9)
-    step = make_train_step(model, optimizer, preprocess=prepare, seed=5, mesh=mesh)
+    step = make_train_step(model, optimizer, preprocess=prepare, key=jax.random.key(5), mesh=mesh)
 
     # The same in Flax's object style, on one device, without donation.
     images = prepare(jax.random.fold_in(jax.random.key(5), 0), batch["image"])
@@ -62,7 +62,7 @@ def test_steps_compile_once_and_leave_no_host_work_behind():
     model = small_model()
     mesh = data_mesh()
     optimizer = optax.sgd(0.1)
-    step = make_train_step(model, optimizer, preprocess=prepare, seed=0, mesh=mesh)
+    step = make_train_step(model, optimizer, preprocess=prepare, key=jax.random.key(0), mesh=mesh)
     batch = {"image": jnp.zeros((8, 8, 8, 3), jnp.uint8), "label": jnp.zeros(8, jnp.int32)}
     state = jax.device_put(create_state(model, optimizer), replicated(mesh))
     for _ in range(3):
@@ -98,7 +98,7 @@ def test_the_number_of_devices_does_not_change_the_numbers():
                 model,
                 optimizer,
                 preprocess=lambda key, images: augment(key, images, crop_padding=4) / 255.0,
-                seed=0,
+                key=jax.random.key(0),
                 mesh=mesh,
             )
             state = jax.device_put(create_state(model, optimizer), replicated(mesh))
