@@ -59,7 +59,7 @@ def test_one_device_and_eight_give_the_same_losses(tmp_path):
     config = small_config()
     config.model.stem = "cifar"
     config.model.zero_init_residual = True
-    config.optimizer.learning_rate = 0.01
+    config.optimizer.learning_rate = 0.001
     config.num_epochs = 1
     config.log_every_steps = 1
     losses = []
