@@ -6,6 +6,7 @@ ResNet, ResNeXt or Wide ResNet.
 """
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -62,6 +63,11 @@ class ResNetConfig:
             raise InputError(f"block={self.block!r} must be one of {', '.join(map(repr, BLOCKS))}")
         if self.block == "basic" and self.reduction is not None:
             raise InputError("a basic block has no SlimConv, so it takes no reduction")
+        if self.block == "bottleneck" and self.width * self.base_width < 64:
+            raise InputError(
+                f"width={self.width} with base_width={self.base_width} leaves the bottlenecks no "
+                f"channels; width must be at least {math.ceil(64 / self.base_width)}"
+            )
         if self.stem not in STEMS:
             raise InputError(f"stem={self.stem!r} must be one of {', '.join(map(repr, STEMS))}")
         dilation = self.dilation if isinstance(self.dilation, tuple) else ()
@@ -259,6 +265,9 @@ class ResNet(nnx.Module):
 
         At least float32, whatever the `dtype` of the computation.
         """
-        x = self.features(x)[-1]
+        return self.head(self.features(x)[-1])
+
+    def head(self, x: jax.Array) -> jax.Array:
+        """Logits (N, num_classes) of the last feature map (N, H', W', C')."""
         x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         return self.classifier(x.mean(axis=(1, 2)))

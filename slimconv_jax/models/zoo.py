@@ -3,8 +3,9 @@
 import dataclasses
 import difflib
 import fnmatch
+import functools
 import types
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 from flax import nnx
@@ -61,6 +62,13 @@ def list_models(pattern: str = "*") -> list[str]:
     return [name for name in ARCHITECTURES if fnmatch.fnmatch(name, pattern)]
 
 
+def unknown_model(name: str) -> InputError:
+    """The error to raise for a name that is not in `list_models()`."""
+    near = difflib.get_close_matches(name, ARCHITECTURES, n=3)
+    hint = f"did you mean {' or '.join(near)}?" if near else "list_models() names them all"
+    return InputError(f"unknown model {name!r}; {hint}")
+
+
 def create_model(
     name: str,
     *,
@@ -93,9 +101,7 @@ def create_model(
         architecture do not divide by its groups at this k and width.
     """
     if name not in ARCHITECTURES:
-        near = difflib.get_close_matches(name, ARCHITECTURES, n=3)
-        hint = f"did you mean {' or '.join(near)}?" if near else "list_models() names them all"
-        raise InputError(f"unknown model {name!r}; {hint}")
+        raise unknown_model(name)
     config = ARCHITECTURES[name]
     if k is not None and config.reduction is None:
         raise InputError(f"{name} has no SlimConv, so it takes no k (k={k!r} was given)")
@@ -118,10 +124,47 @@ def create_model(
 def abstract_model(name: str, **overrides) -> ResNet:
     """`create_model` without the arrays: shapes and dtypes only, in about half a second.
 
-    For counting, and as the target of loaded weights. Arguments and errors are those of
-    `create_model`, less `rngs`.
+    For counting. Arguments and errors are those of `create_model`, less `rngs`.
     """
+    return _abstract(functools.partial(create_model, name, **overrides))
+
+
+def abstract_resnet(config: ResNetConfig, *, dtype: Dtype | None = None) -> ResNet:
+    """`ResNet(config)` without the arrays, as the target of loaded weights."""
+    return _abstract(functools.partial(ResNet, config, dtype=dtype))
+
+
+def _abstract(build: Callable[..., ResNet]) -> ResNet:
     # One key for everything, since nothing is drawn. `nnx.Rngs` would count its keys inside
     # the traced program, with jax 0.10 at a cost quadratic in the depth (see BatchNorm).
     rngs = types.SimpleNamespace(params=lambda: jax.random.key(0))
-    return nnx.eval_shape(lambda: create_model(name, rngs=rngs, **overrides))
+    return nnx.eval_shape(lambda: build(rngs=rngs))
+
+
+def name_of(config: ResNetConfig) -> str | None:
+    """The name of an architecture, whatever its k, classes, stem, width and dilation.
+
+    None if `list_models()` has no such architecture.
+    """
+    for name, named in ARCHITECTURES.items():
+        if (config.reduction is None) == (named.reduction is None) and all(
+            getattr(config, field) == getattr(named, field)
+            for field in ("blocks", "block", "groups", "base_width", "lower_groups")
+        ):
+            return name
+    return None
+
+
+def describe(config: ResNetConfig) -> str:
+    """An architecture in a few words, such as "sc_resnet50, k=4/3, 1000 classes"."""
+    words = [name_of(config) or f"{config.block} blocks {config.blocks}, of no known name"]
+    if config.reduction is not None:
+        words.append(f"k={k_from_reduction(config.reduction)}")
+    words.append(f"{config.num_classes} classes")
+    if config.stem != "imagenet":
+        words.append(f"{config.stem} stem")
+    if config.width != 64:
+        words.append(f"width {config.width}")
+    if any(config.dilation):
+        words.append(f"dilation {config.dilation}")
+    return ", ".join(words)

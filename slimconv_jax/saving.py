@@ -1,0 +1,207 @@
+"""Models on disk: a directory with the weights, and model.json, which says of which model.
+
+    save_model(model, "sc_resnet50")
+    model = load_model("sc_resnet50")
+
+The weights are an Orbax checkpoint, or one .safetensors file. A directory appears complete or
+not at all.
+"""
+
+import contextlib
+import dataclasses
+import importlib.metadata
+import json
+import uuid
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from flax import nnx
+from flax.typing import Dtype
+
+from slimconv_jax.errors import InputError
+from slimconv_jax.models.complexity import count_params
+from slimconv_jax.models.resnet import ResNet, ResNetConfig
+from slimconv_jax.models.slimconv import k_from_reduction
+from slimconv_jax.models.zoo import abstract_resnet, name_of
+
+FORMATS = ("orbax", "safetensors")
+
+_WEIGHTS = {"orbax": "weights", "safetensors": "weights.safetensors"}
+_DESCRIPTION = "model.json"
+
+
+def save_model(
+    model: ResNet,
+    path: epath.PathLike,
+    *,
+    format: str = "orbax",
+    overwrite: bool = False,
+    info: Mapping[str, Any] | None = None,
+) -> None:
+    """Writes a model to a new directory.
+
+    Args:
+      model: a ResNet of this package.
+      path: the directory; its parent must exist.
+      format: "orbax", or "safetensors", with our names, joined by dots, in our layout.
+      overwrite: whether a model that is there already is replaced, when the new one is complete.
+      info: more entries for model.json, such as where the weights come from.
+
+    Raises:
+      ValueError: if the directory exists (and is not to be overwritten, or is no model), cannot
+        be written, or the model is none of ours.
+    """
+    if not isinstance(model, ResNet):
+        raise InputError(f"save_model takes a slimconv_jax ResNet, not a {type(model).__name__}")
+    if format not in FORMATS:
+        raise InputError(f"format={format!r} must be one of {', '.join(map(repr, FORMATS))}")
+    config = model.config
+    description = {
+        "name": name_of(config),
+        "k": config.reduction and str(k_from_reduction(config.reduction)),
+        "architecture": dataclasses.asdict(config),
+        "parameters": count_params(model),
+        "format": format,
+        **(info or {}),
+        "versions": {
+            package: importlib.metadata.version(package)
+            for package in ("slimconv_jax", "jax", "flax", "orbax-checkpoint")
+        },
+    }
+    with _new_directory(path, overwrite=overwrite) as directory:
+        weights = directory / _WEIGHTS[format]
+        if format == "orbax":
+            import orbax.checkpoint as ocp
+
+            with ocp.StandardCheckpointer() as checkpointer:
+                checkpointer.save(weights, nnx.to_pure_dict(_state(model)))
+        else:
+            import safetensors.numpy
+
+            arrays = {name: np.asarray(value[...]) for name, value in _by_name(model).items()}
+            safetensors.numpy.save_file(arrays, weights)
+        (directory / _DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n")
+
+
+def load_model(path: epath.PathLike, *, dtype: Dtype | None = None) -> ResNet:
+    """The model in a directory that `save_model` or convert_weights.py wrote, in evaluation mode.
+
+    Args:
+      path: the directory.
+      dtype: dtype of the computation, as in `create_model`; not part of what is saved.
+
+    Raises:
+      ValueError: if there is no complete model.
+    """
+    directory = _absolute(path)
+    try:
+        description = json.loads((directory / _DESCRIPTION).read_text())
+    except OSError:
+        raise InputError(f"{directory} holds no model: there is no {_DESCRIPTION}") from None
+    except ValueError:
+        raise InputError(f"{directory / _DESCRIPTION} is damaged: it is no JSON") from None
+    try:
+        fields = {
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in description["architecture"].items()
+        }
+        weights = directory / _WEIGHTS[description["format"]]
+        model = abstract_resnet(ResNetConfig(**fields), dtype=dtype)
+    except (AttributeError, KeyError, TypeError) as error:
+        raise InputError(
+            f"{directory / _DESCRIPTION} does not describe a model: {type(error).__name__} {error}"
+        ) from None
+    variables = _by_name(model)
+    try:
+        if weights.suffix:
+            import safetensors.numpy
+
+            arrays = safetensors.numpy.load_file(weights)
+        else:
+            import orbax.checkpoint as ocp
+
+            # Asked for as NumPy arrays, they come without a sharding, on every host alike.
+            like = jax.tree.map(
+                lambda v: np.empty(v.shape, v.dtype), nnx.to_pure_dict(_state(model))
+            )
+            with ocp.StandardCheckpointer() as checkpointer:
+                arrays = _flatten(checkpointer.restore(weights, like))
+    except Exception as error:  # each library has errors of its own
+        raise InputError(f"the weights in {weights} cannot be read: {error}") from None
+    if {name: array.shape for name, array in arrays.items()} != {
+        name: variable.shape for name, variable in variables.items()
+    }:
+        raise InputError(f"the weights in {weights} are not those of {_DESCRIPTION}'s architecture")
+    for name, variable in variables.items():
+        variable.set_value(jnp.asarray(arrays[name]))
+    model.eval()
+    return model
+
+
+def check_destination(path: epath.PathLike, *, overwrite: bool) -> None:
+    """Makes sure that `save_model` could write there, before long work.
+
+    Raises:
+      ValueError: as `save_model`.
+    """
+    directory = _absolute(path)
+    if directory.exists():
+        if not overwrite:
+            raise InputError(f"{directory} exists already, and is not to be overwritten")
+        if not (directory / _DESCRIPTION).exists():
+            raise InputError(
+                f"{directory} exists and is no saved model, so that it is not overwritten either"
+            )
+    if not directory.parent.is_dir():
+        raise InputError(f"cannot write {directory}: there is no directory {directory.parent}")
+    probe = directory.parent / f".{directory.name}.{uuid.uuid4().hex}"
+    try:
+        probe.mkdir()
+        probe.rmdir()
+    except OSError as error:
+        raise InputError(f"cannot write {directory}: {error.strerror}") from None
+
+
+@contextlib.contextmanager
+def _new_directory(path: epath.PathLike, *, overwrite: bool) -> Iterator[epath.Path]:
+    """A directory that gets its name when it is complete, and is deleted if that fails."""
+    check_destination(path, overwrite=overwrite)
+    directory = _absolute(path)
+    hidden = directory.parent / f".{directory.name}.{uuid.uuid4().hex}"
+    part, old = hidden / "new", hidden / "old"
+    try:
+        part.mkdir(parents=True)
+        yield part
+        if directory.exists():
+            directory.rename(old)
+        part.rename(directory)
+    except Exception as error:  # a full disk is an error of TensorStore's own
+        raise InputError(f"cannot write {directory}: {error}") from None
+    finally:
+        if old.exists() and not directory.exists():
+            old.rename(directory)
+        hidden.rmtree(missing_ok=True)
+
+
+def _absolute(path: epath.PathLike) -> epath.Path:
+    return epath.Path(path).expanduser().resolve()
+
+
+def _state(model: ResNet) -> nnx.State:
+    return nnx.state(model, (nnx.Param, nnx.BatchStat))
+
+
+def _by_name(model: ResNet) -> dict[str, nnx.Variable]:
+    """Parameters and batch statistics by path, joined by dots."""
+    return {
+        ".".join(map(str, path)): variable for path, variable in nnx.to_flat_state(_state(model))
+    }
+
+
+def _flatten(tree: Mapping) -> dict[str, np.ndarray]:
+    leaves, _ = jax.tree.flatten_with_path(tree)
+    return {".".join(str(key.key) for key in path): leaf for path, leaf in leaves}

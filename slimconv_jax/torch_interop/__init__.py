@@ -1,0 +1,1 @@
+"""PyTorch checkpoints in, PyTorch checkpoints out; torch is imported only when needed."""

@@ -1,0 +1,191 @@
+"""State dicts to models and back: `from_torch` and `to_torch`."""
+
+import difflib
+import re
+import sys
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from slimconv_jax.errors import InputError
+from slimconv_jax.models.resnet import ResNet
+from slimconv_jax.models.slimconv import CompressionRatio
+from slimconv_jax.models.zoo import (
+    ARCHITECTURES,
+    abstract_resnet,
+    describe,
+    name_of,
+    unknown_model,
+)
+from slimconv_jax.torch_interop.architecture import read_architecture
+from slimconv_jax.torch_interop.names import entries
+
+_LEAF = re.compile(r"(?:.*\.)?(?:weight|bias|running_mean|running_var)")
+_COUNTER = re.compile(r"(?:.*\.)?num_batches_tracked")
+_PREFIX = re.compile(r"(.*\.|)(layer[1-4]\.\d+\..+)")
+
+
+def from_torch(
+    state_dict: Mapping[str, Any],
+    *,
+    arch: str | None = None,
+    k: CompressionRatio | None = None,
+) -> ResNet:
+    """The model of a PyTorch state dict, in evaluation mode.
+
+    Its architecture is read off the shapes: blocks, width, k, groups, stem and classes. Strides
+    and dilation leave no trace in shapes: they are those of the published networks.
+
+    Args:
+      state_dict: PyTorch tensors or NumPy arrays by name, the released ones or torchvision's,
+        with or without a prefix such as `module.`. Entries of half precision become float32.
+        Everything but `num_batches_tracked` must be used.
+      arch: the name that the architecture must have, one of `list_models()`, at any k, width
+        and number of classes.
+      k: the compression ratio that it must have. To be given where the network is
+        so narrow that its shapes do not tell.
+
+    Raises:
+      ValueError: if the entries are not exactly those of one of our architectures; the
+        message lists all that are missing, unexpected and of another shape.
+    """
+    arrays = clean_state_dict(state_dict)
+    shapes = {name: array.shape for name, array in arrays.items()}
+    config = read_architecture(shapes, k=k)
+    if arch is not None and name_of(config) != arch:
+        if arch not in ARCHITECTURES:
+            raise unknown_model(arch)
+        raise InputError(f"{arch} was asked for, and the entries are those of {describe(config)}")
+    try:
+        model = abstract_resnet(config)
+    except InputError as error:
+        raise InputError(f"the shapes are those of no ResNet: {error}") from None
+    table = entries(model)
+    expected = {name: entry.shape for name, entry in table.items()}
+    if shapes != expected:
+        raise InputError(
+            f"the entries are not those of {describe(config)}, which they come nearest to:\n"
+            + "\n".join(_differences(shapes, expected))
+        )
+    for name, entry in table.items():
+        entry.variable.set_value(jnp.asarray(entry.to_ours(arrays[name])))
+    model.eval()
+    return model
+
+
+def to_torch(model: ResNet) -> dict[str, np.ndarray]:
+    """The PyTorch state dict of a model: NumPy arrays by released name, in PyTorch's layout.
+
+    `num_batches_tracked` is left out: it is no part of the function, and PyTorch does
+    without it, also where it is strict.
+
+    Raises:
+      ValueError: if the model is no ResNet of this package.
+    """
+    if not isinstance(model, ResNet):
+        raise InputError(f"to_torch takes a slimconv_jax ResNet, not a {type(model).__name__}")
+    return {
+        name: entry.to_torch(np.asarray(entry.variable[...]))
+        for name, entry in entries(model).items()
+    }
+
+
+def rename(
+    state_dict: Mapping[str, Any], substitutions: Iterable[tuple[str, str]]
+) -> dict[str, Any]:
+    """The state dict under other names.
+
+    Args:
+      state_dict: anything by name.
+      substitutions: regular expressions and their replacements, applied in order to every name
+        as `re.sub` does. An entry whose name becomes empty is left out.
+
+    Raises:
+      ValueError: if a regular expression is none, or two entries get the same name.
+    """
+    renamed = {}
+    for old in state_dict:
+        new = old
+        for pattern, replacement in substitutions:
+            try:
+                new = re.sub(pattern, replacement, new)
+            except (re.error, IndexError) as error:
+                raise InputError(f"rename {pattern!r} to {replacement!r}: {error}") from None
+        if new in renamed:
+            raise InputError(f"two entries are named {new!r} after renaming; one was {old!r}")
+        if new:
+            renamed[new] = state_dict[old]
+    return renamed
+
+
+def clean_state_dict(state_dict: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """The parameters and statistics of a state dict, without prefix, in float32 or float64.
+
+    Raises:
+      ValueError: if one of them is no dense floating-point tensor, or the names are
+        those of several networks.
+    """
+    arrays = {}
+    for name, value in state_dict.items():
+        if not isinstance(name, str) or _COUNTER.fullmatch(name):
+            continue
+        array = _as_array(value)
+        if isinstance(array, str):
+            if not _LEAF.fullmatch(name):
+                continue  # what else a file holds beside its tensors
+            raise InputError(f"{name} is {array}; a dense floating-point tensor is needed")
+        arrays[name] = array
+    blocks: dict[str, set[str]] = {}
+    for name in arrays:
+        if match := _PREFIX.fullmatch(name):
+            blocks.setdefault(match[1], set()).add(match[2])
+    if not blocks:
+        return arrays
+    prefix = max(blocks, key=lambda prefix: len(blocks[prefix]))
+    for other, names in blocks.items():
+        if other != prefix and names & blocks[prefix]:
+            raise InputError(
+                f"there are several networks, under the prefixes {prefix!r} and {other!r}; leave "
+                "one of them out, which renaming its entries to nothing does"
+            )
+    clean = {}
+    for name, array in arrays.items():
+        stripped = name.removeprefix(prefix)
+        if stripped in clean:
+            raise InputError(f"{stripped} is there twice, with and without the prefix {prefix!r}")
+        clean[stripped] = array
+    return clean
+
+
+def _as_array(value: Any) -> np.ndarray | str:
+    """A tensor or array in float32 or float64; a string that says what it is if it cannot be."""
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(value, torch.Tensor):
+        if value.is_quantized or value.layout != torch.strided or value.device.type == "meta":
+            return "a quantised, sparse or empty tensor"
+        if not value.is_floating_point():
+            return f"a tensor of type {value.dtype}"
+        wide = value.dtype if value.dtype == torch.float64 else torch.float32
+        return value.detach().to("cpu", wide).numpy()
+    if not hasattr(value, "dtype") or not hasattr(value, "shape"):
+        return f"a {type(value).__name__}"
+    if not jnp.issubdtype(value.dtype, jnp.floating):
+        return f"an array of type {value.dtype}"
+    return np.asarray(value, np.float64 if value.dtype == np.float64 else np.float32)
+
+
+def _differences(found: Mapping[str, tuple], expected: Mapping[str, tuple]) -> Iterable[str]:
+    """A line for each name that is missing, unexpected, or of another shape."""
+    missing = {name: shape for name, shape in expected.items() if name not in found}
+    unexpected = {name: shape for name, shape in found.items() if name not in expected}
+    for name, shape in missing.items():
+        # Of the same shape and with a name like it: most likely the same entry.
+        near = difflib.get_close_matches(name, [n for n in unexpected if unexpected[n] == shape])
+        yield f"  missing     {name} {shape}" + (f"; is it {near[0]}?" if near else "")
+    for name, shape in unexpected.items():
+        yield f"  unexpected  {name} {shape}"
+    for name, shape in expected.items():
+        if name in found and found[name] != shape:
+            yield f"  shape       {name} is {found[name]}, must be {shape}"

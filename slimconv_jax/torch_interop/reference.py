@@ -1,0 +1,156 @@
+"""The family in PyTorch, under the names of the released files, to compare with.
+
+Written from the paper on its own, not from the Flax modules, so that an error in one of the two
+shows. This is the one module that imports torch at its top: import it only when needed.
+"""
+
+import torch
+from torch import nn
+
+from slimconv_jax.models.resnet import ResNetConfig
+
+
+class SlimConv(nn.Module):
+    """Gate, fold twice, convolve both halves (paper, section III), for (N, C, H, W)."""
+
+    def __init__(self, channels, reduction, stride, dilation, upper_groups, lower_groups):
+        super().__init__()
+        self.reduction = reduction
+        upper, lower = channels // reduction, channels // (2 * reduction)
+        squeezed = max(channels // 32, 1)
+        conv3x3 = {"stride": stride, "padding": dilation, "dilation": dilation, "bias": False}
+        self.conv2_1 = nn.Sequential(
+            nn.Conv2d(upper, upper, 3, groups=upper_groups, **conv3x3), nn.BatchNorm2d(upper)
+        )
+        self.conv2_2 = nn.Sequential(
+            nn.Conv2d(upper, lower, 1, bias=False),
+            nn.BatchNorm2d(lower),
+            nn.ReLU(),
+            nn.Conv2d(lower, lower, 3, groups=lower_groups, **conv3x3),
+            nn.BatchNorm2d(lower),
+        )
+        self.fc = nn.Sequential(
+            nn.Conv2d(channels, squeezed, 1, bias=False),
+            nn.BatchNorm2d(squeezed),
+            nn.ReLU(),
+            nn.Conv2d(squeezed, channels, 1),
+            nn.Sigmoid(),
+        )
+
+    def forward(self, x):
+        weights = self.fc(x.mean((2, 3), keepdim=True))
+        chunk = x.shape[1] // self.reduction
+        upper, lower = (
+            sum((w * x).split(chunk, dim=1)[: self.reduction]) for w in (weights, weights.flip(1))
+        )
+        return torch.cat([self.conv2_1(upper), self.conv2_2(lower)], dim=1)
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions and a shortcut."""
+
+    def __init__(self, in_channels, planes, stride, dilation, config):
+        super().__init__()
+        self.conv1 = nn.Conv2d(
+            in_channels, planes, 3, stride, padding=dilation, dilation=dilation, bias=False
+        )
+        self.bn1 = nn.BatchNorm2d(planes)
+        self.conv2 = nn.Conv2d(planes, planes, 3, padding=dilation, dilation=dilation, bias=False)
+        self.bn2 = nn.BatchNorm2d(planes)
+        self.out_channels = planes
+        self.downsample = _downsample(in_channels, self.out_channels, stride)
+
+    def forward(self, x):
+        y = torch.relu(self.bn1(self.conv1(x)))
+        return torch.relu(self.bn2(self.conv2(y)) + self.downsample(x))
+
+
+class Bottleneck(nn.Module):
+    """1x1 convolution, SlimConv or 3x3 convolution, 1x1 convolution, and a shortcut."""
+
+    def __init__(self, in_channels, planes, stride, dilation, config):
+        super().__init__()
+        width = int(planes * config.base_width / 64) * config.groups
+        self.out_channels = 4 * planes
+        self.conv1 = nn.Conv2d(in_channels, width, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        if config.reduction is None:
+            self.conv2 = nn.Conv2d(
+                width,
+                width,
+                3,
+                stride,
+                padding=dilation,
+                dilation=dilation,
+                groups=config.groups,
+                bias=False,
+            )
+            self.bn2 = nn.BatchNorm2d(width)
+        else:
+            lower_groups = config.lower_groups or config.groups
+            self.conv2 = SlimConv(
+                width, config.reduction, stride, dilation, config.groups, lower_groups
+            )
+            width = width // config.reduction + width // (2 * config.reduction)
+            self.bn2 = nn.Identity()
+        self.conv3 = nn.Conv2d(width, self.out_channels, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(self.out_channels)
+        self.downsample = _downsample(in_channels, self.out_channels, stride)
+
+    def forward(self, x):
+        y = torch.relu(self.bn1(self.conv1(x)))
+        y = torch.relu(self.bn2(self.conv2(y)))
+        return torch.relu(self.bn3(self.conv3(y)) + self.downsample(x))
+
+
+def _downsample(in_channels, out_channels, stride):
+    if stride == 1 and in_channels == out_channels:
+        return nn.Identity()
+    return nn.Sequential(
+        nn.Conv2d(in_channels, out_channels, 1, stride, bias=False), nn.BatchNorm2d(out_channels)
+    )
+
+
+class ResNet(nn.Module):
+    """A ResNet or Sc-ResNet for images (N, 3, H, W), as `config` says.
+
+    The parameters have no values of a kind: load a state dict.
+    """
+
+    def __init__(self, config: ResNetConfig):
+        super().__init__()
+        channels = config.width
+        if config.stem == "imagenet":
+            self.conv1 = nn.Conv2d(3, channels, 7, stride=2, padding=3, bias=False)
+            self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
+        else:
+            self.conv1 = nn.Conv2d(3, channels, 3, padding=1, bias=False)
+            self.maxpool = nn.Identity()
+        self.bn1 = nn.BatchNorm2d(channels)
+        block_type = {"basic": BasicBlock, "bottleneck": Bottleneck}[config.block]
+        dilation = 1
+        for stage, count in enumerate(config.blocks):
+            stride, first_dilation = (1 if stage == 0 else 2), dilation
+            if stage > 0 and config.dilation[stage - 1]:
+                stride, dilation = 1, dilation * stride
+            blocks = []
+            for index in range(count):
+                planes = config.width * 2**stage
+                setting = (stride, first_dilation) if index == 0 else (1, dilation)
+                blocks.append(block_type(channels, planes, *setting, config))
+                channels = blocks[-1].out_channels
+            self.add_module(f"layer{stage + 1}", nn.Sequential(*blocks))
+        self.fc = nn.Linear(channels, config.num_classes)
+
+    def activations(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What comes out of the stem (before the pool), of each stage, and the logits."""
+        stages = {"stem": torch.relu(self.bn1(self.conv1(x)))}
+        y = self.maxpool(stages["stem"])
+        for stage in (1, 2, 3, 4):
+            y = stages[f"stage {stage}"] = getattr(self, f"layer{stage}")(y)
+        stages["logits"] = self.fc(y.mean((2, 3)))
+        return stages
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Logits (N, num_classes)."""
+        return self.activations(x)["logits"]
