@@ -1,4 +1,4 @@
-"""The command line beside train.py: what models there are, and what is in them."""
+"""The command line beside train.py: what models there are, what is in them, and exports."""
 
 import argparse
 import os
@@ -7,7 +7,7 @@ import sys
 from slimconv_jax.errors import InputError
 from slimconv_jax.models.complexity import count_macs, count_params, layers
 from slimconv_jax.models.slimconv import k_from_reduction
-from slimconv_jax.models.zoo import ARCHITECTURES, PUBLISHED, abstract_model, list_models
+from slimconv_jax.models.zoo import ARCHITECTURES, PUBLISHED, abstract_model, describe, list_models
 
 
 def list_command(args: argparse.Namespace) -> None:
@@ -50,6 +50,22 @@ def summary_command(args: argparse.Namespace) -> None:
     )
 
 
+def export_command(args: argparse.Namespace) -> None:
+    """Writes a saved model in a format for other programs."""
+    # Imported here since they take seconds.
+    from slimconv_jax.saving import load_model
+    from slimconv_jax.torch_interop.checkpoint_file import write_checkpoint
+    from slimconv_jax.torch_interop.convert import to_torch
+
+    model = load_model(args.model)
+    state_dict = to_torch(model)
+    write_checkpoint(state_dict, args.output, overwrite=args.overwrite)
+    print(
+        f"wrote {args.output}: {describe(model.config)}, {len(state_dict)} tensors; in PyTorch:\n"
+        f'  net.load_state_dict(torch.load("{args.output}"))'
+    )
+
+
 def main(argv: list[str] | None = None) -> int:
     """Runs one command; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m slimconv_jax", description=__doc__)
@@ -69,6 +85,18 @@ def main(argv: list[str] | None = None) -> int:
         "--image-size", type=int, default=224, metavar="N", help="pixels a side (default: 224)"
     )
     command.set_defaults(run=summary_command)
+
+    command = commands.add_parser("export", help="a saved model, for other programs")
+    command.add_argument("model", metavar="MODEL", help="a directory of save_model")
+    command.add_argument("output", metavar="OUT", help="the new file")
+    command.add_argument(
+        "--format",
+        choices=["torch"],
+        required=True,
+        help="torch: a state dict with the names of the released files",
+    )
+    command.add_argument("--overwrite", action="store_true", help="replace a file at OUT")
+    command.set_defaults(run=export_command)
 
     args = parser.parse_args(argv)
     try:

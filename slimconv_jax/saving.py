@@ -9,6 +9,7 @@ not at all.
 
 import contextlib
 import dataclasses
+import hashlib
 import importlib.metadata
 import json
 import uuid
@@ -77,13 +78,16 @@ def save_model(
         if format == "orbax":
             import orbax.checkpoint as ocp
 
-            with ocp.StandardCheckpointer() as checkpointer:
-                checkpointer.save(weights, nnx.to_pure_dict(_state(model)))
+            # Not the asynchronous one, whose threads would go on after a failure.
+            with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
+                tree = nnx.to_pure_dict(_state(model))
+                checkpointer.save(weights, args=ocp.args.StandardSave(tree))
         else:
             import safetensors.numpy
 
             arrays = {name: np.asarray(value[...]) for name, value in _by_name(model).items()}
             safetensors.numpy.save_file(arrays, weights)
+        description["files"] = _checksums(directory)
         (directory / _DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n")
 
 
@@ -110,11 +114,13 @@ def load_model(path: epath.PathLike, *, dtype: Dtype | None = None) -> ResNet:
             for name, value in description["architecture"].items()
         }
         weights = directory / _WEIGHTS[description["format"]]
+        files = dict(description["files"])
         model = abstract_resnet(ResNetConfig(**fields), dtype=dtype)
-    except (AttributeError, KeyError, TypeError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise InputError(
             f"{directory / _DESCRIPTION} does not describe a model: {type(error).__name__} {error}"
         ) from None
+    _verify(directory, files)
     variables = _by_name(model)
     try:
         if weights.suffix:
@@ -128,8 +134,9 @@ def load_model(path: epath.PathLike, *, dtype: Dtype | None = None) -> ResNet:
             like = jax.tree.map(
                 lambda v: np.empty(v.shape, v.dtype), nnx.to_pure_dict(_state(model))
             )
-            with ocp.StandardCheckpointer() as checkpointer:
-                arrays = _flatten(checkpointer.restore(weights, like))
+            with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
+                tree = checkpointer.restore(weights, args=ocp.args.StandardRestore(like))
+            arrays = _flatten(tree)
     except Exception as error:  # each library has errors of its own
         raise InputError(f"the weights in {weights} cannot be read: {error}") from None
     if {name: array.shape for name, array in arrays.items()} != {
@@ -137,7 +144,7 @@ def load_model(path: epath.PathLike, *, dtype: Dtype | None = None) -> ResNet:
     }:
         raise InputError(f"the weights in {weights} are not those of {_DESCRIPTION}'s architecture")
     for name, variable in variables.items():
-        variable.set_value(jnp.asarray(arrays[name]))
+        variable.set_value(jnp.asarray(arrays[name], variable.dtype))
     model.eval()
     return model
 
@@ -151,7 +158,7 @@ def check_destination(path: epath.PathLike, *, overwrite: bool) -> None:
     directory = _absolute(path)
     if directory.exists():
         if not overwrite:
-            raise InputError(f"{directory} exists already, and is not to be overwritten")
+            raise InputError(f"{directory} exists already, and overwriting was not asked for")
         if not (directory / _DESCRIPTION).exists():
             raise InputError(
                 f"{directory} exists and is no saved model, so that it is not overwritten either"
@@ -185,6 +192,32 @@ def _new_directory(path: epath.PathLike, *, overwrite: bool) -> Iterator[epath.P
         if old.exists() and not directory.exists():
             old.rename(directory)
         hidden.rmtree(missing_ok=True)
+
+
+def _checksums(directory: epath.Path, parent: str = "") -> dict[str, str]:
+    """The SHA-256 of every file in a directory and below, by relative path."""
+    checksums = {}
+    for path in sorted(directory.iterdir()):
+        if path.is_dir():
+            checksums |= _checksums(path, f"{parent}{path.name}/")
+        else:
+            checksums[parent + path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
+    return checksums
+
+
+def _verify(directory: epath.Path, files: Mapping[str, str]) -> None:
+    """Finds damage before Orbax does, whose threads would print their tracebacks.
+
+    Raises:
+      ValueError: if a file is not as it was written.
+    """
+    for name, checksum in files.items():
+        try:
+            data = (directory / name).read_bytes()
+        except OSError as error:
+            raise InputError(f"cannot read {directory / name}: {error.strerror}") from None
+        if hashlib.sha256(data).hexdigest() != checksum:
+            raise InputError(f"{directory / name} is damaged: its SHA-256 is not the one written")
 
 
 def _absolute(path: epath.PathLike) -> epath.Path:

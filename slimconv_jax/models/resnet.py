@@ -169,6 +169,18 @@ def _shortcut(
     return ConvBN(in_features, out_features, 1, strides=strides, dtype=dtype, rngs=rngs)
 
 
+def as_dtype(dtype: Dtype | None) -> jnp.dtype | None:
+    """The one form of a dtype, None for none.
+
+    Raises:
+      ValueError: if it is no dtype.
+    """
+    try:
+        return None if dtype is None else jnp.dtype(dtype)
+    except TypeError:
+        raise InputError(f"dtype={dtype!r} is no dtype, such as 'bfloat16'") from None
+
+
 class ResNet(nnx.Module):
     """A ResNet or Sc-ResNet classifier; `create_model` builds the named ones.
 
@@ -198,10 +210,7 @@ class ResNet(nnx.Module):
         rngs: nnx.Rngs,
     ):
         self.config = config
-        try:
-            dtype = None if dtype is None else jnp.dtype(dtype)
-        except TypeError:
-            raise InputError(f"dtype={dtype!r} is no dtype, such as 'bfloat16'") from None
+        dtype = as_dtype(dtype)
         if config.stem == "imagenet":
             self.stem = ConvBN(3, config.width, 7, strides=2, dtype=dtype, rngs=rngs)
         else:

@@ -8,11 +8,12 @@ import types
 from collections.abc import Callable, Sequence
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from flax.typing import Dtype
 
 from slimconv_jax.errors import InputError
-from slimconv_jax.models.resnet import ResNet, ResNetConfig
+from slimconv_jax.models.resnet import ResNet, ResNetConfig, as_dtype
 from slimconv_jax.models.slimconv import CompressionRatio, k_from_reduction, reduction_from_k
 
 
@@ -131,7 +132,13 @@ def abstract_model(name: str, **overrides) -> ResNet:
 
 def abstract_resnet(config: ResNetConfig, *, dtype: Dtype | None = None) -> ResNet:
     """`ResNet(config)` without the arrays, as the target of loaded weights."""
-    return _abstract(functools.partial(ResNet, config, dtype=dtype))
+    return nnx.merge(*_abstract_parts(config, as_dtype(dtype)))
+
+
+@functools.lru_cache(maxsize=8)
+def _abstract_parts(config: ResNetConfig, dtype: jnp.dtype | None) -> tuple:
+    graphdef, state = nnx.split(_abstract(functools.partial(ResNet, config, dtype=dtype)))
+    return graphdef, nnx.to_pure_dict(state)
 
 
 def _abstract(build: Callable[..., ResNet]) -> ResNet:

@@ -6,6 +6,7 @@ import os
 import re
 import struct
 import types
+import uuid
 import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -87,6 +88,35 @@ def read_checkpoint(
         raise InputError(f"{path} holds several state dicts, {places}; choose one with --key")
     place = usual[0] if usual else next(iter(found))
     return found[place], place, list(found)
+
+
+def write_checkpoint(
+    state_dict: Mapping[str, np.ndarray], path: os.PathLike | str, *, overwrite: bool = False
+) -> None:
+    """Writes a state dict as `torch.save` does, for `net.load_state_dict(torch.load(path))`.
+
+    The file appears complete or not at all.
+
+    Raises:
+      ValueError: if PyTorch is not installed, or the file exists (and is not to be overwritten)
+        or cannot be written.
+    """
+    path = Path(path)
+    if path.is_dir() or (path.exists() and not overwrite):
+        what = "as a directory" if path.is_dir() else "and overwriting was not asked for"
+        raise InputError(f"{path} exists already, {what}")
+    torch = import_torch()
+    part = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        with open(part, "wb") as file:
+            torch.save({name: torch.tensor(array) for name, array in state_dict.items()}, file)
+        part.replace(path)
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror}") from None
+    except RuntimeError as error:  # PyTorch's, when the disk is full
+        raise InputError(f"cannot write {path}: {_first_line(error)}") from None
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def _state_dicts(content: Any, place: str = "", depth: int = 3) -> Iterator[tuple[str, dict]]:

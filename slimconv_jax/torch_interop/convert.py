@@ -3,6 +3,7 @@
 import difflib
 import re
 import sys
+import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -47,6 +48,9 @@ def from_torch(
       k: the compression ratio that it must have. To be given where the network is
         so narrow that its shapes do not tell.
 
+    Warns:
+      UserWarning: if weights are infinite or NaN, or variances negative, with the names.
+
     Raises:
       ValueError: if the entries are not exactly those of one of our architectures; the
         message lists all that are missing, unexpected and of another shape.
@@ -69,6 +73,8 @@ def from_torch(
             f"the entries are not those of {describe(config)}, which they come nearest to:\n"
             + "\n".join(_differences(shapes, expected))
         )
+    if odd := [*filter(None, (_oddity(name, array) for name, array in arrays.items()))]:
+        warnings.warn(f"{len(odd)} entries look damaged: {', '.join(odd)}", stacklevel=2)
     for name, entry in table.items():
         entry.variable.set_value(jnp.asarray(entry.to_ours(arrays[name])))
     model.eval()
@@ -174,6 +180,15 @@ def _as_array(value: Any) -> np.ndarray | str:
     if not jnp.issubdtype(value.dtype, jnp.floating):
         return f"an array of type {value.dtype}"
     return np.asarray(value, np.float64 if value.dtype == np.float64 else np.float32)
+
+
+def _oddity(name: str, array: np.ndarray) -> str | None:
+    """What no trained network has."""
+    if not np.isfinite(array).all():
+        return f"{name} (infinite or NaN)"
+    if name.endswith("running_var") and (array < 0).any():
+        return f"{name} (negative)"
+    return None
 
 
 def _differences(found: Mapping[str, tuple], expected: Mapping[str, tuple]) -> Iterable[str]:

@@ -66,12 +66,6 @@ class Parity:
         return next((stage for stage in self.stages if not stage.within(tolerance)), None)
 
 
-def random_images(model: ResNet, count: int) -> np.ndarray:
-    """Normal noise (count, H, W, 3), float32, of the size that the model's stem is made for."""
-    size = 224 if model.config.stem == "imagenet" else 32
-    return np.random.default_rng(0).normal(size=(count, size, size, 3)).astype(np.float32)
-
-
 def check_parity(
     model: ResNet,
     state_dict: Mapping[str, np.ndarray],

@@ -1,0 +1,210 @@
+"""Imports the weights of a PyTorch checkpoint, and proves that the model computes the same.
+
+    python convert_weights.py CHECKPOINT OUTPUT
+
+OUTPUT becomes a directory that slimconv_jax.load_model opens. The architecture is read off the
+shapes. The model and a PyTorch network of the same weights are run on the same images; if they
+differ, nothing is written.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import hashlib
+import math
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import rich.console
+
+from slimconv_jax.compilation_cache import enable_compilation_cache
+from slimconv_jax.data.transforms import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    find_images,
+    read_image,
+    resize_and_crop,
+)
+from slimconv_jax.errors import InputError, require_integer
+from slimconv_jax.models.complexity import count_params
+from slimconv_jax.models.zoo import describe
+from slimconv_jax.saving import FORMATS, check_destination, save_model
+from slimconv_jax.torch_interop.checkpoint_file import import_torch, read_checkpoint
+from slimconv_jax.torch_interop.convert import clean_state_dict, from_torch, rename
+from slimconv_jax.torch_interop.parity import DEFAULT_TOLERANCE, Parity, check_parity
+from slimconv_jax.training.augment import normalize
+
+
+def convert(args: argparse.Namespace) -> None:
+    """Converts as the command line says."""
+    check_destination(args.output, overwrite=args.overwrite)
+    require_integer("--num-images", args.num_images, 1)
+    if not 0 <= args.tolerance < math.inf:
+        raise InputError(f"--tolerance={args.tolerance} must be a number >= 0")
+    times: dict[str, float] = {}
+
+    with timed(times, "reading"):
+        entries, place, places = read_checkpoint(args.checkpoint, key=args.key)
+        digest = hash_file(args.checkpoint)
+        state_dict = clean_state_dict(rename(entries, args.rename))
+    where = f" under {place!r}" if place else ""
+    others = [other for other in places if other != place]
+    there = f" (there are also {', '.join(map(repr, others))}: see --key)" if others else ""
+    say(f"read    {args.checkpoint}: {len(state_dict)} tensors{where}{there}")
+    say(f"        SHA-256 {digest}")
+
+    with timed(times, "converting"), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model = from_torch(state_dict, arch=args.arch, k=args.k)
+    say(f"model   {describe(model.config)}: {count_params(model):,} parameters")
+    for warning in caught:
+        print(f"warning: {warning.message}", file=sys.stderr)
+
+    source = {"file": Path(args.checkpoint).name, "sha256": digest, "state_dict": place}
+    info = {"source": source, "parity": None}
+    if args.parity:
+        with timed(times, "comparing"):
+            size = args.image_size or (224 if model.config.stem == "imagenet" else 32)
+            require_integer("--image-size", size, 1)
+            images, kind = inputs(args.images, args.num_images, size)
+            say(f"parity  with PyTorch on {kind}, in float32:")
+            parity = check_parity(model, state_dict, images)
+        show(parity)
+        if difference := parity.first_difference(args.tolerance):
+            raise InputError(
+                f"the model is not the PyTorch network: {difference.stage} differs first, by "
+                f"{difference.max_rel_error:.1e} of its largest value"
+                + ("" if difference.same_finite else " and in which values are finite")
+                + f" (allowed: {args.tolerance:.1e}); nothing was written"
+            )
+        if unknown := next((s.stage for s in parity.stages if s.finite < 1), None):
+            print(
+                f"warning: from {unknown} on, values are infinite or NaN, in PyTorch as well; "
+                "only finite ones were compared",
+                file=sys.stderr,
+            )
+        info["parity"] = {
+            "inputs": kind,
+            "tolerance": args.tolerance,
+            **dataclasses.asdict(parity),
+        }
+
+    with timed(times, "writing"):
+        save_model(model, args.output, format=args.format, overwrite=args.overwrite, info=info)
+    split = ", ".join(f"{name} {seconds:.1f}" for name, seconds in times.items())
+    say(f"wrote   {args.output} in {sum(times.values()):.1f} s ({split})")
+    say(f'        model = slimconv_jax.load_model("{args.output}")')
+
+
+def inputs(directory: str | None, count: int, size: int) -> tuple[np.ndarray, str]:
+    """Images (N, size, size, 3), float32 and normalised, and what they are in words."""
+    if directory is None:
+        noise = np.random.default_rng(0).normal(size=(count, size, size, 3))
+        return noise.astype(np.float32), f"{count} images of {size}x{size} random numbers"
+    files = find_images(directory)
+    files = [files[i] for i in np.linspace(0, len(files) - 1, min(count, len(files))).astype(int)]
+    pixels = np.stack([resize_and_crop(read_image(file), size) for file in files])
+    images = np.array(normalize(pixels, mean=IMAGENET_MEAN, std=IMAGENET_STD))
+    return images, f"{len(files)} images of {size}x{size} from {directory}"
+
+
+def show(parity: Parity) -> None:
+    """Prints the errors, stage by stage."""
+    row = "        {:8} {:>12}  {:>13}  {:>17}"
+    say(row.format("output", "shape", "max abs error", "max relative error"))
+    for stage in parity.stages:
+        shape = "x".join(map(str, stage.shape))
+        errors = (f"{error:.1e}" for error in (stage.max_abs_error, stage.max_rel_error))
+        say(row.format(stage.stage, shape, *errors))
+    same = round(parity.top1_agreement * parity.images)
+    say(f"        the same class comes first in {same} of {parity.images} images")
+
+
+def hash_file(path: str) -> str:
+    """The SHA-256 of a file, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def say(text: str) -> None:
+    print(text, flush=True)
+
+
+@contextlib.contextmanager
+def timed(times: dict[str, float], name: str) -> Iterator[None]:
+    """Notes the seconds that something takes, and shows a spinner meanwhile on a terminal."""
+    start = time.perf_counter()
+    with rich.console.Console(stderr=True).status(f"{name} ..."):
+        yield
+    times[name] = time.perf_counter() - start
+
+
+def parse_rename(text: str) -> tuple[str, str]:
+    """Splits REGEX=REPLACEMENT at the last equals sign."""
+    pattern, equals, replacement = text.rpartition("=")
+    if not equals or not pattern:
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form REGEX=REPLACEMENT")
+    return pattern, replacement
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("checkpoint", metavar="CHECKPOINT", help="a file of torch.save, or .safetensors")
+    add("output", metavar="OUTPUT", help="the new directory")
+    add("--overwrite", action="store_true", help="replace a model that is at OUTPUT already")
+    add("--format", choices=FORMATS, default="orbax", help="of the weights (default: orbax)")
+    add("--arch", metavar="NAME", help="fail unless this is the architecture, at any k")
+    add("--k", metavar="K", help="fail unless this is the compression ratio, such as 8/3")
+    add("--key", help="where in the file the state dict is, if it is not found: keys, with dots")
+    add(
+        "--rename",
+        action="append",
+        default=[],
+        type=parse_rename,
+        metavar="REGEX=REPLACEMENT",
+        help="change the names of entries, as re.sub does; an entry whose name becomes empty is "
+        "left out; can be repeated",
+    )
+    parity = parser.add_argument_group("comparison with PyTorch")
+    add = parity.add_argument
+    add("--no-parity", dest="parity", action="store_false", help="leave it out")
+    add("--images", metavar="DIR", help="compare on images from here, not on random numbers")
+    add("--num-images", type=int, default=8, metavar="N", help="how many (default: 8)")
+    add("--image-size", type=int, metavar="N", help="pixels a side (default: 224; small stem: 32)")
+    add(
+        "--tolerance",
+        type=float,
+        default=DEFAULT_TOLERANCE,
+        metavar="X",
+        help="allowed error, relative to the largest value of each output (default: %(default)s)",
+    )
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command; returns the exit status."""
+    args = parse_args(argv)
+    enable_compilation_cache()
+    try:
+        if args.parity:
+            import_torch()
+        convert(args)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted; nothing was written", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,209 @@
+import argparse
+import os
+import pickle
+import sys
+import zipfile
+from collections import OrderedDict
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+
+from slimconv_jax.torch_interop.checkpoint_file import read_checkpoint, write_checkpoint
+
+TENSORS = OrderedDict(
+    {
+        "module.conv1.weight": torch.arange(6.0).reshape(2, 3),
+        "module.bn1.bias": torch.ones(2, dtype=torch.float16),
+    }
+)
+FORMATS = {"legacy": False, "zip": True}
+
+
+def save(content, path, *, zipped=True):
+    torch.save(content, path, _use_new_zipfile_serialization=zipped)
+
+
+def check(found):
+    assert list(found) == list(TENSORS)
+    for name, tensor in found.items():
+        assert torch.equal(torch.as_tensor(tensor), TENSORS[name])
+        assert torch.as_tensor(tensor).dtype == TENSORS[name].dtype
+
+
+@pytest.mark.parametrize("zipped", FORMATS.values(), ids=FORMATS)
+@pytest.mark.parametrize(
+    "best",
+    [
+        torch.tensor(77.23),
+        np.float64(77.23),
+        np.float32(77.23),
+        np.int64(77),
+        np.bool_(True),
+        np.array([76.0, 77.23]),
+    ],
+    ids=lambda value: type(value).__name__ + str(value.dtype),
+)
+def test_a_training_script_saved_more_than_weights(tmp_path, monkeypatch, zipped, best):
+    # As from a GPU, which is not needed for that: a storage is only marked with where it was.
+    monkeypatch.setattr(torch.serialization, "location_tag", lambda storage: "cuda:0")
+    content = {
+        "epoch": 90,
+        "arch": "resnet50",
+        "state_dict": TENSORS,
+        "best_prec1": best,
+        "optimizer": {"state": {0: {"momentum_buffer": torch.ones(2)}}, "param_groups": []},
+        "args": argparse.Namespace(lr=0.1),
+    }
+    save(content, tmp_path / "model.pth.tar", zipped=zipped)
+    assert b"cuda:0" in (tmp_path / "model.pth.tar").read_bytes()
+    found, place, places = read_checkpoint(tmp_path / "model.pth.tar")
+    check(found)
+    assert place == "state_dict" and places == ["state_dict"]
+
+
+def test_files_of_numpy_1_are_read(tmp_path):
+    save({"state_dict": TENSORS, "best": np.float64(1)}, tmp_path / "a.pth", zipped=False)
+    data = (tmp_path / "a.pth").read_bytes()
+    old = data.replace(b"numpy._core.multiarray", b"numpy.core.multiarray")
+    assert old != data
+    (tmp_path / "a.pth").write_bytes(old)
+    check(read_checkpoint(tmp_path / "a.pth")[0])
+
+
+@pytest.mark.parametrize(
+    ("content", "key", "place"),
+    [
+        (TENSORS, None, ""),
+        ({"model": TENSORS}, None, "model"),
+        ({"net": TENSORS, "epoch": 1}, None, "net"),
+        ({"my_weights": TENSORS}, None, "my_weights"),
+        ({"ema": TENSORS, "model_state_dict": TENSORS}, None, "model_state_dict"),
+        ({"ema": TENSORS, "model_state_dict": TENSORS}, "ema", "ema"),
+        ({"model": {"state_dict": TENSORS}}, None, "model.state_dict"),
+        ({"student": TENSORS, "teacher": TENSORS}, "teacher", "teacher"),
+    ],
+)
+def test_where_the_state_dict_is(tmp_path, content, key, place):
+    save(content, tmp_path / "a.pt")
+    found, where, _ = read_checkpoint(tmp_path / "a.pt", key=key)
+    check(found)
+    assert where == place
+
+
+def test_safetensors(tmp_path):
+    safetensors.torch.save_file(dict(TENSORS), tmp_path / "a.safetensors")
+    (tmp_path / "a.safetensors").rename(tmp_path / "without_suffix")
+    found, place, _ = read_checkpoint(tmp_path / "without_suffix")
+    check({name: found[name] for name in TENSORS})
+    assert place == ""
+
+
+class Evil:
+    def __reduce__(self):
+        return os.mkdir, ("evil",)
+
+
+def corrupted_zip():
+    import io
+
+    buffer = io.BytesIO()
+    torch.save({"state_dict": TENSORS}, buffer)
+    data = bytearray(buffer.getvalue())
+    data[data.index(TENSORS["module.conv1.weight"].numpy().tobytes()) + 5] ^= 1
+    return bytes(data)
+
+
+BAD = {
+    "empty": (b"", "is empty"),
+    "html": (b"\n<!DOCTYPE html><html><body>Sign in</body></html>", "is a web page"),
+    "text": ("weights: ja, schöne".encode(), "is a text file"),
+    "lfs": (b"version https://git-lfs.github.com/spec/v1\noid sha256:12", "is a Git LFS pointer"),
+    "gzip": (b"\x1f\x8b\x08\x00\x00", "is a gzip archive, to be unpacked first"),
+    "random": (np.random.default_rng(0).bytes(5000), "is no checkpoint, or is truncated"),
+    "pickle": (pickle.dumps(Evil(), 2), "was refused: reading it would run posix.mkdir"),
+    "flipped bit": (corrupted_zip(), "is damaged: the checksum of .*data/0 inside it is wrong"),
+}
+
+
+@pytest.mark.parametrize(("data", "message"), BAD.values(), ids=BAD)
+def test_what_is_no_checkpoint(tmp_path, data, message):
+    path = tmp_path / "a.pth"
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=f"^{path} {message}"):
+        read_checkpoint(path)
+
+
+@pytest.mark.parametrize("zipped", FORMATS.values(), ids=FORMATS)
+def test_no_file_can_run_code(tmp_path, monkeypatch, zipped):
+    monkeypatch.chdir(tmp_path)
+    save({"state_dict": TENSORS, "extra": Evil()}, "a.pth", zipped=zipped)
+    with pytest.raises(ValueError, match=r"was refused: reading it would run posix.mkdir"):
+        read_checkpoint("a.pth")
+    save(torch.nn.Linear(2, 2), "a.pth", zipped=zipped)
+    with pytest.raises(ValueError, match=r"would run torch.nn.modules.linear.Linear.*state_dict"):
+        read_checkpoint("a.pth")
+    assert not os.path.exists("evil")
+
+
+@pytest.mark.parametrize("zipped", FORMATS.values(), ids=FORMATS)
+def test_truncated_files(tmp_path, zipped):
+    save({"state_dict": TENSORS}, tmp_path / "a.pth", zipped=zipped)
+    data = (tmp_path / "a.pth").read_bytes()
+    for size in (3, 30, len(data) // 2, len(data) - 1):
+        (tmp_path / "a.pth").write_bytes(data[:size])
+        with pytest.raises(ValueError, match="damaged"):
+            read_checkpoint(tmp_path / "a.pth")
+
+
+def test_other_contents(tmp_path):
+    path = tmp_path / "a.pth"
+    for content, message in (
+        ([1, 2], "holds no state dict .* but a list"),
+        ({"epoch": 3, "loss": 0.1}, "holds no state dict .* but a dict of epoch, loss"),
+        ({"student": TENSORS, "teacher": TENSORS}, "several state dicts, 'student', 'teacher'"),
+    ):
+        save(content, path)
+        with pytest.raises(ValueError, match=message):
+            read_checkpoint(path)
+    with pytest.raises(ValueError, match="no state dict under 'ema'; there are 'student', 'tea"):
+        read_checkpoint(path, key="ema")
+    with pytest.raises(ValueError, match="is a directory"):
+        read_checkpoint(tmp_path)
+    with pytest.raises(ValueError, match=r"cannot read .*nowhere.pth: No such file"):
+        read_checkpoint(tmp_path / "nowhere.pth")
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("word/document.xml", "<w/>")
+    with pytest.raises(ValueError, match="is no checkpoint"):
+        read_checkpoint(path)
+    (tmp_path / "a.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{'nonsense'}")
+    with pytest.raises(ValueError, match="is no intact safetensors file"):
+        read_checkpoint(tmp_path / "a.safetensors")
+
+
+def test_without_torch(tmp_path, monkeypatch):
+    save(TENSORS, tmp_path / "a.pth")
+    safetensors.torch.save_file(dict(TENSORS), tmp_path / "a.safetensors")
+    monkeypatch.setitem(sys.modules, "torch", None)  # what `import torch` then fails on
+    with pytest.raises(ValueError, match=r"needs PyTorch.*pip install 'slimconv_jax\[torch\]'"):
+        read_checkpoint(tmp_path / "a.pth")
+    assert set(read_checkpoint(tmp_path / "a.safetensors")[0]) == set(TENSORS)
+
+
+def test_write_checkpoint(tmp_path):
+    path = tmp_path / "a.pth"
+    arrays = {"conv1.weight": np.arange(4, dtype=np.float32)}
+    write_checkpoint(arrays, path)
+    assert torch.equal(torch.load(path)["conv1.weight"], torch.arange(4.0))
+    with pytest.raises(ValueError, match=r"a.pth exists already, and overwriting was not asked"):
+        write_checkpoint(arrays, path)
+    write_checkpoint({"conv1.weight": np.zeros(2, np.float32)}, path, overwrite=True)
+    assert torch.equal(torch.load(path)["conv1.weight"], torch.zeros(2))
+    for bad, message in (
+        (tmp_path, "exists already, as a directory"),
+        (tmp_path / "no" / "a.pth", "cannot write .*: No such file or directory"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            write_checkpoint(arrays, bad, overwrite=True)
+    assert os.listdir(tmp_path) == ["a.pth"]
