@@ -37,6 +37,7 @@ from slimconv_jax.torch_interop.checkpoint_file import import_torch, read_checkp
 from slimconv_jax.torch_interop.convert import clean_state_dict, from_torch, rename
 from slimconv_jax.torch_interop.parity import DEFAULT_TOLERANCE, Parity, check_parity
 from slimconv_jax.training.augment import normalize
+from slimconv_jax.training.report import say
 
 
 def convert(args: argparse.Namespace) -> None:
@@ -130,15 +131,11 @@ def hash_file(path: str) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def say(text: str) -> None:
-    print(text, flush=True)
-
-
 @contextlib.contextmanager
 def timed(times: dict[str, float], name: str) -> Iterator[None]:
     """Notes the seconds that something takes, and shows a spinner meanwhile on a terminal."""
     start = time.perf_counter()
-    with rich.console.Console(stderr=True).status(f"{name} ..."):
+    with rich.console.Console().status(f"{name} ..."):
         yield
     times[name] = time.perf_counter() - start
 

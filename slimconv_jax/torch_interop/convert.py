@@ -9,9 +9,10 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from flax.typing import Dtype
 
 from slimconv_jax.errors import InputError
-from slimconv_jax.models.resnet import ResNet
+from slimconv_jax.models.resnet import ResNet, as_dtype
 from slimconv_jax.models.slimconv import CompressionRatio
 from slimconv_jax.models.zoo import (
     ARCHITECTURES,
@@ -33,6 +34,7 @@ def from_torch(
     *,
     arch: str | None = None,
     k: CompressionRatio | None = None,
+    dtype: Dtype | None = None,
 ) -> ResNet:
     """The model of a PyTorch state dict, in evaluation mode.
 
@@ -47,6 +49,7 @@ def from_torch(
         and number of classes.
       k: the compression ratio that it must have. To be given where the network is
         so narrow that its shapes do not tell.
+      dtype: dtype of the computation, as in `create_model`.
 
     Warns:
       UserWarning: if weights are infinite or NaN, or variances negative, with the names.
@@ -62,8 +65,9 @@ def from_torch(
         if arch not in ARCHITECTURES:
             raise unknown_model(arch)
         raise InputError(f"{arch} was asked for, and the entries are those of {describe(config)}")
+    dtype = as_dtype(dtype)
     try:
-        model = abstract_resnet(config)
+        model = abstract_resnet(config, dtype=dtype)
     except InputError as error:
         raise InputError(f"the shapes are those of no ResNet: {error}") from None
     table = entries(model)

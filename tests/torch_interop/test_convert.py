@@ -2,6 +2,7 @@ import re
 import warnings
 from collections import OrderedDict
 
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
@@ -54,6 +55,9 @@ def test_the_model_is_in_evaluation_mode(state_dict):
     model = from_torch(state_dict)
     assert model.stem.bn.use_running_average
     assert model.stages[0][0].conv2.gate.bn.use_running_average
+    assert from_torch(state_dict, dtype="bfloat16").stem.conv.dtype == jnp.bfloat16
+    with pytest.raises(ValueError, match="dtype='floaty' is no dtype"):
+        from_torch(state_dict, dtype="floaty")
 
 
 @pytest.mark.parametrize("prefix", ["module.", "model.", "module.backbone.", "_orig_mod."])
