@@ -1,10 +1,11 @@
-"""Imports the weights of a PyTorch checkpoint, and proves that the model computes the same.
+"""Imports the weights of a PyTorch checkpoint, and checks that the model computes the same.
 
     python convert_weights.py CHECKPOINT OUTPUT
 
 OUTPUT becomes a directory that slimconv_jax.load_model opens. The architecture is read off the
-shapes. The model and a PyTorch network of the same weights are run on the same images; if they
-differ, nothing is written.
+shapes; what leaves no trace in them (strides, dilation, activations, the epsilon of batch norm)
+is taken to be as published. The model and the published network in PyTorch, with the
+weights of the file, are run on the same images; if they differ, nothing is written.
 """
 
 import argparse
@@ -31,7 +32,7 @@ from slimconv_jax.data.transforms import (
 )
 from slimconv_jax.errors import InputError, require_integer
 from slimconv_jax.models.complexity import count_params
-from slimconv_jax.models.zoo import describe
+from slimconv_jax.models.zoo import describe, name_of, nearest_name
 from slimconv_jax.saving import FORMATS, check_destination, save_model
 from slimconv_jax.torch_interop.checkpoint_file import import_torch, read_checkpoint
 from slimconv_jax.torch_interop.convert import clean_state_dict, from_torch, rename
@@ -44,6 +45,8 @@ def convert(args: argparse.Namespace) -> None:
     """Converts as the command line says."""
     check_destination(args.output, overwrite=args.overwrite)
     require_integer("--num-images", args.num_images, 1)
+    if args.image_size is not None:
+        require_integer("--image-size", args.image_size, 1)
     if not 0 <= args.tolerance < math.inf:
         raise InputError(f"--tolerance={args.tolerance} must be a number >= 0")
     times: dict[str, float] = {}
@@ -64,16 +67,27 @@ def convert(args: argparse.Namespace) -> None:
     say(f"model   {describe(model.config)}: {count_params(model):,} parameters")
     for warning in caught:
         print(f"warning: {warning.message}", file=sys.stderr)
+    if name_of(model.config) is None:
+        print(
+            "warning: this package has no architecture of these blocks; if the file is incomplete, "
+            f"--arch lists what is missing (--arch {nearest_name(model.config)}?)",
+            file=sys.stderr,
+        )
 
     source = {"file": Path(args.checkpoint).name, "sha256": digest, "state_dict": place}
     info = {"source": source, "parity": None}
     if args.parity:
         with timed(times, "comparing"):
             size = args.image_size or (224 if model.config.stem == "imagenet" else 32)
-            require_integer("--image-size", size, 1)
-            images, kind = inputs(args.images, args.num_images, size)
-            say(f"parity  with PyTorch on {kind}, in float32:")
-            parity = check_parity(model, state_dict, images)
+            try:
+                images, kind = inputs(args.images, args.num_images, size)
+                say(f"parity  with PyTorch on {kind}, in float32:")
+                parity = check_parity(model, state_dict, images)
+            except (MemoryError, RuntimeError) as error:  # of JAX and PyTorch, when memory ends
+                raise InputError(
+                    f"the comparison failed, which fewer or smaller images may mend (--num-images, "
+                    f"--image-size): {str(error).strip().splitlines()[0]}"
+                ) from None
         show(parity)
         if difference := parity.first_difference(args.tolerance):
             raise InputError(
@@ -119,7 +133,10 @@ def show(parity: Parity) -> None:
     say(row.format("output", "shape", "max abs error", "max relative error"))
     for stage in parity.stages:
         shape = "x".join(map(str, stage.shape))
-        errors = (f"{error:.1e}" for error in (stage.max_abs_error, stage.max_rel_error))
+        errors = (
+            f"{error:.1e}" if stage.finite else "not finite"
+            for error in (stage.max_abs_error, stage.max_rel_error)
+        )
         say(row.format(stage.stage, shape, *errors))
     same = round(parity.top1_agreement * parity.images)
     say(f"        the same class comes first in {same} of {parity.images} images")
@@ -167,8 +184,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         default=[],
         type=parse_rename,
         metavar="REGEX=REPLACEMENT",
-        help="change the names of entries, as re.sub does; an entry whose name becomes empty is "
-        "left out; can be repeated",
+        help="change the names of entries, prefixes included, as re.sub does; an entry whose "
+        "name becomes empty is left out; can be repeated",
     )
     parity = parser.add_argument_group("comparison with PyTorch")
     add = parity.add_argument

@@ -25,7 +25,7 @@ from flax.typing import Dtype
 
 from slimconv_jax.errors import InputError
 from slimconv_jax.models.complexity import count_params
-from slimconv_jax.models.resnet import ResNet, ResNetConfig
+from slimconv_jax.models.resnet import ResNet, ResNetConfig, as_dtype
 from slimconv_jax.models.slimconv import k_from_reduction
 from slimconv_jax.models.zoo import abstract_resnet, name_of
 
@@ -62,37 +62,45 @@ def save_model(
         raise InputError(f"format={format!r} must be one of {', '.join(map(repr, FORMATS))}")
     config = model.config
     description = {
+        **(info or {}),
         "name": name_of(config),
         "k": config.reduction and str(k_from_reduction(config.reduction)),
         "architecture": dataclasses.asdict(config),
         "parameters": count_params(model),
         "format": format,
-        **(info or {}),
         "versions": {
             package: importlib.metadata.version(package)
             for package in ("slimconv_jax", "jax", "flax", "orbax-checkpoint")
         },
     }
     with _new_directory(path, overwrite=overwrite) as directory:
-        weights = directory / _WEIGHTS[format]
-        if format == "orbax":
-            import orbax.checkpoint as ocp
-
-            # Not the asynchronous one, whose threads would go on after a failure.
-            with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
-                tree = nnx.to_pure_dict(_state(model))
-                checkpointer.save(weights, args=ocp.args.StandardSave(tree))
-        else:
-            import safetensors.numpy
-
-            arrays = {name: np.asarray(value[...]) for name, value in _by_name(model).items()}
-            safetensors.numpy.save_file(arrays, weights)
-        description["files"] = _checksums(directory)
+        try:
+            _write_weights(model, directory / _WEIGHTS[format])
+        except Exception as error:  # for a full disk, each library has an error of its own
+            raise InputError(f"cannot write {path}: {error}") from None
+        description["files"] = {n: _checksum(file) for n, file in _files(directory).items()}
         (directory / _DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n")
+
+
+def _write_weights(model: ResNet, path: epath.Path) -> None:
+    if path.suffix:
+        import safetensors.numpy
+
+        arrays = {name: np.asarray(value[...]) for name, value in _by_name(model).items()}
+        safetensors.numpy.save_file(arrays, path)
+    else:
+        import orbax.checkpoint as ocp
+
+        # Not the asynchronous one, whose threads would go on after a failure.
+        with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
+            tree = nnx.to_pure_dict(_state(model))
+            checkpointer.save(path, args=ocp.args.StandardSave(tree))
 
 
 def load_model(path: epath.PathLike, *, dtype: Dtype | None = None) -> ResNet:
     """The model in a directory that `save_model` or convert_weights.py wrote, in evaluation mode.
+
+    Parameters and batch statistics are float32, whatever they were when they were saved.
 
     Args:
       path: the directory.
@@ -101,6 +109,7 @@ def load_model(path: epath.PathLike, *, dtype: Dtype | None = None) -> ResNet:
     Raises:
       ValueError: if there is no complete model.
     """
+    dtype = as_dtype(dtype)
     directory = _absolute(path)
     try:
         description = json.loads((directory / _DESCRIPTION).read_text())
@@ -159,13 +168,13 @@ def check_destination(path: epath.PathLike, *, overwrite: bool) -> None:
     if directory.exists():
         if not overwrite:
             raise InputError(f"{directory} exists already, and overwriting was not asked for")
-        if not (directory / _DESCRIPTION).exists():
+        if stranger := _stranger(directory):
             raise InputError(
-                f"{directory} exists and is no saved model, so that it is not overwritten either"
+                f"{directory} is not overwritten, since it is not just a saved model: {stranger}"
             )
     if not directory.parent.is_dir():
         raise InputError(f"cannot write {directory}: there is no directory {directory.parent}")
-    probe = directory.parent / f".{directory.name}.{uuid.uuid4().hex}"
+    probe = directory.parent / f".slimconv_jax-{uuid.uuid4().hex[:8]}"
     try:
         probe.mkdir()
         probe.rmdir()
@@ -178,7 +187,7 @@ def _new_directory(path: epath.PathLike, *, overwrite: bool) -> Iterator[epath.P
     """A directory that gets its name when it is complete, and is deleted if that fails."""
     check_destination(path, overwrite=overwrite)
     directory = _absolute(path)
-    hidden = directory.parent / f".{directory.name}.{uuid.uuid4().hex}"
+    hidden = directory.parent / f".slimconv_jax-{uuid.uuid4().hex[:8]}"
     part, old = hidden / "new", hidden / "old"
     try:
         part.mkdir(parents=True)
@@ -186,7 +195,7 @@ def _new_directory(path: epath.PathLike, *, overwrite: bool) -> Iterator[epath.P
         if directory.exists():
             directory.rename(old)
         part.rename(directory)
-    except Exception as error:  # a full disk is an error of TensorStore's own
+    except OSError as error:
         raise InputError(f"cannot write {directory}: {error}") from None
     finally:
         if old.exists() and not directory.exists():
@@ -194,15 +203,29 @@ def _new_directory(path: epath.PathLike, *, overwrite: bool) -> Iterator[epath.P
         hidden.rmtree(missing_ok=True)
 
 
-def _checksums(directory: epath.Path, parent: str = "") -> dict[str, str]:
-    """The SHA-256 of every file in a directory and below, by relative path."""
-    checksums = {}
+def _files(directory: epath.Path, parent: str = "") -> dict[str, epath.Path]:
+    """Every file in a directory and below, by relative path."""
+    files = {}
     for path in sorted(directory.iterdir()):
         if path.is_dir():
-            checksums |= _checksums(path, f"{parent}{path.name}/")
+            files |= _files(path, f"{parent}{path.name}/")
         else:
-            checksums[parent + path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
-    return checksums
+            files[parent + path.name] = path
+    return files
+
+
+def _checksum(file: epath.Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def _stranger(directory: epath.Path) -> str | None:
+    """What keeps a directory from being just what `save_model` wrote."""
+    try:
+        ours = {_DESCRIPTION, *json.loads((directory / _DESCRIPTION).read_text())["files"]}
+        strangers = sorted(_files(directory).keys() - ours)
+    except (OSError, ValueError, KeyError, TypeError):
+        return f"it has no {_DESCRIPTION} of ours"
+    return f"{strangers[0]} is in it" if strangers else None
 
 
 def _verify(directory: epath.Path, files: Mapping[str, str]) -> None:
@@ -213,10 +236,10 @@ def _verify(directory: epath.Path, files: Mapping[str, str]) -> None:
     """
     for name, checksum in files.items():
         try:
-            data = (directory / name).read_bytes()
+            intact = _checksum(directory / name) == checksum
         except OSError as error:
             raise InputError(f"cannot read {directory / name}: {error.strerror}") from None
-        if hashlib.sha256(data).hexdigest() != checksum:
+        if not intact:
             raise InputError(f"{directory / name} is damaged: its SHA-256 is not the one written")
 
 

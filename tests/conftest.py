@@ -1,9 +1,23 @@
-"""Eight simulated devices for every test."""
+"""Eight simulated devices for every test, and one cache of compiled programs for all of them."""
 
 import os
+import shutil
+import tempfile
 
 # Read by JAX when it starts, so before anything imports it.
 os.environ["JAX_PLATFORMS"] = os.environ.get("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 )
+
+# Many tests, in other processes too, run the same programs, which take long to compile.
+_cache = None
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    _cache = tempfile.mkdtemp(prefix="slimconv_jax_tests_")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+
+
+def pytest_unconfigure():
+    if _cache is not None:  # else it belongs to someone else, or to the process that began it all
+        shutil.rmtree(_cache, ignore_errors=True)

@@ -17,6 +17,7 @@ import convert_weights
 from slimconv_jax import load_model, to_torch
 from slimconv_jax.__main__ import main as command_line
 from slimconv_jax.models.resnet import ResNetConfig
+from slimconv_jax.torch_interop.reference import ResNet
 
 CONFIG = ResNetConfig((1, 1, 1, 1), reduction=2, width=8, num_classes=5, stem="cifar")
 
@@ -98,6 +99,7 @@ def test_and_back(tmp_path, checkpoint, state_dict, capsys):
     back = torch.load(tmp_path / "back.pth")
     assert back.keys() == state_dict.keys()
     assert all(torch.equal(tensor, torch.from_numpy(state_dict[n])) for n, tensor in back.items())
+    ResNet(CONFIG).load_state_dict(back, strict=True)
     assert command_line(export) == 1
     assert "exists already" in capsys.readouterr().err
     assert command_line([*export, "--overwrite"]) == 0
@@ -140,6 +142,15 @@ def test_weights_that_are_not_finite_are_a_warning(tmp_path, state_dict, capsys)
     assert (tmp_path / "model").exists()
 
 
+def test_blocks_of_no_known_architecture_are_a_warning(tmp_path, capsys):
+    config = ResNetConfig((1, 1, 2, 1), reduction=2, width=8, num_classes=5, stem="cifar")
+    torch.save(as_tensors(random_state_dict(config)), tmp_path / "a.pth")
+    assert convert(tmp_path / "a.pth", tmp_path / "model", "--no-parity") == 0
+    errors = capsys.readouterr().err
+    assert "no architecture of these blocks" in errors and "(--arch sc_resnet14?)" in errors
+    assert convert(tmp_path / "a.pth", tmp_path / "model", "--no-parity", "--overwrite") == 0
+
+
 def test_beyond_the_tolerance_nothing_is_written(tmp_path, checkpoint, capsys):
     assert convert(checkpoint, tmp_path / "model", "--tolerance", "0") == 1
     errors = capsys.readouterr().err
@@ -169,7 +180,7 @@ def test_an_interruption_leaves_nothing(tmp_path, checkpoint):
     ("arguments", "message"),
     [
         (["{checkpoint}", "{tmp}"], "error: {tmp} exists already, and overwriting was not asked"),
-        (["{checkpoint}", "{tmp}", "--overwrite"], "error: {tmp} exists and is no saved model"),
+        (["{checkpoint}", "{tmp}", "--overwrite"], "error: {tmp} is not overwritten, since it is"),
         (["{checkpoint}", "{tmp}/no/a"], "error: cannot write {tmp}/no/a: there is no directory"),
         (["{checkpoint}", "/proc/a"], "error: cannot write /proc/a: "),
         (["{tmp}/nope.pth", "{tmp}/a"], "error: cannot read {tmp}/nope.pth: No such file"),
@@ -182,6 +193,7 @@ def test_an_interruption_leaves_nothing(tmp_path, checkpoint):
         (["{checkpoint}", "{tmp}/a", "--k", "oops"], "error: k='oops' is not a compression"),
         (["{checkpoint}", "{tmp}/a", "--key", "ema"], "error: {checkpoint} has no state dict"),
         (["{checkpoint}", "{tmp}/a", "--images", "nope"], "error: there is no directory nope"),
+        (["{checkpoint}", "{tmp}/a", "--rename", "head=fc"], "error: rename 'head': this matches"),
         (["{checkpoint}", "{tmp}/a", "--tolerance", "nan"], "error: --tolerance=nan must be"),
         (["{checkpoint}", "{tmp}/a", "--rename", "(=x"], "error: rename '(' to 'x'"),
         (["{checkpoint}", "{tmp}/a", "--rename", "^conv1=x"], "error: the entries are not those"),
@@ -255,8 +267,21 @@ class Corruptions:
         for name in self.rng.choice(names, 20, replace=False):
             rest = {other: array for other, array in self.state_dict.items() if other != name}
             letter = self.rng.integers(len(name))
-            new = name[:letter] + "_" + name[letter + 1 :]
+            new = name[:letter] + "#" + name[letter + 1 :]
             yield f"{name} as {new}", rest | {new: self.state_dict[name]}, "error"
+        for part in ("layer1.0.", "layer2.0.conv2.", "downsample", "bn3", "conv2_2.3", "fc.weight"):
+            rest = {name: a for name, a in self.state_dict.items() if part not in name}
+            yield f"without {part}", rest, "error"
+            renamed = {name.replace(part, "x"): a for name, a in self.state_dict.items()}
+            yield f"{part} as x", renamed, "error"
+            flat = {
+                name: a.reshape(len(a), -1) if part in name else a
+                for name, a in self.state_dict.items()
+                if part not in name or a.ndim > 1
+            }
+            same = all(a.shape == flat[n].shape for n, a in self.state_dict.items() if n in flat)
+            whole = same and len(flat) == len(self.state_dict)
+            yield f"{part} flattened", flat, flat if whole else "error"
         for name in self.rng.choice(matrices, 20, replace=False):
             turned = self.state_dict | {name: np.moveaxis(self.state_dict[name], 0, 1)}
             square = turned[name].shape == self.state_dict[name].shape

@@ -72,8 +72,12 @@ def test_nothing_is_overwritten_unless_asked(tmp_path, model):
     same(other, load_model(path))
     assert sorted(os.listdir(path)) == ["model.json", "weights"]
     (tmp_path / "home").mkdir()
-    with pytest.raises(ValueError, match="home exists and is no saved model"):
+    (tmp_path / "home" / "model.json").write_text("{}")  # of another program
+    with pytest.raises(ValueError, match=r"home is not overwritten, .* no model.json of ours"):
         save_model(model, tmp_path / "home", overwrite=True)
+    (path / "weights" / "precious.txt").write_text("mine")
+    with pytest.raises(ValueError, match=r"not just a saved model: weights/precious.txt is in it"):
+        save_model(model, path, overwrite=True)
     assert sorted(os.listdir(tmp_path)) == ["home", "model"]
 
 
@@ -103,6 +107,13 @@ def test_a_full_disk_leaves_what_was_there(tmp_path, model, format):
     assert f"cannot write {path}: " in done.stdout and f"cannot write {path}2: " in done.stdout
     same(model, load_model(path))
     assert os.listdir(tmp_path) == ["model"]
+
+
+def test_info_cannot_change_what_is_needed_to_load(tmp_path, model):
+    save_model(model, tmp_path / "model", info={"format": "none", "architecture": {}, "a": 1})
+    same(model, load_model(tmp_path / "model"))
+    with pytest.raises(ValueError, match=r"^dtype='floaty' is no dtype"):
+        load_model(tmp_path / "model", dtype="floaty")
 
 
 def test_where_nothing_can_be_written(tmp_path, model):

@@ -14,6 +14,7 @@ ROOT = Path(__file__).parents[1]
 def run(*arguments, cwd=ROOT, **environment):
     command = [sys.executable, str(ROOT / "train.py"), *map(str, arguments)]
     env = os.environ | {"XLA_FLAGS": ""} | environment
+    env.pop("JAX_COMPILATION_CACHE_DIR", None)  # to see where it is by default
     return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=env)
 
 

@@ -52,9 +52,8 @@ def resize_and_crop(image: Image.Image, size: int) -> np.ndarray:
     sizes, by Pillow's antialiased bilinear filter; then comes the central square.
     """
     shorter = round(size * 256 / 224)
-    scale = shorter / min(image.size)
     # The longer side is rounded down, as torchvision does.
-    width, height = (shorter if s == min(image.size) else int(s * scale) for s in image.size)
+    width, height = (int(shorter * side / min(image.size)) for side in image.size)
     resized = image.resize((width, height), Image.Resampling.BILINEAR)
     left, top = round((width - size) / 2), round((height - size) / 2)
     return np.asarray(resized.crop((left, top, left + size, top + size)))

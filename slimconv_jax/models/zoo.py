@@ -162,6 +162,21 @@ def name_of(config: ResNetConfig) -> str | None:
     return None
 
 
+def nearest_name(config: ResNetConfig) -> str:
+    """The name of the architecture of the same kind whose numbers of blocks come nearest."""
+
+    def distance(name: str) -> tuple:
+        named = ARCHITECTURES[name]
+        return (
+            (config.reduction is None) != (named.reduction is None),
+            config.block != named.block,
+            (config.groups, config.base_width) != (named.groups, named.base_width),
+            sum(abs(a - b) for a, b in zip(config.blocks, named.blocks, strict=True)),
+        )
+
+    return min(ARCHITECTURES, key=distance)
+
+
 def describe(config: ResNetConfig) -> str:
     """An architecture in a few words, such as "sc_resnet50, k=4/3, 1000 classes"."""
     words = [name_of(config) or f"{config.block} blocks {config.blocks}, of no known name"]

@@ -14,7 +14,7 @@ from slimconv_jax.models.slimconv import CompressionRatio, k_from_reduction, red
 
 _BLOCK = re.compile(r"layer([1-4])\.(\d{1,3})\.(.+)")
 _LEAST_NAMES = 3
-"""Entries that make a block: fewer are a slip in a name."""
+"""Entries that make a block: fewer are a slip in a name, as is a number far beyond the others."""
 
 
 def read_architecture(
@@ -38,6 +38,8 @@ def read_architecture(
         if match := _BLOCK.fullmatch(name):
             blocks.setdefault((int(match[1]) - 1, int(match[2])), {})[match[3]] = shape
     blocks = {place: block for place, block in blocks.items() if len(block) >= _LEAST_NAMES}
+    counts = Counter(stage for stage, _ in blocks)
+    blocks = {(s, index): b for (s, index), b in blocks.items() if index < 2 * counts[s]}
     missing = [f"layer{s + 1}" for s in range(4) if not any(place[0] == s for place in blocks)]
     if missing:
         some = ", ".join(map(repr, list(shapes)[:3])) or "none"
@@ -57,6 +59,8 @@ def read_architecture(
         _conv(shapes, "conv1.weight"),
         shapes.get("fc.weight") or shapes.get("fc.bias"),
     )
+    if not width:
+        raise InputError(f"no block has a convolution {outputs}, as those of a ResNet have")
     settings = {
         "blocks": tuple(1 + max(index for s, index in blocks if s == stage) for stage in range(4)),
         "block": "basic" if basic else "bottleneck",
@@ -94,6 +98,10 @@ def _bottleneck_settings(blocks: Mapping, width: int, k: CompressionRatio | None
                 for r in range(2, conv1[0] // 2 + 1)
                 if conv1[0] // r == upper[0] and conv1[0] // (2 * r) == lower[0]
             ]
+    if not groups:
+        raise InputError(
+            "no block has a 3x3 convolution conv2.weight, nor conv2.conv2_1.0.weight of a SlimConv"
+        )
     settings = {"groups": _most_voted(groups)}
     settings["base_width"] = _most_voted(
         base_width

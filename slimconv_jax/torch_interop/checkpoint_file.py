@@ -43,7 +43,7 @@ def import_torch() -> types.ModuleType:
     """
     try:
         import torch
-    except ImportError:
+    except (ImportError, OSError):
         raise InputError(
             "this needs PyTorch, which is not installed: pip install 'slimconv_jax[torch]', or, in "
             "a clone, pip install -e '.[torch]'"
@@ -124,11 +124,11 @@ def _state_dicts(content: Any, place: str = "", depth: int = 3) -> Iterator[tupl
     if not isinstance(content, Mapping):
         return
     if any(
-        isinstance(name, str) and "." in name and hasattr(value, "dtype")
+        isinstance(name, str) and "." in name and getattr(value, "ndim", 0) > 0
         for name, value in content.items()
     ):
         yield place, dict(content)
-    elif depth:
+    if depth:
         for name, value in content.items():
             yield from _state_dicts(value, f"{place}.{name}" if place else str(name), depth - 1)
 
@@ -138,16 +138,20 @@ def _read(path: Path) -> Any:
     try:
         if path.is_dir():
             raise InputError(f"{path} is a directory, not a checkpoint file")
+        if path.exists() and not path.is_file():
+            raise InputError(f"{path} is a pipe or a device, not a checkpoint file")
         with open(path, "rb") as file:
             head = file.read(1024)
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from None
     if not head:
         raise InputError(f"{path} is empty")
-    if _is_safetensors(head, path.stat().st_size) or path.suffix == ".safetensors":
+    if _is_safetensors(head, path.stat().st_size):
         return _read_safetensors(path)
     if what := _not_a_checkpoint(head):
         raise InputError(f"{path} is {what}, not a checkpoint")
+    if path.suffix == ".safetensors":
+        return _read_safetensors(path)
     torch = import_torch()
     if head.startswith(b"PK"):
         _check_zip(path)
@@ -178,6 +182,8 @@ def _not_a_checkpoint(head: bytes) -> str | None:
     ):
         if head.startswith(magic):
             return what
+    if head[257:262] == b"ustar":
+        return "a tar archive, to be unpacked first"
     try:
         text = head.decode()
     except UnicodeDecodeError as error:
@@ -247,6 +253,6 @@ def _first_line(error: Exception) -> str:
     # `torch.load` puts its own advice before the line that says what went wrong.
     text = str(error).rpartition("WeightsUnpickler error:")[2]
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    if not lines or lines[0].startswith("Weights only load failed"):
+    if not lines or "Weights only" in lines[0] or "weights_only" in lines[0]:
         return "its contents make no sense"
     return lines[0]

@@ -1,5 +1,6 @@
 """State dicts to models and back: `from_torch` and `to_torch`."""
 
+import dataclasses
 import difflib
 import re
 import sys
@@ -7,6 +8,7 @@ import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.typing import Dtype
@@ -58,13 +60,25 @@ def from_torch(
       ValueError: if the entries are not exactly those of one of our architectures; the
         message lists all that are missing, unexpected and of another shape.
     """
+    if not isinstance(state_dict, Mapping):
+        raise InputError(
+            f"from_torch takes a state dict, such as net.state_dict(), not a "
+            f"{type(state_dict).__name__}"
+        )
     arrays = clean_state_dict(state_dict)
     shapes = {name: array.shape for name, array in arrays.items()}
     config = read_architecture(shapes, k=k)
     if arch is not None and name_of(config) != arch:
         if arch not in ARCHITECTURES:
             raise unknown_model(arch)
-        raise InputError(f"{arch} was asked for, and the entries are those of {describe(config)}")
+        # Where only blocks are missing or too many, the report says which.
+        complete = dataclasses.replace(config, blocks=ARCHITECTURES[arch].blocks)
+        if name_of(complete) == arch:
+            config = complete
+        else:
+            raise InputError(
+                f"{arch} was asked for, and the entries are those of {describe(config)}"
+            )
     dtype = as_dtype(dtype)
     try:
         model = abstract_resnet(config, dtype=dtype)
@@ -80,7 +94,7 @@ def from_torch(
     if odd := [*filter(None, (_oddity(name, array) for name, array in arrays.items()))]:
         warnings.warn(f"{len(odd)} entries look damaged: {', '.join(odd)}", stacklevel=2)
     for name, entry in table.items():
-        entry.variable.set_value(jnp.asarray(entry.to_ours(arrays[name])))
+        entry.variable.set_value(jnp.array(entry.to_ours(arrays[name])))
     model.eval()
     return model
 
@@ -109,24 +123,28 @@ def rename(
 
     Args:
       state_dict: anything by name.
-      substitutions: regular expressions and their replacements, applied in order to every name
-        as `re.sub` does. An entry whose name becomes empty is left out.
+      substitutions: regular expressions and their replacements, applied in order to every name,
+        prefixes included, as `re.sub` does. An entry whose name becomes empty is left out.
 
     Raises:
-      ValueError: if a regular expression is none, or two entries get the same name.
+      ValueError: if a regular expression is none or matches no name, or two entries get the
+        same name.
     """
+    names = {name: name for name in state_dict if isinstance(name, str)}
+    for pattern, replacement in substitutions:
+        try:
+            if not any(re.search(pattern, name) for name in names.values()):
+                raise InputError(f"rename {pattern!r}: this matches no name")
+            names = {old: re.sub(pattern, replacement, new) for old, new in names.items()}
+        except (re.error, IndexError) as error:
+            raise InputError(f"rename {pattern!r} to {replacement!r}: {error}") from None
     renamed = {}
-    for old in state_dict:
-        new = old
-        for pattern, replacement in substitutions:
-            try:
-                new = re.sub(pattern, replacement, new)
-            except (re.error, IndexError) as error:
-                raise InputError(f"rename {pattern!r} to {replacement!r}: {error}") from None
+    for old, value in state_dict.items():
+        new = names.get(old, old)
         if new in renamed:
             raise InputError(f"two entries are named {new!r} after renaming; one was {old!r}")
-        if new:
-            renamed[new] = state_dict[old]
+        if new != "":
+            renamed[new] = value
     return renamed
 
 
@@ -141,10 +159,11 @@ def clean_state_dict(state_dict: Mapping[str, Any]) -> dict[str, np.ndarray]:
     for name, value in state_dict.items():
         if not isinstance(name, str) or _COUNTER.fullmatch(name):
             continue
+        is_tensor = hasattr(value, "dtype") and hasattr(value, "ndim")
+        if not _LEAF.fullmatch(name) and not (is_tensor and (value.ndim or "." in name)):
+            continue  # what else a file holds beside its tensors, such as a best accuracy
         array = _as_array(value)
         if isinstance(array, str):
-            if not _LEAF.fullmatch(name):
-                continue  # what else a file holds beside its tensors
             raise InputError(f"{name} is {array}; a dense floating-point tensor is needed")
         arrays[name] = array
     blocks: dict[str, set[str]] = {}
@@ -170,20 +189,30 @@ def clean_state_dict(state_dict: Mapping[str, Any]) -> dict[str, np.ndarray]:
 
 
 def _as_array(value: Any) -> np.ndarray | str:
-    """A tensor or array in float32 or float64; a string that says what it is if it cannot be."""
+    """A tensor or array in float32, or in float64 where JAX has that switched on.
+
+    A string that says what it is if it is no dense floating-point tensor.
+    """
+    keep = jax.config.jax_enable_x64
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(value, torch.Tensor):
-        if value.is_quantized or value.layout != torch.strided or value.device.type == "meta":
-            return "a quantised, sparse or empty tensor"
+        if (
+            value.is_quantized
+            or value.is_nested
+            or value.layout != torch.strided
+            or value.device.type == "meta"
+        ):
+            return "a quantised, sparse, nested or empty tensor"
         if not value.is_floating_point():
             return f"a tensor of type {value.dtype}"
-        wide = value.dtype if value.dtype == torch.float64 else torch.float32
+        wide = torch.float64 if keep and value.dtype == torch.float64 else torch.float32
         return value.detach().to("cpu", wide).numpy()
     if not hasattr(value, "dtype") or not hasattr(value, "shape"):
         return f"a {type(value).__name__}"
     if not jnp.issubdtype(value.dtype, jnp.floating):
         return f"an array of type {value.dtype}"
-    return np.asarray(value, np.float64 if value.dtype == np.float64 else np.float32)
+    with np.errstate(over="ignore"):  # what becomes infinite is reported by name
+        return np.asarray(value, np.float64 if keep and value.dtype == np.float64 else np.float32)
 
 
 def _oddity(name: str, array: np.ndarray) -> str | None:
@@ -199,9 +228,11 @@ def _differences(found: Mapping[str, tuple], expected: Mapping[str, tuple]) -> I
     """A line for each name that is missing, unexpected, or of another shape."""
     missing = {name: shape for name, shape in expected.items() if name not in found}
     unexpected = {name: shape for name, shape in found.items() if name not in expected}
-    for name, shape in missing.items():
-        # Of the same shape and with a name like it: most likely the same entry.
-        near = difflib.get_close_matches(name, [n for n in unexpected if unexpected[n] == shape])
+    for count, (name, shape) in enumerate(missing.items()):
+        # Of the same shape and with a name like it: most likely the same entry. To compare all
+        # names would take seconds, and a few examples tell a pattern.
+        alike = [other for other in unexpected if unexpected[other] == shape]
+        near = difflib.get_close_matches(name, alike if count < 20 else [], n=1)
         yield f"  missing     {name} {shape}" + (f"; is it {near[0]}?" if near else "")
     for name, shape in unexpected.items():
         yield f"  unexpected  {name} {shape}"

@@ -67,7 +67,8 @@ class Entry:
     def to_torch(self, array: np.ndarray) -> np.ndarray:
         """From our layout to PyTorch's."""
         array = array.transpose(3, 2, 0, 1) if array.ndim == 4 else array.T
-        return np.ascontiguousarray(array.reshape(self.shape))
+        # Always a copy: the array may be the model's own memory.
+        return np.array(array.reshape(self.shape), order="C")
 
 
 def entries(model: ResNet) -> dict[str, Entry]:

@@ -49,7 +49,8 @@ class Parity:
 
     Attributes:
       stages: from the stem to the logits.
-      top1_agreement: fraction of the images that both put into the same class.
+      top1_agreement: fraction of the images that both put into the same class; where logits
+        are not finite they do not count as the same.
       images: how many images were compared.
       image_size: their height and width in pixels.
       torch: the version of PyTorch.
@@ -80,7 +81,7 @@ def check_parity(
     on accelerators at full precision.
 
     Args:
-      model: from `from_torch(state_dict)`.
+      model: from `from_torch(state_dict)`, without a `dtype` of its own.
       state_dict: from `clean_state_dict`.
       images: (N, H, W, 3), normalised.
       batch_size: images computed at once.
@@ -118,8 +119,9 @@ def check_parity(
             expected = expected.permute(0, 2, 3, 1) if expected.ndim == 4 else expected
             pair = np.asarray(ours[stage])[:count], expected.numpy()[:count]
             measured.setdefault(stage, []).append(_measure(*pair))
+        finite = np.isfinite(pair).all(axis=(0, -1))
         classes, expected_classes = (logits.argmax(axis=-1) for logits in pair)
-        agreeing += int((classes == expected_classes).sum())
+        agreeing += int((finite & (classes == expected_classes)).sum())
     shapes = {stage: output.shape[1:] for stage, output in ours.items()}
     return Parity(
         stages=tuple(_stage(name, shapes[name], parts) for name, parts in measured.items()),
@@ -153,6 +155,7 @@ class _Measured(NamedTuple):
 
 
 def _measure(output: np.ndarray, expected: np.ndarray) -> _Measured:
+    output, expected = output.astype(np.float64), expected.astype(np.float64)
     finite = np.isfinite(expected)
     both = finite & np.isfinite(output)
     return _Measured(

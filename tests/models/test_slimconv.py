@@ -59,8 +59,8 @@ def test_k_and_reduction_are_two_names_of_one_setting():
         assert reduction_from_k(Fraction(k)) == r
         assert reduction_from_k(2 * r / 3) == r
         assert k_from_reduction(r) == Fraction(k)
-    assert SlimConv(64, rngs=nnx.Rngs(0)).reduction == 2
-    assert SlimConv(64, k=4, rngs=nnx.Rngs(0)).reduction == 6
+    assert nnx.eval_shape(lambda: SlimConv(64, rngs=nnx.Rngs(0))).reduction == 2
+    assert nnx.eval_shape(lambda: SlimConv(64, k=4, rngs=nnx.Rngs(0))).reduction == 6
 
 
 @pytest.mark.parametrize(

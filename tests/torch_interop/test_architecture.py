@@ -59,6 +59,12 @@ def test_a_network_too_narrow_for_its_k_to_show_needs_it():
         read_architecture(shapes_of(config), k="2")
 
 
+def test_numbers_of_blocks_that_make_no_sense_are_left_out():
+    shapes = shapes_of(ARCHITECTURES["sc_resnet14"])
+    stray = {f"layer3.999.{name}": (1,) for name in ("a.weight", "b.weight", "c.weight")}
+    assert read_architecture(shapes | stray) == ARCHITECTURES["sc_resnet14"]
+
+
 def test_one_bad_entry_does_not_change_the_architecture():
     config = ARCHITECTURES["sc_resnet50"]
     shapes = shapes_of(config)
@@ -106,7 +112,17 @@ def test_one_bad_entry_does_not_change_the_architecture():
         (
             lambda shapes: {n: () if "conv" in n else s for n, s in shapes.items()},
             None,
-            "no ResNet: width=0 must be an integer >= 1",
+            "no block has a convolution conv3.weight",
+        ),
+        (
+            lambda shapes: {n: s[:2] if "conv3" in n else s for n, s in shapes.items()},
+            None,
+            "no block has a convolution conv3.weight",
+        ),
+        (
+            lambda shapes: {n.replace(".conv2.", ".convs.0."): s for n, s in shapes.items()},
+            None,
+            r"no block has a 3x3 convolution conv2.weight, nor conv2.conv2_1.0.weight",
         ),
     ],
 )

@@ -83,6 +83,7 @@ def test_files_of_numpy_1_are_read(tmp_path):
         ({"ema": TENSORS, "model_state_dict": TENSORS}, "ema", "ema"),
         ({"model": {"state_dict": TENSORS}}, None, "model.state_dict"),
         ({"student": TENSORS, "teacher": TENSORS}, "teacher", "teacher"),
+        ({"val.acc": torch.tensor(0.5), "state_dict": TENSORS}, None, "state_dict"),
     ],
 )
 def test_where_the_state_dict_is(tmp_path, content, key, place):
@@ -120,6 +121,7 @@ BAD = {
     "html": (b"\n<!DOCTYPE html><html><body>Sign in</body></html>", "is a web page"),
     "text": ("weights: ja, schöne".encode(), "is a text file"),
     "lfs": (b"version https://git-lfs.github.com/spec/v1\noid sha256:12", "is a Git LFS pointer"),
+    "tar": (b"a" * 257 + b"ustar\x0000" + b"\0" * 500, "is a tar archive, to be unpacked first"),
     "gzip": (b"\x1f\x8b\x08\x00\x00", "is a gzip archive, to be unpacked first"),
     "random": (np.random.default_rng(0).bytes(5000), "is no checkpoint, or is truncated"),
     "pickle": (pickle.dumps(Evil(), 2), "was refused: reading it would run posix.mkdir"),
@@ -169,6 +171,12 @@ def test_other_contents(tmp_path):
             read_checkpoint(path)
     with pytest.raises(ValueError, match="no state dict under 'ema'; there are 'student', 'tea"):
         read_checkpoint(path, key="ema")
+    (tmp_path / "b.safetensors").write_text("version https://git-lfs.github.com/spec/v1")
+    with pytest.raises(ValueError, match="is a Git LFS pointer"):
+        read_checkpoint(tmp_path / "b.safetensors")
+    os.mkfifo(tmp_path / "pipe.pth")
+    with pytest.raises(ValueError, match=r"pipe.pth is a pipe or a device"):
+        read_checkpoint(tmp_path / "pipe.pth")
     with pytest.raises(ValueError, match="is a directory"):
         read_checkpoint(tmp_path)
     with pytest.raises(ValueError, match=r"cannot read .*nowhere.pth: No such file"):

@@ -44,7 +44,10 @@ def test_there_and_back_is_exact(config):
     back = to_torch(model)
     same(back, start)
     assert sum(a.size for n, a in back.items() if "running" not in n) == count_params(model)
-    assert all(array.flags.c_contiguous for array in back.values())
+    assert all(array.flags.c_contiguous and array.flags.writeable for array in back.values())
+    back["fc.bias"][:] += 1  # no part of the model
+    same(to_torch(model), start)
+    back = to_torch(model)
     again = from_torch(back)
     for one, other in zip(*map(nnx.to_flat_state, map(nnx.state, (model, again))), strict=True):
         assert one[0] == other[0]
@@ -64,7 +67,7 @@ def test_the_model_is_in_evaluation_mode(state_dict):
 def test_prefixes_counters_and_other_things_beside(state_dict, prefix):
     tensors = as_tensors(state_dict, prefix)
     tensors[prefix + "bn1.num_batches_tracked"] = torch.tensor(5)
-    tensors |= {"epoch": 3, 7: "seven", "best_prec1": torch.tensor(3)}
+    tensors |= {"epoch": 3, 7: "seven", "best_prec1": torch.tensor(77.2)}
     same(to_torch(from_torch(OrderedDict(tensors))), state_dict)
 
 
@@ -91,6 +94,17 @@ def test_arch_and_k_are_asserted():
         from_torch(state_dict, k=2)
     with pytest.raises(ValueError, match="unknown model 'sc_resnet41'; did you mean sc_resnet14"):
         from_torch(state_dict, arch="sc_resnet41")
+
+
+def test_with_arch_the_report_has_missing_blocks(state_dict):
+    with pytest.raises(ValueError, match="resnet14 was asked for, and the entries are those of"):
+        from_torch(state_dict, arch="resnet14")
+    with pytest.raises(ValueError) as caught:
+        from_torch(state_dict, arch="sc_resnet26")
+    message = str(caught.value)
+    assert "not those of sc_resnet26, k=4/3, 3 classes, cifar stem, width 8" in message
+    assert "  missing     layer4.1.conv2.fc.0.weight (2, 64, 1, 1)" in message
+    assert "layer3.1" not in message
 
 
 def test_every_difference_is_in_the_report(state_dict):
@@ -129,8 +143,8 @@ def test_no_entry_can_be_missing_or_of_another_shape(state_dict):
     [
         (torch.zeros(3, dtype=torch.int32), "a tensor of type torch.int32"),
         (torch.zeros(3, dtype=torch.complex64), "a tensor of type torch.complex64"),
-        (torch.zeros(3).to_sparse(), "a quantised, sparse or empty tensor"),
-        (torch.empty(3, device="meta"), "a quantised, sparse or empty tensor"),
+        (torch.zeros(3).to_sparse(), "a quantised, sparse, nested or empty tensor"),
+        (torch.empty(3, device="meta"), "a quantised, sparse, nested or empty tensor"),
         (np.zeros(3, bool), "an array of type bool"),
         ([0.0, 0.0, 0.0], "a list"),
         (None, "a NoneType"),
@@ -140,6 +154,13 @@ def test_what_is_no_floating_point_tensor_is_refused(state_dict, value, what):
     message = f"fc.bias is {what}; a dense floating-point tensor is needed"
     with pytest.raises(ValueError, match=re.escape(message)):
         from_torch(state_dict | {"fc.bias": value})
+
+
+def test_a_tensor_that_no_network_has_is_unexpected(state_dict):
+    with pytest.raises(ValueError, match=r"layer1.0.conv1.weight_mask is an array of type bool"):
+        from_torch(state_dict | {"layer1.0.conv1.weight_mask": np.ones((2, 3), bool)})
+    with pytest.raises(ValueError, match=r"from_torch takes a state dict, .* not a Linear"):
+        from_torch(torch.nn.Linear(1, 1))
 
 
 def test_several_networks_are_refused(state_dict):
@@ -166,6 +187,9 @@ def test_damaged_weights_are_a_warning_with_their_names(state_dict):
         "layer1.0.conv1.weight (infinite or NaN), fc.bias (infinite or NaN)"
     )
     same(to_torch(model), bad)
+    large = state_dict | {"fc.bias": np.full(3, 1e300)}
+    with pytest.warns(UserWarning, match=r"1 entries look damaged: fc.bias \(infinite or NaN\)"):
+        from_torch(large)
 
 
 def test_rename(state_dict):
@@ -176,6 +200,9 @@ def test_rename(state_dict):
         rename(state_dict, [("(", "")])
     with pytest.raises(ValueError, match=r"rename 'fc' to .*: invalid group reference 9"):
         rename(state_dict, [("fc", r"\9")])
+    assert rename({7: 1, "a": 2, "b": 3}, [("a", "c"), ("b", "")]) == {7: 1, "c": 2}
+    with pytest.raises(ValueError, match="rename 'head': this matches no name"):
+        rename(state_dict, [("head", "fc")])
     with pytest.raises(ValueError, match=r"two entries are named 'fc.x' after renaming"):
         rename(state_dict, [("^fc.*", "fc.x")])
 

@@ -33,7 +33,7 @@ def test_a_converted_model_agrees_at_every_stage(state_dict, images):
         ("logits", (5,)),
     ]
     assert parity.first_difference(1e-5) is None
-    assert all(stage.max_abs_error > 0 and stage.finite == 1 for stage in parity.stages)
+    assert all(stage.finite == 1 for stage in parity.stages)
     assert parity.top1_agreement == 1
     assert (parity.images, parity.image_size) == (5, 16)
 
@@ -79,6 +79,7 @@ def test_values_that_are_not_finite_must_be_so_in_both(state_dict, images):
         False,
         False,
     ]
+    assert parity.top1_agreement == 0  # nobody knows
     parity = check_parity(model, state_dict, images[:2])
     assert parity.first_difference(1e9).stage == "stage 2"
 

@@ -78,21 +78,36 @@ def logits_error(config, dtype):
     return np.abs(logits - expected).max() / np.abs(expected).max()
 
 
-@pytest.mark.parametrize("config", FAMILY, ids=identify)
+def slow_unless(names):
+    """The family; what has none of these names runs with -m slow only."""
+    return [
+        config if identify(config) in names else pytest.param(config, marks=pytest.mark.slow)
+        for config in FAMILY
+    ]
+
+
+# Deeper ones have the same blocks, more often.
+EVERY_BLOCK = (
+    "resnet18",
+    "resnet50",
+    "resnext50_32x4d",
+    "wide_resnet50_2",
+    "sc_resnet50-4/3",
+    "sc_resnet50-2",
+    "sc_resnet50-8/3",
+    "sc_resnet50-16/3",
+    "sc_resnext50_32x4d-4/3",
+    "sc_wide_resnet50_2-4/3",
+    "sc_resnext101_32x3d-2",
+)
+
+
+@pytest.mark.parametrize("config", slow_unless(EVERY_BLOCK), ids=identify)
 def test_logits_equal_pytorch_in_float64(config):
     assert logits_error(config, np.float64) <= 1e-10
 
 
-@pytest.mark.parametrize(
-    "config",
-    [
-        config
-        if identify(config) in ("resnet18", "resnext50_32x4d", "sc_resnet50-4/3", "sc_resnet50-8/3")
-        else pytest.param(config, marks=pytest.mark.slow)
-        for config in FAMILY
-    ],
-    ids=identify,
-)
+@pytest.mark.parametrize("config", slow_unless(("resnet18", "sc_resnet50-8/3")), ids=identify)
 def test_logits_equal_pytorch_in_float32(config):
     assert logits_error(config, np.float32) <= 1e-5
 
