@@ -137,7 +137,7 @@ def test_weights_that_are_not_finite_are_a_warning(tmp_path, state_dict, capsys)
     torch.save(bad, tmp_path / "a.pth")
     assert convert(tmp_path / "a.pth", tmp_path / "model") == 0
     errors = capsys.readouterr().err
-    assert "warning: 1 entries look damaged: layer3.0.conv1.weight (infinite or NaN)" in errors
+    assert "warning: these entries look damaged: layer3.0.conv1.weight (infinite or NaN)" in errors
     assert "warning: from stage 3 on, values are infinite or NaN, in PyTorch as well" in errors
     assert (tmp_path / "model").exists()
 

@@ -92,7 +92,7 @@ def from_torch(
             + "\n".join(_differences(shapes, expected))
         )
     if odd := [*filter(None, (_oddity(name, array) for name, array in arrays.items()))]:
-        warnings.warn(f"{len(odd)} entries look damaged: {', '.join(odd)}", stacklevel=2)
+        warnings.warn(f"these entries look damaged: {', '.join(odd)}", stacklevel=2)
     for name, entry in table.items():
         entry.variable.set_value(jnp.array(entry.to_ours(arrays[name])))
     model.eval()

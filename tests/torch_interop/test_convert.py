@@ -183,12 +183,12 @@ def test_damaged_weights_are_a_warning_with_their_names(state_dict):
     with pytest.warns(UserWarning) as caught:
         model = from_torch(bad)
     assert str(caught[0].message) == (
-        "3 entries look damaged: bn1.running_var (negative), "
+        "these entries look damaged: bn1.running_var (negative), "
         "layer1.0.conv1.weight (infinite or NaN), fc.bias (infinite or NaN)"
     )
     same(to_torch(model), bad)
     large = state_dict | {"fc.bias": np.full(3, 1e300)}
-    with pytest.warns(UserWarning, match=r"1 entries look damaged: fc.bias \(infinite or NaN\)"):
+    with pytest.warns(UserWarning, match=r"these entries look damaged: fc.bias \(infinite or NaN\)"):
         from_torch(large)
 
 
