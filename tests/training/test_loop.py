@@ -52,6 +52,7 @@ def test_a_run_leaves_its_config_metrics_and_checkpoints(run):
     assert losses[-1] < 0.7 * losses[0]
 
 
+@pytest.mark.slow  # what test_step.py shows in float64, in whole runs
 def test_one_device_and_eight_give_the_same_losses(tmp_path):
     # In float32 a sum in another order lets a ReLU here and there take the other side, and
     # with small feature maps each such turn changes the gradient by up to 1 %. With large maps
