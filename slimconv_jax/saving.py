@@ -167,7 +167,9 @@ def check_destination(path: epath.PathLike, *, overwrite: bool) -> None:
     directory = _absolute(path)
     if directory.exists():
         if not overwrite:
-            raise InputError(f"{directory} exists already, and overwriting was not asked for")
+            raise InputError(
+                f"{directory} exists already; --overwrite (overwrite=True) replaces it"
+            )
         if stranger := _stranger(directory):
             raise InputError(
                 f"{directory} is not overwritten, since it is not just a saved model: {stranger}"

@@ -156,6 +156,11 @@ def test_beyond_the_tolerance_nothing_is_written(tmp_path, checkpoint, capsys):
     errors = capsys.readouterr().err
     assert re.match(r"error: the model is not the PyTorch network: \w+.* differs first, by", errors)
     assert os.listdir(tmp_path) == []
+    # What is only rounding is gone in float64, where a ten thousandth of the tolerance decides.
+    assert convert(checkpoint, tmp_path / "model", "--tolerance", "1e-8") == 0
+    assert "is beyond 1e-08; again, in float64:" in capsys.readouterr().out
+    parity = json.loads((tmp_path / "model" / "model.json").read_text())["parity"]
+    assert max(stage["max_rel_error"] for stage in parity["stages"]) < 1e-12
 
 
 def test_an_interruption_leaves_nothing(tmp_path, checkpoint):
@@ -179,7 +184,7 @@ def test_an_interruption_leaves_nothing(tmp_path, checkpoint):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["{checkpoint}", "{tmp}"], "error: {tmp} exists already, and overwriting was not asked"),
+        (["{checkpoint}", "{tmp}"], "error: {tmp} exists already; --overwrite"),
         (["{checkpoint}", "{tmp}", "--overwrite"], "error: {tmp} is not overwritten, since it is"),
         (["{checkpoint}", "{tmp}/no/a"], "error: cannot write {tmp}/no/a: there is no directory"),
         (["{checkpoint}", "/proc/a"], "error: cannot write /proc/a: "),

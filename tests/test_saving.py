@@ -65,7 +65,7 @@ def test_nothing_is_overwritten_unless_asked(tmp_path, model):
     path = tmp_path / "model"
     save_model(model, path, format="safetensors")
     other = randomized(lambda: abstract_resnet(CONFIG), seed=1)
-    with pytest.raises(ValueError, match="model exists already, and overwriting was not asked"):
+    with pytest.raises(ValueError, match="model exists already; --overwrite"):
         save_model(other, path)
     same(model, load_model(path))
     save_model(other, path, overwrite=True)

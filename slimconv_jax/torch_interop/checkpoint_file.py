@@ -103,8 +103,8 @@ def write_checkpoint(
     """
     path = Path(path)
     if path.is_dir() or (path.exists() and not overwrite):
-        what = "as a directory" if path.is_dir() else "and overwriting was not asked for"
-        raise InputError(f"{path} exists already, {what}")
+        what = "it is a directory" if path.is_dir() else "--overwrite (overwrite=True) replaces it"
+        raise InputError(f"{path} exists already; {what}")
     torch = import_torch()
     part = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:

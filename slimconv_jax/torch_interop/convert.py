@@ -66,6 +66,12 @@ def from_torch(
             f"{type(state_dict).__name__}"
         )
     arrays = clean_state_dict(state_dict)
+    if not arrays:
+        keys = ", ".join(map(repr, list(state_dict)[:8])) or "nothing"
+        raise InputError(
+            f"there are no tensors by name but {keys}; of a whole checkpoint, pass the state dict "
+            "inside, such as checkpoint['state_dict']"
+        )
     shapes = {name: array.shape for name, array in arrays.items()}
     config = read_architecture(shapes, k=k)
     if arch is not None and name_of(config) != arch:
@@ -73,7 +79,7 @@ def from_torch(
             raise unknown_model(arch)
         # Where only blocks are missing or too many, the report says which.
         complete = dataclasses.replace(config, blocks=ARCHITECTURES[arch].blocks)
-        if name_of(complete) == arch:
+        if name_of(config) is None and name_of(complete) == arch:
             config = complete
         else:
             raise InputError(
@@ -88,7 +94,8 @@ def from_torch(
     expected = {name: entry.shape for name, entry in table.items()}
     if shapes != expected:
         raise InputError(
-            f"the entries are not those of {describe(config)}, which they come nearest to:\n"
+            f"the entries are not those of {describe(config)}"
+            + (":\n" if arch else ", which they come nearest to:\n")
             + "\n".join(_differences(shapes, expected))
         )
     if odd := [*filter(None, (_oddity(name, array) for name, array in arrays.items()))]:

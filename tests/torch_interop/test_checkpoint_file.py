@@ -204,12 +204,12 @@ def test_write_checkpoint(tmp_path):
     arrays = {"conv1.weight": np.arange(4, dtype=np.float32)}
     write_checkpoint(arrays, path)
     assert torch.equal(torch.load(path)["conv1.weight"], torch.arange(4.0))
-    with pytest.raises(ValueError, match=r"a.pth exists already, and overwriting was not asked"):
+    with pytest.raises(ValueError, match=r"a.pth exists already; --overwrite"):
         write_checkpoint(arrays, path)
     write_checkpoint({"conv1.weight": np.zeros(2, np.float32)}, path, overwrite=True)
     assert torch.equal(torch.load(path)["conv1.weight"], torch.zeros(2))
     for bad, message in (
-        (tmp_path, "exists already, as a directory"),
+        (tmp_path, "exists already; it is a directory"),
         (tmp_path / "no" / "a.pth", "cannot write .*: No such file or directory"),
     ):
         with pytest.raises(ValueError, match=message):

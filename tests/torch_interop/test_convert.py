@@ -100,7 +100,7 @@ def test_with_arch_the_report_has_missing_blocks(state_dict):
     with pytest.raises(ValueError, match="resnet14 was asked for, and the entries are those of"):
         from_torch(state_dict, arch="resnet14")
     with pytest.raises(ValueError) as caught:
-        from_torch(state_dict, arch="sc_resnet26")
+        from_torch(state_dict, arch="sc_resnet26")  # it has blocks (1, 1, 2, 1), of no name
     message = str(caught.value)
     assert "not those of sc_resnet26, k=4/3, 3 classes, cifar stem, width 8" in message
     assert "  missing     layer4.1.conv2.fc.0.weight (2, 64, 1, 1)" in message
@@ -161,6 +161,8 @@ def test_a_tensor_that_no_network_has_is_unexpected(state_dict):
         from_torch(state_dict | {"layer1.0.conv1.weight_mask": np.ones((2, 3), bool)})
     with pytest.raises(ValueError, match=r"from_torch takes a state dict, .* not a Linear"):
         from_torch(torch.nn.Linear(1, 1))
+    with pytest.raises(ValueError, match=r"no tensors by name but 'epoch', 'state_dict'; of a wh"):
+        from_torch({"epoch": 1, "state_dict": state_dict})
 
 
 def test_several_networks_are_refused(state_dict):
