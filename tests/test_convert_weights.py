@@ -160,6 +160,7 @@ def test_beyond_the_tolerance_nothing_is_written(tmp_path, checkpoint, capsys):
     assert convert(checkpoint, tmp_path / "model", "--tolerance", "1e-8") == 0
     assert "is beyond 1e-08; again, in float64:" in capsys.readouterr().out
     parity = json.loads((tmp_path / "model" / "model.json").read_text())["parity"]
+    assert parity["dtype"] == "float64"
     assert max(stage["max_rel_error"] for stage in parity["stages"]) < 1e-12
 
 

@@ -56,6 +56,7 @@ class Parity:
         are not finite they do not count as the same.
       images: how many images were compared.
       image_size: their height and width in pixels.
+      dtype: "float32" or "float64".
       torch: the version of PyTorch.
     """
 
@@ -63,6 +64,7 @@ class Parity:
     top1_agreement: float
     images: int
     image_size: int
+    dtype: str
     torch: str
 
     def first_difference(self, tolerance: float) -> StageParity | None:
@@ -132,6 +134,7 @@ def check_parity(
         top1_agreement=agreeing / len(images),
         images=len(images),
         image_size=images.shape[1],
+        dtype=str(images.dtype),
         torch=torch.__version__,
     )
 
