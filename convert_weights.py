@@ -11,7 +11,6 @@ weights of the file, are run on the same images; if they differ, nothing is writ
 import argparse
 import contextlib
 import dataclasses
-import hashlib
 import math
 import signal
 import sys
@@ -35,7 +34,7 @@ from slimconv_jax.data.transforms import (
 from slimconv_jax.errors import InputError, require_integer
 from slimconv_jax.models.complexity import count_params
 from slimconv_jax.models.zoo import describe, name_of, nearest_name
-from slimconv_jax.saving import FORMATS, check_destination, save_model
+from slimconv_jax.saving import FORMATS, check_destination, checksum, save_model
 from slimconv_jax.torch_interop.checkpoint_file import import_torch, read_checkpoint
 from slimconv_jax.torch_interop.convert import clean_state_dict, from_torch, rename
 from slimconv_jax.torch_interop.parity import DEFAULT_TOLERANCE, Parity, check_parity
@@ -55,7 +54,7 @@ def convert(args: argparse.Namespace) -> None:
 
     with timed(times, "reading"):
         entries, place, places = read_checkpoint(args.checkpoint, key=args.key)
-        digest = hash_file(args.checkpoint)
+        digest = checksum(args.checkpoint)
         state_dict = clean_state_dict(rename(entries, args.rename))
     where = f" under {place!r}" if place else ""
     others = [other for other in places if other != place]
@@ -152,15 +151,9 @@ def show(parity: Parity) -> None:
     say(f"        the same class comes first in {same} of {parity.images} images")
 
 
-def hash_file(path: str) -> str:
-    """The SHA-256 of a file, in hexadecimal."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 @contextlib.contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Lets Ctrl-C wait for the second or two of writing, in which Orbax has threads of its own."""
+    """Ignores Ctrl-C for the second or two of writing, in which Orbax has threads of its own."""
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         yield

@@ -78,7 +78,7 @@ def save_model(
             _write_weights(model, directory / _WEIGHTS[format])
         except Exception as error:  # for a full disk, each library has an error of its own
             raise InputError(f"cannot write {path}: {error}") from None
-        description["files"] = {n: _checksum(file) for n, file in _files(directory).items()}
+        description["files"] = {n: checksum(file) for n, file in _files(directory).items()}
         (directory / _DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n")
 
 
@@ -216,8 +216,10 @@ def _files(directory: epath.Path, parent: str = "") -> dict[str, epath.Path]:
     return files
 
 
-def _checksum(file: epath.Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()
+def checksum(file: epath.PathLike) -> str:
+    """The SHA-256 of a file, in hexadecimal."""
+    with epath.Path(file).open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _stranger(directory: epath.Path) -> str | None:
@@ -236,9 +238,9 @@ def _verify(directory: epath.Path, files: Mapping[str, str]) -> None:
     Raises:
       ValueError: if a file is not as it was written.
     """
-    for name, checksum in files.items():
+    for name, expected in files.items():
         try:
-            intact = _checksum(directory / name) == checksum
+            intact = checksum(directory / name) == expected
         except OSError as error:
             raise InputError(f"cannot read {directory / name}: {error.strerror}") from None
         if not intact:

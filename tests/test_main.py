@@ -4,6 +4,8 @@ import sys
 import pytest
 
 from slimconv_jax.__main__ import main
+from slimconv_jax.models.slimconv import reduction_from_k
+from slimconv_jax.models.zoo import ARCHITECTURES
 
 IMAGENET = [  # parameters and multiply-adds at 1000 classes, 224x224
     ("resnet50", None, 25_557_032, 4_089_184_256),
@@ -43,6 +45,9 @@ def test_list_has_every_published_row():
     rows = {tuple(line.split()[:2]): line for line in done.stdout.splitlines() if line.strip()}
     for name, k, params, macs in IMAGENET:
         assert rows[name, k or "-"].split()[2:4] == [f"{params:,}", f"{macs:,}"]
+        # The k of a row is also the architecture's own, but for the one at 8/3.
+        own = ARCHITECTURES[name].reduction
+        assert k == "8/3" or own == (k and reduction_from_k(k))
     assert rows["resnet18", "-"].split()[2] == "11,689,512"
     assert rows["resnet34", "-"].split()[2] == "21,797,672"
     assert "16.76 M, 2.65 G, top-1 error 22.77 %" in rows["sc_resnet50", "4/3"]

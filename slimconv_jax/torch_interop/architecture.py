@@ -55,10 +55,8 @@ def read_architecture(
         for (stage, _), block in blocks.items()
         if (shape := _conv(block, outputs))
     )
-    stem, classifier = (
-        _conv(shapes, "conv1.weight"),
-        shapes.get("fc.weight") or shapes.get("fc.bias"),
-    )
+    stem = _conv(shapes, "conv1.weight")
+    classifier = shapes.get("fc.weight") or shapes.get("fc.bias")
     if not width:
         raise InputError(f"no block has a convolution {outputs}, as those of a ResNet have")
     settings = {

@@ -1,4 +1,4 @@
-"""The released names beside ours: one table, read in both directions.
+"""The released names beside ours: one table, from ours to theirs.
 
 The released files use torchvision's names for a ResNet and those of the authors' SlimConv
 inside a bottleneck's `conv2`. An architecture of this package gives the names and the shapes
@@ -48,12 +48,10 @@ class Entry:
     """One array of a model and its counterpart in the PyTorch state dict.
 
     Attributes:
-      name: the released name.
       shape: the shape in PyTorch.
       variable: ours; abstract if the model is.
     """
 
-    name: str
     shape: tuple[int, ...]
     variable: nnx.Variable
 
@@ -84,5 +82,5 @@ def entries(model: ResNet) -> dict[str, Entry]:
             shape = (shape[3], shape[2], shape[0], shape[1])
         elif len(shape) == 2:
             shape = shape[::-1] if name == "fc.weight" else (*shape[::-1], 1, 1)
-        table[name] = Entry(name, shape, variable)
+        table[name] = Entry(shape, variable)
     return table

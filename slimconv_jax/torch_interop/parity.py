@@ -1,4 +1,4 @@
-"""Proof that a model computes what the PyTorch network of the same state dict computes."""
+"""Evidence that a model computes what the PyTorch network of the same state dict computes."""
 
 import dataclasses
 import functools
@@ -177,14 +177,15 @@ def _measure(output: np.ndarray, expected: np.ndarray) -> _Measured:
 def _stage(name: str, shape: tuple[int, ...], parts: list[_Measured]) -> StageParity:
     max_abs_error = max(part.max_abs_error for part in parts)
     max_abs_expected = max(part.max_abs_expected for part in parts)
+    if max_abs_expected:
+        max_rel_error = max_abs_error / max_abs_expected
+    else:  # the reference is 0 throughout
+        max_rel_error = math.inf if max_abs_error else 0.0
     return StageParity(
         stage=name,
         shape=shape,
         max_abs_error=max_abs_error,
-        # Where the reference is 0 throughout, any difference is infinitely large.
-        max_rel_error=max_abs_error / max_abs_expected
-        if max_abs_expected
-        else (math.inf if max_abs_error else 0.0),
+        max_rel_error=max_rel_error,
         finite=sum(part.finite for part in parts) / sum(part.size for part in parts),
         same_finite=all(part.same_finite for part in parts),
     )

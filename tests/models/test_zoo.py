@@ -36,7 +36,7 @@ def test_overrides_reach_the_model():
     assert model.stages[3][1].conv2.upper.conv.kernel_dilation == (4, 4)
 
 
-def test_abstract_model_has_the_shapes_of_the_real_one():
+def test_abstract_model_has_the_shapes_that_create_model_gives():
     settings = {"width": 8, "num_classes": 3, "k": 2}
     real = nnx.eval_shape(lambda: create_model("sc_resnet14", rngs=nnx.Rngs(0), **settings))
     abstract = abstract_model("sc_resnet14", **settings)
