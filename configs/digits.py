@@ -23,6 +23,8 @@ def get_config() -> ConfigDict:
 
     config.dataset = ConfigDict()
     config.dataset.name = "digits"
+    config.transform = ConfigDict()  # the images stay as they are
+    config.loader = ConfigDict()
     config.normalize = ConfigDict()
     config.normalize.mean = (0.306, 0.306, 0.306)
     config.normalize.std = (0.324, 0.324, 0.324)

@@ -4,7 +4,8 @@
     model = load_model("sc_resnet50")
 
 The weights are an Orbax checkpoint, or one .safetensors file. A directory appears complete or
-not at all.
+not at all. The work directory of a training run has a model.json too, and its weights are in the
+newest of its checkpoints.
 """
 
 import contextlib
@@ -29,10 +30,14 @@ from slimconv_jax.models.resnet import ResNet, ResNetConfig, as_dtype
 from slimconv_jax.models.slimconv import k_from_reduction
 from slimconv_jax.models.zoo import abstract_resnet, name_of
 
+PyTree = Any
+
 FORMATS = ("orbax", "safetensors")
 
 _WEIGHTS = {"orbax": "weights", "safetensors": "weights.safetensors"}
+_CHECKPOINTS = "checkpoints"  # the format of a work directory, and where it has them
 _DESCRIPTION = "model.json"
+_NOT_INFO = ("name", "k", "architecture", "parameters", "format", "versions", "files")
 
 
 def save_model(
@@ -50,7 +55,8 @@ def save_model(
       path: the directory; its parent must exist.
       format: "orbax", or "safetensors", with our names, joined by dots, in our layout.
       overwrite: whether a model that is there already is replaced, when the new one is complete.
-      info: more entries for model.json, such as where the weights come from.
+      info: more entries for model.json. What this package reads are `class_names`, a list, and
+        `preprocessing`, with `image_size` (None for images as they are), `mean` and `std`.
 
     Raises:
       ValueError: if the directory exists (and is not to be overwritten, or is no model), cannot
@@ -60,8 +66,19 @@ def save_model(
         raise InputError(f"save_model takes a slimconv_jax ResNet, not a {type(model).__name__}")
     if format not in FORMATS:
         raise InputError(f"format={format!r} must be one of {', '.join(map(repr, FORMATS))}")
+    description = _describe(model, format, info)
+    with _new_directory(path, overwrite=overwrite) as directory:
+        try:
+            _write_weights(model, directory / _WEIGHTS[format])
+        except Exception as error:  # for a full disk, each library has an error of its own
+            raise InputError(f"cannot write {path}: {error}") from None
+        description["files"] = {n: checksum(file) for n, file in _files(directory).items()}
+        (directory / _DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n")
+
+
+def _describe(model: ResNet, format: str, info: Mapping[str, Any] | None) -> dict[str, Any]:
     config = model.config
-    description = {
+    return {
         **(info or {}),
         "name": name_of(config),
         "k": config.reduction and str(k_from_reduction(config.reduction)),
@@ -73,13 +90,57 @@ def save_model(
             for package in ("slimconv_jax", "jax", "flax", "orbax-checkpoint")
         },
     }
-    with _new_directory(path, overwrite=overwrite) as directory:
-        try:
-            _write_weights(model, directory / _WEIGHTS[format])
-        except Exception as error:  # for a full disk, each library has an error of its own
-            raise InputError(f"cannot write {path}: {error}") from None
-        description["files"] = {n: checksum(file) for n, file in _files(directory).items()}
-        (directory / _DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n")
+
+
+def describe_workdir(model: ResNet, workdir: epath.Path, info: Mapping[str, Any]) -> None:
+    """Writes the model.json of a training run, with which its work directory is a saved model.
+
+    Args:
+      model: the model, which may be abstract.
+      workdir: the directory, which exists.
+      info: as in `save_model`; if there is a model.json, its `class_names` must be these.
+
+    Raises:
+      ValueError: if the directory has other classes, or cannot be written.
+    """
+    file = workdir / _DESCRIPTION
+    if file.exists():
+        there = read_info(workdir).get("class_names")
+        if there != info["class_names"]:
+            raise InputError(
+                f"the classes of the data are not those that {workdir} was trained on: "
+                f"{len(info['class_names'])} there are now, such as {info['class_names'][0]!r}, "
+                f"and {len(there or ())} there were"
+            )
+    text = json.dumps(_describe(model, _CHECKPOINTS, info), indent=2) + "\n"
+    try:
+        part = workdir / f"{_DESCRIPTION}.part"
+        part.write_text(text)
+        part.replace(file)
+    except OSError as error:
+        raise InputError(f"cannot write {file}: {error}") from None
+
+
+def read_info(path: epath.PathLike) -> dict[str, Any]:
+    """The entries of model.json that came from the `info` of `save_model`.
+
+    Raises:
+      ValueError: if there is no such file, or it is damaged.
+    """
+    description = _read_description(_absolute(path))
+    return {key: value for key, value in description.items() if key not in _NOT_INFO}
+
+
+def _read_description(directory: epath.Path) -> dict[str, Any]:
+    try:
+        description = json.loads((directory / _DESCRIPTION).read_text())
+    except OSError:
+        raise InputError(f"{directory} holds no model: there is no {_DESCRIPTION}") from None
+    except ValueError:
+        raise InputError(f"{directory / _DESCRIPTION} is damaged: it is no JSON") from None
+    if not isinstance(description, dict):
+        raise InputError(f"{directory / _DESCRIPTION} does not describe a model")
+    return description
 
 
 def _write_weights(model: ResNet, path: epath.Path) -> None:
@@ -93,17 +154,17 @@ def _write_weights(model: ResNet, path: epath.Path) -> None:
 
         # Not the asynchronous one, whose threads would go on after a failure.
         with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
-            tree = nnx.to_pure_dict(_state(model))
-            checkpointer.save(path, args=ocp.args.StandardSave(tree))
+            checkpointer.save(path, args=ocp.args.StandardSave(_collections(model)))
 
 
 def load_model(path: epath.PathLike, *, dtype: Dtype | None = None) -> ResNet:
-    """The model in a directory that `save_model` or convert_weights.py wrote, in evaluation mode.
+    """The model in a directory that `save_model`, convert_weights.py or train.py wrote.
 
-    Parameters and batch statistics are float32, whatever they were when they were saved.
+    It is in evaluation mode. Parameters and batch statistics are float32, whatever they were
+    when they were saved.
 
     Args:
-      path: the directory.
+      path: the directory; of a training run, the work directory, whose newest checkpoint is taken.
       dtype: dtype of the computation, as in `create_model`; not part of what is saved.
 
     Raises:
@@ -111,25 +172,23 @@ def load_model(path: epath.PathLike, *, dtype: Dtype | None = None) -> ResNet:
     """
     dtype = as_dtype(dtype)
     directory = _absolute(path)
-    try:
-        description = json.loads((directory / _DESCRIPTION).read_text())
-    except OSError:
-        raise InputError(f"{directory} holds no model: there is no {_DESCRIPTION}") from None
-    except ValueError:
-        raise InputError(f"{directory / _DESCRIPTION} is damaged: it is no JSON") from None
+    description = _read_description(directory)
     try:
         fields = {
             name: tuple(value) if isinstance(value, list) else value
             for name, value in description["architecture"].items()
         }
-        weights = directory / _WEIGHTS[description["format"]]
-        files = dict(description["files"])
+        is_run = description["format"] == _CHECKPOINTS
+        weights = directory / (_CHECKPOINTS if is_run else _WEIGHTS[description["format"]])
+        files = {} if is_run else dict(description["files"])
         model = abstract_resnet(ResNetConfig(**fields), dtype=dtype)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise InputError(
             f"{directory / _DESCRIPTION} does not describe a model: {type(error).__name__} {error}"
         ) from None
     _verify(directory, files)
+    if is_run:
+        weights = _newest_checkpoint(weights) / "model"
     variables = _by_name(model)
     try:
         if weights.suffix:
@@ -140,9 +199,7 @@ def load_model(path: epath.PathLike, *, dtype: Dtype | None = None) -> ResNet:
             import orbax.checkpoint as ocp
 
             # Asked for as NumPy arrays, they come without a sharding, on every host alike.
-            like = jax.tree.map(
-                lambda v: np.empty(v.shape, v.dtype), nnx.to_pure_dict(_state(model))
-            )
+            like = jax.tree.map(lambda v: np.empty(v.shape, v.dtype), _collections(model))
             with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
                 tree = checkpointer.restore(weights, args=ocp.args.StandardRestore(like))
             arrays = _flatten(tree)
@@ -251,17 +308,34 @@ def _absolute(path: epath.PathLike) -> epath.Path:
     return epath.Path(path).expanduser().resolve()
 
 
-def _state(model: ResNet) -> nnx.State:
-    return nnx.state(model, (nnx.Param, nnx.BatchStat))
-
-
 def _by_name(model: ResNet) -> dict[str, nnx.Variable]:
     """Parameters and batch statistics by path, joined by dots."""
+    state = nnx.state(model, (nnx.Param, nnx.BatchStat))
+    return {".".join(map(str, path)): variable for path, variable in nnx.to_flat_state(state)}
+
+
+def _collections(model: ResNet) -> dict[str, PyTree]:
+    """What Orbax is given, the same as the item "model" of a run's checkpoints."""
     return {
-        ".".join(map(str, path)): variable for path, variable in nnx.to_flat_state(_state(model))
+        name: nnx.to_pure_dict(nnx.state(model, kind))
+        for name, kind in (("params", nnx.Param), ("batch_stats", nnx.BatchStat))
     }
 
 
-def _flatten(tree: Mapping) -> dict[str, np.ndarray]:
-    leaves, _ = jax.tree.flatten_with_path(tree)
-    return {".".join(str(key.key) for key in path): leaf for path, leaf in leaves}
+def _flatten(collections: Mapping[str, PyTree]) -> dict[str, np.ndarray]:
+    """Their leaves by path, joined by dots, as `_by_name` has them."""
+    return {
+        ".".join(str(key.key) for key in path): leaf
+        for tree in collections.values()
+        for path, leaf in jax.tree.leaves_with_path(tree)
+    }
+
+
+def _newest_checkpoint(directory: epath.Path) -> epath.Path:
+    steps = []
+    if directory.exists():
+        # Names of those that are being written are more than a number.
+        steps = [path for path in directory.iterdir() if path.name.isdigit()]
+    if not steps:
+        raise InputError(f"{directory} holds no checkpoint yet")
+    return max(steps, key=lambda path: int(path.name))

@@ -1,45 +1,359 @@
-"""From a source to batches on the devices."""
+"""From a source to batches on the devices, streamed from the host by Grain or kept there."""
 
+import collections
+import dataclasses
+import functools
 import itertools
+import math
+import os
+import sys
 from collections.abc import Iterator
 
 import grain
 import jax
+import jax.numpy as jnp
 import numpy as np
+import rich.progress
+from absl import flags
+from jax.sharding import NamedSharding, PartitionSpec
 
 from slimconv_jax.data.sources import Source
+from slimconv_jax.data.transforms import ImageError, Transform
+from slimconv_jax.errors import InputError, require_integer
 
 Batch = dict[str, jax.Array]
 
+RESIDENT_BYTES = 2**30
+"""Up to how many bytes of uint8 a data set is kept on the devices when a config leaves it open."""
 
-def train_batches(
-    source: Source, batch_size: int, *, seed: int, sharding: jax.sharding.Sharding, first_step: int
-) -> Iterator[Batch]:
-    """Endless batches of `image` (B, H, W, 3) uint8 and `label` (B,) int32.
+BATCHES_AHEAD = 2
+"""How many streamed batches lie on the devices before they are asked for."""
 
-    Each epoch goes once through all examples in an order of its own; a batch may end one
-    epoch and begin the next. The batch of a step depends on the seed and the step alone,
-    so a run that continues at `first_step` sees what an uninterrupted one would.
+
+def load_dataset(
+    source: Source,
+    transform: Transform,
+    *,
+    training: bool,
+    sharding: NamedSharding,
+    on_device: bool | None = None,
+    on_error: str = "raise",
+    num_threads: int | None = None,
+    num_workers: int = 0,
+) -> "ResidentDataset | StreamedDataset":
+    """A source as batches; all but the first four arguments are the keys of `config.loader`.
+
+    Args:
+      source: from `load_source`.
+      transform: how images come to one size.
+      training: whether images get the transform's random crop or its central one.
+      sharding: how the first axis of a batch lies on the devices.
+      on_device: whether all images are decoded once and kept on the devices, which needs a
+        transform without randomness. If None, they are where they take up to `RESIDENT_BYTES`.
+      on_error: for images that cannot be decoded: "raise", or "skip", which leaves them out;
+        then `skipped` names them.
+      num_threads: threads that decode; None for one per core.
+      num_workers: processes with these threads each; 0 for threads of this process.
+
+    Raises:
+      ValueError: if an option is wrong, or an image cannot be decoded or has another size.
     """
-    order = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat().batch(batch_size)
-    for step in itertools.count(first_step):
-        indices = order[step]
-        batch = {"image": source.images[indices], "label": source.labels[indices]}
-        yield jax.device_put(batch, sharding)
+    if on_device not in (None, True, False):
+        raise InputError(f"loader: on_device={on_device!r} must be True, False or None")
+    if on_error not in ("raise", "skip"):
+        raise InputError(f"loader: on_error={on_error!r} must be 'raise' or 'skip'")
+    if num_threads is not None:
+        require_integer("loader: num_threads", num_threads, 1)
+    require_integer("loader: num_workers", num_workers, 0)
+    deterministic = not training or transform.image_size is None
+    if on_device and not deterministic:
+        raise InputError(
+            "loader: on_device=True needs images that stay as they are, and config.transform has "
+            f"random crops of {transform.image_size} pixels, which are made on the host"
+        )
+    if not len(source):
+        raise InputError("the data set has no images")
+    shape = _image_shape(source, transform, on_error)
+    streamed = StreamedDataset(
+        _Load(source, transform, on_error, shape),
+        sharding=sharding,
+        num_threads=num_threads or os.cpu_count(),
+        num_workers=num_workers,
+    )
+    fits = len(source) * math.prod(shape) <= RESIDENT_BYTES
+    if on_device or (on_device is None and deterministic and fits):
+        return ResidentDataset(streamed, sharding)
+    return streamed
 
 
-def eval_batches(
-    source: Source, batch_size: int, *, sharding: jax.sharding.NamedSharding
-) -> Iterator[Batch]:
-    """Every example once, in order, with `mask` (B,) bool, False where a batch is filled up.
+def _image_shape(source: Source, transform: Transform, on_error: str) -> tuple[int, int, int]:
+    """Of every image: height and width in pixels, 3."""
+    if size := transform.image_size:
+        return size, size, 3
+    for index in range(len(source)):
+        try:
+            return transform.for_evaluation(source[index].image, source.describe(index)).shape
+        except ImageError:
+            if on_error == "raise":
+                raise
+    raise _none_readable(source)
 
-    All batches have one shape: `batch_size`, rounded up to a multiple of the devices.
+
+def _none_readable(source: Source) -> InputError:
+    return InputError(f"no image of the data set can be decoded, from {source.describe(0)} on")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Load:
+    """One example by its index, decoded, as the loader's threads and processes get it."""
+
+    source: Source
+    transform: Transform
+    on_error: str
+    shape: tuple[int, int, int]
+
+    def for_training(self, index: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
+        """The example; one that cannot be decoded is replaced by the next that can."""
+        skipped = -1
+        for candidate in itertools.chain(range(index, len(self.source)), range(index)):
+            try:
+                image, label = self._decode(candidate, rng)
+            except ImageError:
+                if self.on_error == "raise":
+                    raise
+                skipped = index
+            else:
+                return {"image": image, "label": label, "skipped": skipped}
+        raise _none_readable(self.source)
+
+    def for_evaluation(self, index: int) -> dict[str, np.ndarray]:
+        """The example, with a `mask` that is False where there is none."""
+        skipped = -1
+        if index < len(self.source):
+            try:
+                image, label = self._decode(index)
+                return {"image": image, "label": label, "mask": True, "skipped": skipped}
+            except ImageError:
+                if self.on_error == "raise":
+                    raise
+                skipped = index
+        image, label = np.zeros(self.shape, np.uint8), np.int32(0)
+        return {"image": image, "label": label, "mask": False, "skipped": skipped}
+
+    def _decode(
+        self, index: int, rng: np.random.Generator | None = None
+    ) -> tuple[np.ndarray, np.int32]:
+        example, name = self.source[index], self.source.describe(index)
+        if rng is None:
+            image = self.transform.for_evaluation(example.image, name)
+        else:
+            image = self.transform.for_training(example.image, name, rng)
+        if image.shape != self.shape:
+            raise InputError(
+                f"the images differ in size: {name} has {image.shape[1]}x{image.shape[0]} pixels, "
+                f"others {self.shape[1]}x{self.shape[0]}; set config.transform.image_size"
+            )
+        return image, np.int32(example.label)
+
+
+class StreamedDataset:
+    """Images that are decoded on the host, by Grain's threads or processes, as they are needed.
+
+    Of each batch, a process decodes only the rows of its own devices.
+
+    Attributes:
+      image_shape: (H, W, 3).
+      skipped: descriptions of the examples that this process could not decode so far.
     """
-    devices = sharding.mesh.size
-    batch_size = -(-batch_size // devices) * devices
-    for start in range(0, len(source), batch_size):
-        indices = np.arange(start, start + batch_size)
-        mask = indices < len(source)
-        indices = np.where(mask, indices, 0)
-        batch = {"image": source.images[indices], "label": source.labels[indices], "mask": mask}
-        yield jax.device_put(batch, sharding)
+
+    where = "streamed from the host"
+
+    def __init__(
+        self,
+        load: _Load,
+        *,
+        sharding: NamedSharding,
+        num_threads: int,
+        num_workers: int,
+    ):
+        self._load = load
+        self._sharding = sharding
+        self._num_threads = num_threads
+        self._num_workers = num_workers
+        self.image_shape = load.shape
+        self.skipped: set[str] = set()
+
+    def __len__(self) -> int:
+        return len(self._load.source)
+
+    def train_batches(self, batch_size: int, *, seed: int, first_step: int) -> Iterator[Batch]:
+        """Endless batches of `image` (B, H, W, 3) uint8 and `label` (B,) int32.
+
+        Each epoch goes once through all examples in an order of its own; a batch may end one
+        epoch and begin the next. The batch of a step, with its random crops, depends on the
+        seed and the step alone: not on threads, processes or devices. So the step is all that
+        has to be saved for a run to continue at `first_step` as if nothing had happened.
+        """
+        order = grain.MapDataset.range(len(self)).seed(seed).shuffle().repeat()
+        return self._on_devices(
+            order.random_map(self._load.for_training), batch_size, first_step=first_step
+        )
+
+    def eval_batches(self, batch_size: int) -> Iterator[Batch]:
+        """Every example once, in order, with `mask` (B,) bool, False where there is none.
+
+        All batches have one shape: `batch_size`, rounded up to a multiple of the devices.
+        """
+        batch_size = _round_up(batch_size, self._sharding.mesh.size)
+        indices = grain.MapDataset.range(_round_up(len(self), batch_size))
+        return self._on_devices(indices.map(self._load.for_evaluation), batch_size, first_step=0)
+
+    def decode(self) -> tuple[np.ndarray, np.ndarray]:
+        """All images that can be decoded, (N, H, W, 3) uint8, and their labels, (N,) int32."""
+        images = np.empty((len(self), *self.image_shape), np.uint8)
+        labels = np.empty(len(self), np.int32)
+        count = 0
+        indices = grain.MapDataset.range(len(self))
+        batches = indices.map(self._load.for_evaluation).batch(256)
+        # Threads only get in each other's way where an image takes a fraction of a millisecond.
+        tiny = math.prod(self.image_shape) < 64 * 64 * 3
+        batches = self._on_host(batches, 0 if tiny else self._num_threads)
+        with rich.progress.Progress(transient=True, disable=not sys.stdout.isatty()) as progress:
+            task = progress.add_task("decoding", total=len(self))
+            for batch in batches:
+                kept = batch["mask"]
+                end = count + kept.sum()
+                images[count:end], labels[count:end] = batch["image"][kept], batch["label"][kept]
+                count = end
+                progress.advance(task, len(kept))
+        return images[:count], labels[:count]
+
+    def _on_host(
+        self, batches: grain.MapDataset, num_threads: int
+    ) -> Iterator[dict[str, np.ndarray]]:
+        """Batches of NumPy arrays, in order, prepared ahead by as many threads."""
+        # One batch for each thread; the buffer is counted in batches.
+        options = grain.ReadOptions(num_threads, prefetch_buffer_size=num_threads)
+        dataset = batches.to_iter_dataset(options)
+        if self._num_workers:
+            if not flags.FLAGS.is_parsed():  # outside absl.app.run; Grain's flags have defaults
+                flags.FLAGS.mark_as_parsed()
+            dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(self._num_workers))
+        for batch in dataset:
+            for index in batch.pop("skipped"):
+                if index >= 0:
+                    self.skipped.add(self._load.source.describe(int(index)))
+            yield batch
+
+    def _on_devices(
+        self, examples: grain.MapDataset, batch_size: int, *, first_step: int
+    ) -> Iterator[Batch]:
+        """Global batches; a few are on their way to the devices before they are asked for."""
+        rows, parts = _local_rows(self._sharding, batch_size)
+        batches = examples.batch(len(rows))[rows.start // len(rows) + first_step * parts :: parts]
+        ahead = collections.deque()
+        for batch in self._on_host(batches, self._num_threads):
+            ahead.append(
+                {
+                    key: jax.make_array_from_process_local_data(
+                        self._sharding, value, (batch_size, *value.shape[1:])
+                    )
+                    for key, value in batch.items()
+                }
+            )
+            if len(ahead) > BATCHES_AHEAD:
+                yield ahead.popleft()
+        yield from ahead
+
+
+def _round_up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
+
+
+def _local_rows(sharding: NamedSharding, batch_size: int) -> tuple[range, int]:
+    """Which rows of a batch belong to this process, and how many such parts a batch has."""
+    slices = [
+        rows.indices(batch_size)
+        for (rows,) in sharding.addressable_devices_indices_map((batch_size,)).values()
+    ]
+    rows = range(min(start for start, _, _ in slices), max(stop for _, stop, _ in slices))
+    return rows, batch_size // len(rows)
+
+
+class ResidentDataset:
+    """Images decoded once and kept on every device, where batches are put together too.
+
+    Its order is drawn on the devices and is another than that of a `StreamedDataset`.
+
+    Args:
+      streamed: where the images come from.
+      sharding: how the first axis of a batch lies on the devices.
+
+    Attributes:
+      image_shape: (H, W, 3).
+      skipped: descriptions of the examples that could not be decoded.
+    """
+
+    where = "kept on the devices"
+
+    def __init__(self, streamed: StreamedDataset, sharding: NamedSharding):
+        self.image_shape = streamed.image_shape
+        images, labels = streamed.decode()
+        self.skipped = streamed.skipped
+        if not len(images):
+            raise InputError("no image of the data set can be decoded")
+        self._size = len(images)
+        self._sharding = sharding
+        self._everywhere = NamedSharding(sharding.mesh, PartitionSpec())
+        self._data = {
+            key: jax.make_array_from_process_local_data(self._everywhere, value, value.shape)
+            for key, value in (("image", images), ("label", labels))
+        }
+
+    def __len__(self) -> int:
+        return self._size
+
+    def train_batches(self, batch_size: int, *, seed: int, first_step: int) -> Iterator[Batch]:
+        """As those of a `StreamedDataset`, without work for the host.
+
+        `batch_size` must not exceed the number of images.
+        """
+        key = jax.random.key(seed)
+        last_epoch = None
+        for step in itertools.count(first_step):
+            epoch, start = divmod(step * batch_size, self._size)
+            if epoch != last_epoch:
+                order = _two_orders(key, epoch, size=self._size, sharding=self._everywhere)
+                last_epoch = epoch
+            batch = _take(self._data, order, start, size=batch_size, sharding=self._sharding)
+            del batch["mask"]
+            yield batch
+
+    def eval_batches(self, batch_size: int) -> Iterator[Batch]:
+        """As those of a `StreamedDataset`, without work for the host."""
+        batch_size = _round_up(batch_size, self._sharding.mesh.size)
+        order = np.arange(_round_up(self._size, batch_size), dtype=np.int32)
+        order = jax.make_array_from_process_local_data(self._everywhere, order, order.shape)
+        for start in range(0, self._size, batch_size):
+            yield _take(self._data, order, start, size=batch_size, sharding=self._sharding)
+
+
+@functools.partial(jax.jit, static_argnames=("size", "sharding"))
+def _two_orders(key: jax.Array, epoch: int, *, size: int, sharding: NamedSharding) -> jax.Array:
+    """The order of an epoch, followed by that of the next one, where its last batch may end."""
+    orders = [
+        jax.random.permutation(jax.random.fold_in(key, number), size)
+        for number in (epoch, epoch + 1)
+    ]
+    return jax.lax.with_sharding_constraint(jnp.concatenate(orders), sharding)
+
+
+@functools.partial(jax.jit, static_argnames=("size", "sharding"))
+def _take(
+    data: Batch, order: jax.Array, start: int, *, size: int, sharding: NamedSharding
+) -> Batch:
+    """`size` examples of an order from `start` on; `mask` is False where there is none."""
+    indices = jax.lax.dynamic_slice(order, (start,), (size,))
+    batch = {key: array.at[indices].get(mode="clip") for key, array in data.items()}
+    batch["mask"] = indices < len(data["label"])
+    return jax.lax.with_sharding_constraint(batch, sharding)

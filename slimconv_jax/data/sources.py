@@ -1,70 +1,382 @@
-"""Where examples come from: random-access sources of images and labels."""
+"""Where examples come from: random-access sources of labelled images, mostly still encoded.
 
-import dataclasses
+A source has a length and `class_names`; `source[i]` is an `Example`, and `source.describe(i)`
+says in an error message which one that is.
+"""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from PIL import Image
 
-from slimconv_jax.errors import InputError
+from slimconv_jax.data.transforms import IMAGE_SUFFIXES, ImageError
+from slimconv_jax.errors import InputError, require_integer
 
-SPLITS = ("train", "test")
 
-
-@dataclasses.dataclass(frozen=True)
-class Source:
-    """A labelled set of images, decoded and in memory.
+class Example(NamedTuple):
+    """One labelled image.
 
     Attributes:
-      images: (N, H, W, 3), uint8.
-      labels: (N,), int32, indices into `class_names`.
-      class_names: the name of each class.
+      image: the bytes of an image file, or decoded pixels: (H, W, 3), uint8.
+      label: an index into `class_names`.
     """
 
-    images: np.ndarray
-    labels: np.ndarray
-    class_names: tuple[str, ...]
+    image: bytes | np.ndarray
+    label: int
+
+
+class Source(Protocol):
+    """What every source offers; see the module's docstring."""
+
+    class_names: Sequence[str]
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Example: ...
+
+    def describe(self, index: int) -> str: ...
+
+
+class ArraySource:
+    """Decoded images in memory.
+
+    Args:
+      images: (N, H, W, 3), uint8.
+      labels: (N,), indices into `class_names`.
+      class_names: the name of each class.
+      name: what the images are called in messages.
+    """
+
+    def __init__(
+        self, images: np.ndarray, labels: np.ndarray, class_names: Sequence[str], name: str
+    ):
+        self._images, self._labels, self._name = images, labels, name
+        self.class_names = tuple(class_names)
 
     def __len__(self) -> int:
-        return len(self.images)
+        return len(self._images)
+
+    def __getitem__(self, index: int) -> Example:
+        return Example(self._images[index], int(self._labels[index]))
+
+    def describe(self, index: int) -> str:
+        return f"image {index} of {self._name}"
 
 
-def digits(split: str) -> Source:
+def digits(split: str) -> ArraySource:
     """Scikit-learn's 1797 handwritten digits as 32x32 RGB; nothing is downloaded.
 
     The split is fixed and stratified: 1437 images to train on, 360 to test. The 8x8
     originals have 17 levels of grey; they are resized with Pillow's bilinear filter.
     """
+    _check_split("digits", split, ("train", "test"))
     # Imported here since it takes over a second and only this source needs it.
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
     data = load_digits()
-    indices = train_test_split(
+    train, test = train_test_split(
         np.arange(len(data.target)), test_size=360, stratify=data.target, random_state=0
-    )[SPLITS.index(split)]
+    )
+    indices = train if split == "train" else test
     grey = np.round(data.images[indices] * (255 / 16)).astype(np.uint8)
     large = [
         np.asarray(Image.fromarray(g).resize((32, 32), Image.Resampling.BILINEAR)) for g in grey
     ]
     images = np.repeat(np.stack(large)[..., None], 3, axis=-1)
-    names = tuple(str(name) for name in data.target_names)
-    return Source(images, data.target[indices].astype(np.int32), names)
+    return ArraySource(images, data.target[indices], map(str, data.target_names), "digits")
 
 
-SOURCES = {"digits": digits}
-
-
-def load_source(name: str, split: str) -> Source:
-    """One split of a named data set.
+class TfdsSource:
+    """A data set that TensorFlow Datasets has prepared, read without TensorFlow.
 
     Args:
-      name: a key of `SOURCES`.
-      split: "train" or "test".
+      name: as TFDS has it: NAME, NAME/CONFIG, NAME:VERSION.
+      split: "train", "validation", or whatever the data set has, "train[:1000]" too.
+      data_dir: where TFDS keeps its data sets; None for its default, `~/tensorflow_datasets` or
+        `$TFDS_DATA_DIR`.
 
     Raises:
-      ValueError: if there is no such data set or split.
+      ValueError: if there is no such data set or split, it is not prepared in a format with
+        random access (array_record), or is not one of images, each with one class.
     """
-    for what, value, allowed in (("data set", name, SOURCES), ("split", split, SPLITS)):
-        if value not in allowed:
-            raise InputError(f"unknown {what} {value!r}; there are: {', '.join(allowed)}")
-    return SOURCES[name](split)
+
+    def __init__(self, name: str, split: str, data_dir: os.PathLike | str | None = None):
+        # Imported here since it takes a second.
+        import tensorflow_datasets as tfds
+
+        if data_dir is not None:
+            data_dir = Path(data_dir).expanduser()
+            if not data_dir.is_dir():
+                raise InputError(f"there is no directory {data_dir}")
+        try:
+            builder = tfds.builder(name, data_dir=data_dir, try_gcs=False)
+        except Exception as error:  # of many kinds; some end in a list of all data sets
+            reason = str(error).strip().splitlines()[0]
+            where = f" in {data_dir}" if data_dir else ""
+            raise InputError(f"TFDS has no data set {name!r}{where}: {reason}") from None
+        self._name, self._split = f"tfds/{name}", split
+        splits = builder.info.splits
+        if not splits:
+            raise InputError(
+                f"the data set tfds/{name} is not prepared in {builder.data_root}; prepare it by: "
+                f"{_TFDS_TOOLS} && tfds build {name} --file_format=array_record "
+                f"--data_dir={builder.data_root}"
+            )
+        _check_split(self._name, split.split("[")[0], splits)
+        self._image_key, self._label_key = self._keys(tfds, builder.info)
+        decoders = {self._image_key: tfds.decode.SkipDecoding()}
+        try:
+            self._records = builder.as_data_source(split, decoders=decoders)
+        except NotImplementedError:
+            raise InputError(
+                f"the data set in {builder.data_dir} is in the format "
+                f"{builder.info.file_format.value}, which has no random access; convert it by: "
+                f"{_TFDS_TOOLS} && tfds convert_format --dataset_version_dir={builder.data_dir} "
+                "--out_file_format=array_record"
+            ) from None
+        except Exception as error:  # a missing or damaged file, a wrong slice
+            raise InputError(f"cannot read {builder.data_dir}: {error}") from None
+        self.class_names = tuple(builder.info.features[self._label_key].names)
+
+    def _keys(self, tfds, info) -> tuple[str, str]:
+        """Which features are the image and the label."""
+        features = info.features
+        image, label = info.supervised_keys or ("image", "label")
+        try:
+            if isinstance(features[image], tfds.features.Image) and isinstance(
+                features[label], tfds.features.ClassLabel
+            ):
+                return image, label
+        except (KeyError, TypeError):
+            pass
+        raise InputError(
+            f"{self._name} is no image classification data set: its features are "
+            + ", ".join(f"{key} ({type(feature).__name__})" for key, feature in features.items())
+        )
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: int) -> Example:
+        try:
+            record = self._records[index]
+        except Exception as error:  # array_record has several kinds
+            raise InputError(f"cannot read {self.describe(index)}: {error}") from None
+        label = int(record[self._label_key])
+        if not 0 <= label < len(self.class_names):
+            raise InputError(
+                f"{self.describe(index)} has the label {label}; labels must be 0 to "
+                f"{len(self.class_names) - 1} (some data sets have test splits without labels)"
+            )
+        return Example(record[self._image_key], label)
+
+    def describe(self, index: int) -> str:
+        return f"record {index} of {self._name}, split {self._split!r}"
+
+
+_TFDS_TOOLS = "pip install tensorflow apache-beam mlcroissant"
+
+
+class ImageFolder:
+    """Image files in one directory per class, `ROOT/SPLIT/CLASS/*`; classes sorted by name.
+
+    Files are those whose names end as images do, also in directories below that of the class;
+    what begins with a dot is ignored.
+
+    Args:
+      root: the directory of the splits.
+      split: "train", "val", or whatever is there.
+
+    Raises:
+      ValueError: if there is no such directory, or no class, or no image in a class.
+    """
+
+    def __init__(self, root: os.PathLike | str, split: str):
+        root = Path(root).expanduser()
+        if not root.is_dir():
+            raise InputError(f"there is no directory {root}")
+        splits = _directories(root)
+        directory = root / split
+        if not directory.is_dir():
+            raise InputError(
+                f"there is no directory {directory}; {root} has: {', '.join(splits) or 'none'}"
+            )
+        self.class_names = tuple(_directories(directory))
+        if not self.class_names:
+            raise InputError(f"{directory} has no directories, one for each class, with images")
+        self._files, self._labels = [], []
+        for label, name in enumerate(self.class_names):
+            files = sorted(_image_files(directory / name))
+            if not files:
+                suffixes = ", ".join(sorted(IMAGE_SUFFIXES))
+                raise InputError(f"the class {directory / name} has no images ({suffixes})")
+            self._files += files
+            self._labels += [label] * len(files)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def __getitem__(self, index: int) -> Example:
+        try:
+            # Read whole, so without Python's buffer in between.
+            with open(self._files[index], "rb", buffering=0) as file:
+                return Example(file.read(), self._labels[index])
+        except OSError as error:
+            raise ImageError(f"cannot read {self._files[index]}: {error.strerror}") from None
+
+    def describe(self, index: int) -> str:
+        return self._files[index]
+
+
+def _directories(directory: Path) -> list[str]:
+    return sorted(p.name for p in directory.iterdir() if p.is_dir() and p.name[0] != ".")
+
+
+def _image_files(directory: Path) -> list[str]:
+    """As strings, since there may be millions."""
+    return [
+        os.path.join(parent, file)
+        for parent, _, files in os.walk(directory, followlinks=True)
+        for file in files
+        if os.path.splitext(file)[1].lower() in IMAGE_SUFFIXES and file[0] != "."
+    ]
+
+
+class Synthetic:
+    """Random noise with labels in turn, for benchmarks: what it costs to train, without data.
+
+    Args:
+      num_examples: how many images there are.
+      num_classes: how many classes.
+      image_size: pixels a side.
+    """
+
+    def __init__(self, num_examples: int, num_classes: int, image_size: int):
+        self._num_examples, self._image_size = num_examples, image_size
+        self.class_names = tuple(map(str, range(num_classes)))
+
+    def __len__(self) -> int:
+        return self._num_examples
+
+    def __getitem__(self, index: int) -> Example:
+        shape = (self._image_size, self._image_size, 3)
+        image = np.random.default_rng(index).bytes(np.prod(shape))
+        return Example(np.frombuffer(image, np.uint8).reshape(shape), index % len(self.class_names))
+
+    def describe(self, index: int) -> str:
+        return f"image {index} of synthetic"
+
+
+SOURCES = ("digits", "tfds/NAME", "image_folder", "synthetic")
+
+
+def load_source(
+    name: str,
+    split: str,
+    data_dir: os.PathLike | str | None = None,
+    *,
+    num_examples: int = 1280,
+    num_classes: int = 1000,
+    image_size: int = 224,
+) -> Source:
+    """One split of a data set.
+
+    Args:
+      name: "digits", "tfds/NAME", "image_folder" or "synthetic".
+      split: "train", "test" or whatever the data set has.
+      data_dir: where the data are: for image_folder the directory of the splits, for tfds where
+        TFDS keeps its data sets (None for its default).
+      num_examples: of "synthetic" only, as the last two.
+      num_classes: how many classes.
+      image_size: pixels a side.
+
+    Raises:
+      ValueError: if there is no such data set or split, or it cannot be used.
+    """
+    if not isinstance(name, str):
+        raise InputError(f"the name of a data set must be a string, not {name!r}")
+    if name == "image_folder":
+        if data_dir is None:
+            raise InputError("the data set image_folder needs a data_dir, where its splits are")
+        return ImageFolder(data_dir, split)
+    if name.startswith("tfds/"):
+        return TfdsSource(name.removeprefix("tfds/"), split, data_dir)
+    if data_dir is not None and name in SOURCES:
+        raise InputError(f"the data set {name} takes no data_dir, but was given {data_dir}")
+    if name == "digits":
+        return digits(split)
+    if name == "synthetic":
+        sizes = {"num_examples": num_examples, "num_classes": num_classes, "image_size": image_size}
+        for key, value in sizes.items():
+            require_integer(f"synthetic: {key}", value, 1)
+        return Synthetic(**sizes)
+    raise InputError(f"unknown data set {name!r}; there are: {', '.join(SOURCES)}")
+
+
+def load_splits(
+    *, train_split: str = "train", test_split: str = "test", **options
+) -> tuple[Source, Source]:
+    """What to train on and what to test on, with the same classes.
+
+    Args:
+      train_split: name of the split to train on.
+      test_split: name of the split to test on; its classes must be among those of the other.
+      **options: the other arguments of `load_source`.
+
+    Raises:
+      ValueError: as `load_source`, and if the test split has other classes.
+    """
+    train = load_source(split=train_split, **options)
+    test = load_source(split=test_split, **options)
+    return train, with_classes(test, train.class_names, of=f"the split {train_split!r}")
+
+
+def _check_split(name: str, split: str, splits: Sequence[str]) -> None:
+    if split not in splits:
+        raise InputError(f"{name} has no split {split!r}; there are: {', '.join(splits)}")
+
+
+class _Relabelled:
+    """A source with the labels of another list of classes."""
+
+    def __init__(self, source: Source, labels: Sequence[int], class_names: Sequence[str]):
+        self._source, self._labels, self.class_names = source, labels, tuple(class_names)
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, index: int) -> Example:
+        image, label = self._source[index]
+        return Example(image, self._labels[label])
+
+    def describe(self, index: int) -> str:
+        return self._source.describe(index)
+
+
+def with_classes(source: Source, class_names: Sequence[str], *, of: str) -> Source:
+    """A source with its labels as indices into other `class_names`, matched by name.
+
+    Args:
+      source: some or all of whose classes are among `class_names`.
+      class_names: the name of each class.
+      of: whose classes these are, for messages.
+
+    Raises:
+      ValueError: if the source has a class that is not among them.
+    """
+    class_names = tuple(class_names)
+    if source.class_names == class_names:
+        return source
+    position = {name: label for label, name in enumerate(class_names)}
+    strangers = [name for name in source.class_names if name not in position]
+    if strangers:
+        raise InputError(
+            f"{len(strangers)} of the {len(source.class_names)} classes of the data, such as "
+            f"{strangers[0]!r}, are not among the {len(class_names)} of {of}, such as "
+            f"{class_names[0]!r}"
+        )
+    return _Relabelled(source, [position[name] for name in source.class_names], class_names)

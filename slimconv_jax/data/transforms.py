@@ -1,12 +1,23 @@
-"""Image files to uint8 arrays, as torchvision's evaluation does it, with Pillow."""
+"""From encoded images to uint8 arrays of one size, on the host.
 
+Evaluation does exactly what torchvision does, with Pillow. Training gives up exactness in the
+last bits for speed: JPEGs are decoded only as far down and as finely as the crop needs.
+"""
+
+import dataclasses
+import io
+import math
 import os
+from collections.abc import Sequence
+from numbers import Real
 from pathlib import Path
 
+import cv2
 import numpy as np
+import simplejpeg
 from PIL import Image
 
-from slimconv_jax.errors import InputError
+from slimconv_jax.errors import InputError, require_integer
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -14,6 +25,12 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 IMAGE_SUFFIXES = frozenset(
     (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 )
+
+cv2.setNumThreads(0)  # the loader has threads of its own
+
+
+class ImageError(InputError):
+    """An image that cannot be decoded."""
 
 
 def find_images(directory: os.PathLike | str) -> list[Path]:
@@ -32,17 +49,42 @@ def find_images(directory: os.PathLike | str) -> list[Path]:
     return files
 
 
+def decode_image(data: bytes | np.ndarray, name: str) -> Image.Image:
+    """An image as RGB, of any kind that Pillow reads.
+
+    Greyscale, palette, RGBA, CMYK and 16-bit images become what torchvision's ImageFolder makes
+    of them, and as there an orientation in the EXIF data is ignored.
+
+    Args:
+      data: the bytes of an image file, or pixels: (H, W, 3), uint8.
+      name: what the image is called in messages.
+
+    Raises:
+      ValueError: if it cannot be decoded.
+    """
+    if isinstance(data, np.ndarray):
+        return Image.fromarray(data)
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            return image.convert("RGB")
+    except Exception as error:  # a damaged file can raise nearly anything in Pillow's decoders
+        reason = "it is in no format that Pillow knows"
+        if not isinstance(error, Image.UnidentifiedImageError):
+            reason = str(error) or type(error).__name__
+        raise ImageError(f"cannot read the image {name}: {reason}") from None
+
+
 def read_image(path: os.PathLike | str) -> Image.Image:
-    """An image file as RGB.
+    """An image file as RGB; see `decode_image`.
 
     Raises:
       ValueError: if it cannot be read as an image.
     """
     try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise InputError(f"cannot read the image {path}: {error}") from None
+        data = Path(path).read_bytes()
+    except OSError as error:
+        raise ImageError(f"cannot read the image {path}: {error.strerror}") from None
+    return decode_image(data, str(path))
 
 
 def resize_and_crop(image: Image.Image, size: int) -> np.ndarray:
@@ -57,3 +99,181 @@ def resize_and_crop(image: Image.Image, size: int) -> np.ndarray:
     resized = image.resize((width, height), Image.Resampling.BILINEAR)
     left, top = round((width - size) / 2), round((height - size) / 2)
     return np.asarray(resized.crop((left, top, left + size, top + size)))
+
+
+def sample_crop(
+    rng: np.random.Generator,
+    height: int,
+    width: int,
+    scale: Sequence[float],
+    ratio: Sequence[float],
+) -> tuple[int, int, int, int]:
+    """A random part of an image, as torchvision's RandomResizedCrop chooses it.
+
+    Args:
+      rng: source of randomness.
+      height: of the image, in pixels.
+      width: likewise.
+      scale: range of the part's area, as fractions of the image's.
+      ratio: range of its width over its height; the logarithm is uniform.
+
+    Returns:
+      top, left, height, width. After ten parts that do not fit, the largest central one whose
+      ratio is within the range.
+    """
+    for _ in range(10):
+        area = height * width * rng.uniform(*scale)
+        aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
+        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            return int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1)), h, w
+    aspect = min(max(width / height, ratio[0]), ratio[1])
+    w, h = min(width, round(height * aspect)), min(height, round(width / aspect))
+    return (height - h) // 2, (width - w) // 2, h, w
+
+
+def random_resized_crop(
+    data: bytes | np.ndarray,
+    name: str,
+    rng: np.random.Generator,
+    *,
+    size: int,
+    scale: Sequence[float],
+    ratio: Sequence[float],
+) -> np.ndarray:
+    """A random part of an image, resized bilinearly: (size, size, 3), uint8.
+
+    Args:
+      data: as in `decode_image`, as is `name`.
+      rng: source of randomness; see `sample_crop` for what is drawn.
+      size: pixels a side of the result.
+      scale: see `sample_crop`, as for `ratio`.
+
+    Raises:
+      ValueError: if it cannot be decoded.
+    """
+    if (header := _jpeg_header(data)) is None:
+        pixels = np.asarray(decode_image(data, name))
+        top, left, height, width = sample_crop(rng, *pixels.shape[:2], scale, ratio)
+    else:
+        top, left, height, width = sample_crop(rng, header.height, header.width, scale, ratio)
+        # At half size, a quarter or an eighth, where that leaves enough: this costs the decoder
+        # less, and antialiases.
+        factor = next((f for f in (8, 4, 2) if min(height, width) >= f * size), 1)
+        try:
+            pixels = _decode_jpeg(data, header, rows=top + height, factor=factor)
+        except ValueError:
+            raise ImageError(f"cannot read the image {name}: it is a damaged JPEG") from None
+        bottom, right = -(-(top + height) // factor), -(-(left + width) // factor)
+        top, left = top // factor, left // factor
+        height, width = bottom - top, right - left
+    part = pixels[top : top + height, left : left + width]
+    return cv2.resize(part, (size, size), interpolation=cv2.INTER_LINEAR)
+
+
+@dataclasses.dataclass(frozen=True)
+class _JpegHeader:
+    """Attributes: height and width in pixels, and where in the file the height is written."""
+
+    height: int
+    width: int
+    offset: int
+
+
+_END_OF_IMAGE = b"\xff\xd9"
+
+
+def _jpeg_header(data: bytes | np.ndarray) -> _JpegHeader | None:
+    """What `_decode_jpeg` needs; None for all but complete sequential JPEGs, grey or in colour."""
+    if isinstance(data, np.ndarray) or data[:2] != b"\xff\xd8":
+        return None
+    # A file that was cut off is left to Pillow, which says so.
+    if not data[-64:].rstrip(b"\0").endswith(_END_OF_IMAGE):
+        return None
+    position = 2
+    while data[position : position + 1] == b"\xff" and position + 10 <= len(data):
+        marker = data[position + 1]
+        if marker in (0xC0, 0xC1):  # start of frame: length, precision, height, width, components
+            height = int.from_bytes(data[position + 5 : position + 7])
+            width = int.from_bytes(data[position + 7 : position + 9])
+            if data[position + 4] != 8 or data[position + 9] not in (1, 3) or not height * width:
+                return None
+            return _JpegHeader(height, width, position + 5)
+        if (0xC2 <= marker <= 0xCF and marker != 0xC4) or marker == 0xDA:  # other kinds of frame
+            return None
+        padding = marker == 0xFF
+        position += 1 if padding else 2 + int.from_bytes(data[position + 2 : position + 4])
+    return None
+
+
+def _decode_jpeg(data: bytes, header: _JpegHeader, *, rows: int, factor: int) -> np.ndarray:
+    """The first rows of a JPEG, (ceil(rows / factor), ceil(width / factor), 3), uint8.
+
+    The decoder is told that the image ends after those rows, so that it leaves out the rest.
+    For its complaint about what follows then, it may not be strict; as Pillow, which never is.
+    """
+    at = header.offset
+    if rows < header.height:
+        data = data[:at] + rows.to_bytes(2) + data[at + 2 :]
+    return simplejpeg.decode_jpeg(
+        data,
+        fastdct=True,
+        fastupsample=True,
+        min_height=-(-rows // factor),
+        min_width=-(-header.width // factor),
+        min_factor=factor,
+        strict=False,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Transform:
+    """How images come to one size; its fields are the keys of `config.transform`.
+
+    Attributes:
+      image_size: pixels a side; None leaves images as they are, which must all have one size.
+      scale: of the random resized crop, the range of areas as fractions of the image's.
+      ratio: of the random resized crop, the range of width over height.
+
+    Raises:
+      ValueError: if a range is none.
+    """
+
+    image_size: int | None = None
+    scale: Sequence[float] = (0.08, 1.0)
+    ratio: Sequence[float] = (3 / 4, 4 / 3)
+
+    def __post_init__(self):
+        if self.image_size is not None:
+            require_integer("transform: image_size", self.image_size, 1)
+        for name, highest in (("scale", 1), ("ratio", math.inf)):
+            value = getattr(self, name)
+            if not (
+                isinstance(value, Sequence)
+                and len(value) == 2
+                and all(isinstance(bound, Real) for bound in value)
+                and 0 < value[0] <= value[1] <= highest
+            ):
+                limits = "0 < low <= high" + ("" if highest == math.inf else f" <= {highest}")
+                raise InputError(
+                    f"transform: {name}={value!r} must be two numbers, low and high, {limits}"
+                )
+
+    def for_training(
+        self, data: bytes | np.ndarray, name: str, rng: np.random.Generator
+    ) -> np.ndarray:
+        """A random resized crop, unless images are left as they are; see `random_resized_crop`."""
+        if self.image_size is None:
+            return self.for_evaluation(data, name)
+        return random_resized_crop(
+            data, name, rng, size=self.image_size, scale=self.scale, ratio=self.ratio
+        )
+
+    def for_evaluation(self, data: bytes | np.ndarray, name: str) -> np.ndarray:
+        """The central part; see `decode_image` and `resize_and_crop`."""
+        image = decode_image(data, name)
+        return (
+            np.asarray(image)
+            if self.image_size is None
+            else resize_and_crop(image, self.image_size)
+        )

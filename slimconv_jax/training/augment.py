@@ -1,4 +1,4 @@
-"""What happens to images on the device, inside the step: crop, then normalise."""
+"""What happens to images on the device, inside the step: crop, flip, then normalise."""
 
 from collections.abc import Sequence
 from numbers import Real
@@ -48,12 +48,28 @@ def random_crop(key: jax.Array, images: jax.Array, *, padding: int) -> jax.Array
     return jax.vmap(crop)(padded, offsets)
 
 
-def augment(key: jax.Array, images: jax.Array, *, crop_padding: int = 0) -> jax.Array:
+def random_flip(key: jax.Array, images: jax.Array) -> jax.Array:
+    """Mirrors each image, left to right, with probability 1/2: (N, H, W, C)."""
+    flipped = jax.random.bernoulli(key, shape=(len(images), 1, 1, 1))
+    return jnp.where(flipped, images[:, :, ::-1], images)
+
+
+def augment(
+    key: jax.Array, images: jax.Array, *, crop_padding: int = 0, flip: bool = False
+) -> jax.Array:
     """The random changes of a training batch; its options are the keys of `config.augment`.
 
     Args:
       key: source of all randomness.
       images: (N, H, W, 3) uint8; so is the result.
       crop_padding: see `random_crop`.
+      flip: whether to mirror every other image; see `random_flip`.
+
+    Raises:
+      ValueError: if an option is wrong.
     """
-    return random_crop(key, images, padding=crop_padding)
+    if not isinstance(flip, bool):
+        raise InputError(f"augment: flip={flip!r} must be True or False")
+    crop_key, flip_key = jax.random.split(key)
+    images = random_crop(crop_key, images, padding=crop_padding)
+    return random_flip(flip_key, images) if flip else images

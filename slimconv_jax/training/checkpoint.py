@@ -10,13 +10,17 @@ from etils import epath
 from slimconv_jax.errors import InputError
 from slimconv_jax.training.step import TrainState
 
+NOT_COMPARED = ("dataset.data_dir", "loader.num_threads", "loader.num_workers")
+"""What may differ when a run continues: it belongs to the machine and not to the experiment."""
+
 
 def claim_workdir(workdir: epath.PathLike, config: ml_collections.ConfigDict) -> epath.Path:
     """Creates a work directory for a config, or makes sure that it belongs to that config.
 
     Args:
       workdir: a directory; it is created, with its parents, if it is not there.
-      config: written to `config.json` there, and compared with what is there already.
+      config: written to `config.json` there, and compared with what is there already; only
+        the keys in `NOT_COMPARED` may have changed.
 
     Raises:
       ValueError: if the directory cannot be written, or belongs to another experiment.
@@ -35,18 +39,15 @@ def claim_workdir(workdir: epath.PathLike, config: ml_collections.ConfigDict) ->
         # first, so that config.json is never there in part.
         part = path / "config.json.part"
         part.write_text(text)
-        if not file.exists():
-            part.replace(file)
-            return path
-        part.unlink()
-        there = file.read_bytes()
+        if file.exists() and (differences := _differences(file.read_bytes(), text)):
+            part.unlink()
+            raise InputError(
+                f"{path} holds another experiment: {differences}; choose another --workdir, or "
+                "delete this one"
+            )
+        part.replace(file)
     except OSError as error:
         raise InputError(f"cannot write to the work directory {path}: {error}") from None
-    if differences := _differences(there, text):
-        raise InputError(
-            f"{path} holds another experiment: {differences}; choose another --workdir, or "
-            "delete this one"
-        )
     return path
 
 
@@ -59,7 +60,7 @@ def _differences(there: bytes, here: str) -> str:
     return ", ".join(
         f"config.{key} is {old.get(key, 'absent')!r} there and {new.get(key, 'absent')!r} here"
         for key in sorted(old | new)
-        if old.get(key, "absent") != new.get(key, "absent")
+        if key not in NOT_COMPARED and old.get(key, "absent") != new.get(key, "absent")
     )
 
 
@@ -78,8 +79,19 @@ def checkpoint_manager(workdir: epath.Path, *, to_keep: int) -> ocp.CheckpointMa
 
 
 def save(manager: ocp.CheckpointManager, step: int, state: TrainState) -> None:
-    """Begins to save a state; it may be donated as soon as this returns."""
-    manager.save(step, args=ocp.args.StandardSave(state))
+    """Begins to save a state; it may be donated as soon as this returns.
+
+    The model is an item of its own, so that `load_model` needs to know nothing of optimisers.
+    """
+    items = {name: ocp.args.StandardSave(tree) for name, tree in _items(state).items()}
+    manager.save(step, args=ocp.args.Composite(**items))
+
+
+def _items(state: TrainState) -> dict[str, dict]:
+    return {
+        "model": {"params": state.params, "batch_stats": state.batch_stats},
+        "optimizer": {"step": state.step, "opt_state": state.opt_state},
+    }
 
 
 def restore(
@@ -93,4 +105,6 @@ def restore(
     abstract = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), like
     )
-    return manager.restore(step, args=ocp.args.StandardRestore(abstract))
+    items = {name: ocp.args.StandardRestore(tree) for name, tree in _items(abstract).items()}
+    restored = manager.restore(step, args=ocp.args.Composite(**items))
+    return TrainState(**restored["model"], **restored["optimizer"])

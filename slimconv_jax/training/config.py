@@ -1,7 +1,7 @@
 """What a config may hold, checked before anything is built.
 
-A section of a config is the keyword arguments of one function, so the functions themselves
-say which keys there are.
+A section of a config is the keyword arguments of a function or two, so the functions
+themselves say which keys there are.
 """
 
 import difflib
@@ -10,20 +10,24 @@ from collections.abc import Callable, Collection
 
 import ml_collections
 
-from slimconv_jax.data.sources import load_source
+from slimconv_jax.data.loader import load_dataset
+from slimconv_jax.data.sources import load_source, load_splits
+from slimconv_jax.data.transforms import Transform
 from slimconv_jax.errors import InputError, require_integer
 from slimconv_jax.models.zoo import create_model
 from slimconv_jax.training.augment import augment, normalize
 from slimconv_jax.training.optimizer import create_optimizer
 
-SECTIONS: dict[str, tuple[Callable, Collection[str]]] = {
-    "model": (create_model, ("num_classes", "rngs")),
-    "dataset": (load_source, ("split",)),
-    "normalize": (normalize, ("images",)),
-    "augment": (augment, ("key", "images")),
-    "optimizer": (create_optimizer, ("steps_per_epoch", "total_steps")),
+SECTIONS: dict[str, tuple[Collection[Callable], Collection[str]]] = {
+    "model": ([create_model], ("num_classes", "rngs")),
+    "dataset": ([load_splits, load_source], ("options", "split")),
+    "transform": ([Transform], ()),
+    "loader": ([load_dataset], ("source", "transform", "training", "sharding")),
+    "normalize": ([normalize], ("images",)),
+    "augment": ([augment], ("key", "images")),
+    "optimizer": ([create_optimizer], ("steps_per_epoch", "total_steps")),
 }
-"""For each section, the function that takes its keys and the arguments that are not keys."""
+"""For each section, the functions that take its keys and their arguments that are not keys."""
 
 INTEGERS = {
     "seed": 0,
@@ -48,11 +52,12 @@ def check_config(config: ml_collections.ConfigDict, num_devices: int) -> None:
       ValueError: if a key is unknown or missing, or a number is out of range.
     """
     _check_keys("config", config, required=[*SECTIONS, *INTEGERS])
-    for section, (function, not_keys) in SECTIONS.items():
+    for section, (functions, not_keys) in SECTIONS.items():
         if not isinstance(config[section], ml_collections.ConfigDict):
             raise InputError(f"config.{section} must be a section, that is a ConfigDict")
         parameters = {
             name: parameter
+            for function in functions
             for name, parameter in inspect.signature(function).parameters.items()
             if name not in not_keys
         }

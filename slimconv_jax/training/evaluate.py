@@ -1,5 +1,6 @@
 """Evaluation: every example counts once, whatever the batch size and the devices."""
 
+import time
 from collections.abc import Callable, Iterable
 
 import jax
@@ -7,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from slimconv_jax.training.step import TrainState, batch_sharded, replicated
+from slimconv_jax.training.step import PyTree, batch_sharded, replicated
 
 Totals = dict[str, jax.Array]
 
@@ -17,7 +18,7 @@ def make_evaluate(
     *,
     preprocess: Callable[[jax.Array], jax.Array],
     mesh: jax.sharding.Mesh,
-) -> Callable[[TrainState, Iterable[dict[str, jax.Array]]], Totals]:
+) -> Callable[..., Totals]:
     """An evaluation that hands all its work to the devices and waits for none of it.
 
     Args:
@@ -26,20 +27,27 @@ def make_evaluate(
       mesh: the devices; the batches are split over them.
 
     Returns:
-      A function of a state and batches with `image`, `label` and `mask` that returns sums over
-      the unmasked examples: `loss` (cross-entropy, float32), `correct` (top-1, int32) and
-      `examples` (int32).
+      `evaluate(params, batch_stats, batches, latencies=None)`. The batches have `image`, `label`
+      and `mask`; the result has sums over the unmasked examples: `loss` (cross-entropy,
+      float32), `top1` and `top5` (how many are right, int32) and `examples` (int32). If
+      `latencies` is a list, it waits for each batch and appends the seconds that the devices
+      took for it, compilation excluded.
     """
     graphdef = nnx.graphdef(nnx.view(model, use_running_average=True))
 
-    def add_batch(totals: Totals, params, batch_stats, batch: dict[str, jax.Array]) -> Totals:
+    def add_batch(totals: Totals, params: PyTree, batch_stats: PyTree, batch) -> Totals:
         logits = nnx.merge(graphdef, params, batch_stats)(preprocess(batch["image"]))
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
-        correct = logits.argmax(axis=-1) == batch["label"]
-        mask = batch["mask"]
+        label, mask = batch["label"], batch["mask"]
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, label)
+        _, best = jax.lax.top_k(logits, min(5, logits.shape[-1]))
+        right = best == label[:, None]
+        # Thousands of batches are added up: float32 would lose digits without its remainder.
+        loss, rest = _add(totals["loss"], losses.sum(where=mask))
         return {
-            "loss": totals["loss"] + losses.sum(where=mask),
-            "correct": totals["correct"] + correct.sum(where=mask),
+            "loss": loss,
+            "loss_rest": totals["loss_rest"] + rest,
+            "top1": totals["top1"] + right[:, 0].sum(where=mask),
+            "top5": totals["top5"] + right.any(axis=-1).sum(where=mask),
             "examples": totals["examples"] + mask.sum(),
         }
 
@@ -51,11 +59,52 @@ def make_evaluate(
         donate_argnums=0,
     )
 
-    def evaluate(state: TrainState, batches: Iterable[dict[str, jax.Array]]) -> Totals:
-        zeros = {"loss": jnp.float32(0), "correct": jnp.int32(0), "examples": jnp.int32(0)}
-        totals = jax.device_put(zeros, everywhere)
+    def new_totals() -> Totals:
+        zeros = {key: jnp.float32(0) for key in ("loss", "loss_rest")}
+        zeros |= {key: jnp.int32(0) for key in ("top1", "top5", "examples")}
+        return jax.device_put(zeros, everywhere)
+
+    def evaluate(
+        params: PyTree,
+        batch_stats: PyTree,
+        batches: Iterable[dict[str, jax.Array]],
+        latencies: list[float] | None = None,
+    ) -> Totals:
+        totals = new_totals()
         for batch in batches:
-            totals = add_batch(totals, state.params, state.batch_stats, batch)
+            if latencies == []:  # compiles
+                jax.block_until_ready(add_batch(new_totals(), params, batch_stats, batch))
+            start = time.perf_counter()
+            totals = add_batch(totals, params, batch_stats, batch)
+            if latencies is not None:
+                jax.block_until_ready(totals)
+                latencies.append(time.perf_counter() - start)
+        totals["loss"] += totals.pop("loss_rest")
         return totals
 
     return evaluate
+
+
+def summarize(totals: dict[str, float]) -> dict[str, float]:
+    """What is reported of an evaluation's totals, as Python numbers.
+
+    Returns:
+      `loss` (mean), `top1` and `top5` (fractions), `correct` and `correct_top5` (counts) and
+      `examples`.
+    """
+    examples = totals["examples"]
+    return {
+        "loss": totals["loss"] / max(examples, 1),
+        "top1": totals["top1"] / max(examples, 1),
+        "top5": totals["top5"] / max(examples, 1),
+        "correct": totals["top1"],
+        "correct_top5": totals["top5"],
+        "examples": examples,
+    }
+
+
+def _add(total: jax.Array, term: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """A sum, and what rounding took from it (Knuth's two-sum)."""
+    result = total + term
+    part = result - total
+    return result, (total - (result - part)) + (term - part)

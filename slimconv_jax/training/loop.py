@@ -5,20 +5,30 @@ import functools
 import time
 
 import jax
+import jax.numpy as jnp
 import ml_collections
 from etils import epath
 from flax import nnx
 
-from slimconv_jax.data.loader import eval_batches, train_batches
-from slimconv_jax.data.sources import load_source
+from slimconv_jax.data.loader import load_dataset
+from slimconv_jax.data.sources import load_splits
+from slimconv_jax.data.transforms import Transform
+from slimconv_jax.errors import InputError
 from slimconv_jax.models.complexity import count_macs, count_params
 from slimconv_jax.models.zoo import abstract_model, create_model
+from slimconv_jax.saving import describe_workdir
 from slimconv_jax.training.augment import augment, normalize
 from slimconv_jax.training.checkpoint import checkpoint_manager, claim_workdir, restore, save
 from slimconv_jax.training.config import check_config
 from slimconv_jax.training.evaluate import make_evaluate
 from slimconv_jax.training.optimizer import create_optimizer
-from slimconv_jax.training.report import Reporter, read_metrics, say
+from slimconv_jax.training.report import (
+    Reporter,
+    describe,
+    describe_skipped,
+    read_metrics,
+    say,
+)
 from slimconv_jax.training.step import (
     abstract_state,
     batch_sharded,
@@ -39,20 +49,24 @@ def train(
 
     Args:
       config: as a file in `configs/` returns it.
-      workdir: gets `config.json`, `checkpoints/` and `metrics.jsonl`.
+      workdir: gets `config.json`, `model.json`, `checkpoints/` and `metrics.jsonl`.
       devices: what to run on; all devices if None.
 
     Returns:
-      The last evaluation: `step`, `loss`, `top1` (a fraction), `correct`, `examples`.
+      The last evaluation: `step` and what `summarize` gives.
 
     Raises:
-      ValueError: if the config or the work directory cannot be used.
+      ValueError: if the config, the data or the work directory cannot be used.
     """
     start = time.perf_counter()
     mesh = data_mesh(devices)
     check_config(config, mesh.size)
-    train_source = load_source(split="train", **config.dataset)
-    test_source = load_source(split="test", **config.dataset)
+    train_source, test_source = load_splits(**config.dataset)
+    if len(train_source) < config.batch_size:
+        raise InputError(
+            f"config.batch_size={config.batch_size} is more than the {len(train_source)} images "
+            "that there are to train on"
+        )
     steps_per_epoch = len(train_source) / config.batch_size
     total_steps = max(round(config.num_epochs * steps_per_epoch), 1)
     every = config.eval_every_epochs
@@ -64,20 +78,38 @@ def train(
     optimizer = create_optimizer(
         steps_per_epoch=steps_per_epoch, total_steps=total_steps, **config.optimizer
     )
+    transform = Transform(**config.transform)
     prepare = functools.partial(normalize, **config.normalize)
 
     def augment_and_prepare(key, images):
         return prepare(augment(key, images, **config.augment))
 
     # What is wrong with a config is found before it claims the directory.
-    jax.eval_shape(augment_and_prepare, jax.random.key(0), train_source.images[:1])
-    image_size = train_source.images.shape[1]
-    macs = count_macs(model, image_size)
+    train_data, test_data = (
+        load_dataset(
+            source,
+            transform,
+            training=source is train_source,
+            sharding=batch_sharded(mesh),
+            **config.loader,
+        )
+        for source in (train_source, test_source)
+    )
+    image_shape = train_data.image_shape
+    one_image = jax.ShapeDtypeStruct((1, *image_shape), jnp.uint8)
+    jax.eval_shape(augment_and_prepare, jax.random.key(0), one_image)
+    macs = count_macs(model, image_shape[0])
     workdir = claim_workdir(workdir, config)
+    info = {
+        "class_names": list(train_source.class_names),
+        "preprocessing": {"image_size": transform.image_size, **config.normalize.to_dict()},
+    }
+    describe_workdir(model, workdir, info)
     say(
         f"{config.model.name}: {count_params(model):,} parameters, "
-        f"{macs:,} multiply-adds at {image_size}x{image_size}\n"
-        f"{mesh.size} x {mesh.devices.flat[0].device_kind}, {len(train_source)} training images, "
+        f"{macs:,} multiply-adds at {image_shape[1]}x{image_shape[0]}\n"
+        f"{mesh.size} x {mesh.devices.flat[0].device_kind}, {len(train_source)} training images "
+        f"{train_data.where}, {len(train_source.class_names)} classes\n"
         f"{config.num_epochs} epochs, {total_steps} steps of {config.batch_size} images"
     )
 
@@ -87,7 +119,7 @@ def train(
         first_step = manager.latest_step() or 0
         tests = {line["step"]: line for line in read_metrics(workdir) if line["split"] == "test"}
         if first_step == total_steps and total_steps in tests:
-            say(f"{workdir} is complete, nothing to do: {_describe(tests[total_steps])}")
+            say(f"{workdir} is complete, nothing to do: {describe(tests[total_steps])}")
             return tests[total_steps]
 
         with Reporter(
@@ -112,36 +144,32 @@ def train(
                 model, optimizer, preprocess=augment_and_prepare, key=step_key, mesh=mesh
             )
             evaluate = make_evaluate(model, preprocess=prepare, mesh=mesh)
-            sharding = batch_sharded(mesh)
-            batches = train_batches(
-                train_source,
-                config.batch_size,
-                seed=config.seed,
-                sharding=sharding,
-                first_step=first_step,
-            )
-            test_batches = functools.partial(
-                eval_batches, test_source, config.eval_batch_size, sharding=sharding
-            )
+
+            def test(step, state):
+                batches = test_data.eval_batches(config.eval_batch_size)
+                reporter.test(step, evaluate(state.params, state.batch_stats, batches))
 
             if first_step and first_step not in tests:  # interrupted while it was evaluated
-                reporter.test(first_step, evaluate(state, test_batches()))
+                test(first_step, state)
+            batches = train_data.train_batches(
+                config.batch_size, seed=config.seed, first_step=first_step
+            )
             for step in range(first_step + 1, total_steps + 1):
-                state, metrics = train_step(state, next(batches))
-                reporter.train_step(step, metrics)
+                asked = time.perf_counter()
+                batch = next(batches)
+                data_seconds = time.perf_counter() - asked
+                state, metrics = train_step(state, batch)
+                reporter.train_step(step, metrics, data_seconds)
                 if step in eval_steps:
-                    reporter.test(step, evaluate(state, test_batches()))
+                    test(step, state)
                     save(manager, step, state)
 
     result = reporter.evaluation
-    say(f"{_describe(result)}, in {_duration(time.perf_counter() - start)}; see {workdir}")
+    for data, source in ((train_data, train_source), (test_data, test_source)):
+        if data.skipped:
+            say(describe_skipped(data.skipped, len(source)))
+    say(f"{describe(result)}, in {_duration(time.perf_counter() - start)}; see {workdir}")
     return result
-
-
-def _describe(result: dict) -> str:
-    return "top-1 {top1:.2%} ({correct} of {examples} test images), loss {loss:.4f}".format(
-        **result
-    )
 
 
 def _duration(seconds: float) -> str:

@@ -11,6 +11,8 @@ import rich.console
 import rich.progress
 from etils import epath
 
+from slimconv_jax.training.evaluate import summarize
+
 MAX_PENDING = 8
 
 _console = rich.console.Console()
@@ -19,6 +21,23 @@ _console = rich.console.Console()
 def say(text: str) -> None:
     """Prints a line to the person who watches, above the progress bar if there is one."""
     _console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def describe(result: dict) -> str:
+    """An evaluation, as `summarize` gives it, in a few words."""
+    words = (
+        "top-1 {top1:.2%} ({correct} of {examples} test images), top-5 {top5:.2%}, loss {loss:.4f}"
+    )
+    return words.format(**result)
+
+
+def describe_skipped(skipped: Collection[str], total: int) -> str:
+    """Which images of how many could not be decoded, at most ten by name."""
+    some = sorted(skipped)[:10]
+    more = f" and {len(skipped) - len(some)} more" if len(skipped) > len(some) else ""
+    return f"left out, since they cannot be decoded, {len(skipped)} of {total} images: " + (
+        ", ".join(some) + more
+    )
 
 
 def read_metrics(workdir: epath.Path) -> list[dict]:
@@ -82,9 +101,7 @@ class Reporter:
         # A window is the steps since the last line of training metrics. Its seconds begin
         # with the first metrics that arrive, hence without compilation, and leave out
         # evaluations.
-        self._window = []
-        self._window_steps_timed = 0
-        self._window_seconds = 0.0
+        self._begin_window()
         self._last_arrival = None
 
         kept = [line for line in read_metrics(workdir) if line["step"] <= first_step]
@@ -123,9 +140,15 @@ class Reporter:
         if kind is None and self._error:
             raise self._error
 
-    def train_step(self, step: int, metrics: dict[str, jax.Array]) -> None:
-        """Takes the metrics of one training step, the `step`-th counted from 1."""
-        self._put(self._report_train_step, step, metrics)
+    def train_step(self, step: int, metrics: dict[str, jax.Array], data_seconds: float) -> None:
+        """Takes what is known of one training step.
+
+        Args:
+          step: its number, counted from 1.
+          metrics: its metrics, perhaps not computed yet.
+          data_seconds: how long the loop waited for its batch.
+        """
+        self._put(self._report_train_step, step, metrics, data_seconds)
 
     def test(self, step: int, totals: dict[str, jax.Array]) -> None:
         """Takes the totals of an evaluation after `step` steps; see `make_evaluate`."""
@@ -137,18 +160,19 @@ class Reporter:
         self._pending.put(item)
 
     def _report_pending(self) -> None:
-        for report, step, metrics in iter(self._pending.get, None):
+        for report, step, metrics, *more in iter(self._pending.get, None):
             if self._error is None:  # else only make room, so that nobody waits for ever
                 try:
-                    report(step, {key: value.item() for key, value in metrics.items()})
+                    report(step, {key: value.item() for key, value in metrics.items()}, *more)
                 except Exception as error:
                     self._error = error
 
-    def _report_train_step(self, step: int, metrics: dict[str, float]) -> None:
+    def _report_train_step(self, step: int, metrics: dict[str, float], data_seconds: float) -> None:
         now = time.perf_counter()
         if self._last_arrival is not None:
             self._window_steps_timed += 1
             self._window_seconds += now - self._last_arrival
+            self._window_data_seconds += data_seconds
         self._last_arrival = now
         self._window.append(metrics)
 
@@ -159,29 +183,31 @@ class Reporter:
         images = self._window_steps_timed * self._batch_size
         if images:
             means["images_per_second"] = images / self._window_seconds
+            means["data_wait"] = self._window_data_seconds / self._window_seconds
         text = "loss {loss:.4f}  accuracy {accuracy:.1%}".format(**means)
         if images:
             text += "  {images_per_second:,.0f} images/s".format(**means)
+            if means["data_wait"] >= 0.01:
+                text += "  {data_wait:.0%} waiting for data".format(**means)
         self._bar.update(self._task, description="training", completed=step, metrics=text)
 
         if step % self._log_every_steps == 0 or step in self._eval_steps:
             self._write({"step": step, "split": "train", **means})
             if not _console.is_terminal:
                 self._print(step, f"train {text}")
-            self._window, self._window_steps_timed, self._window_seconds = [], 0, 0.0
+            self._begin_window()
+
+    def _begin_window(self) -> None:
+        self._window = []
+        self._window_steps_timed = 0
+        self._window_seconds = self._window_data_seconds = 0.0
 
     def _report_test(self, step: int, totals: dict[str, float]) -> None:
         self._last_arrival = time.perf_counter()
-        self.evaluation = {
-            "step": step,
-            "split": "test",
-            "loss": totals["loss"] / totals["examples"],
-            "top1": totals["correct"] / totals["examples"],
-            "correct": totals["correct"],
-            "examples": totals["examples"],
-        }
+        self.evaluation = {"step": step, "split": "test", **summarize(totals)}
         self._write(self.evaluation)
-        self._print(step, "test  loss {loss:.4f}  top-1 {top1:.2%}".format(**self.evaluation))
+        text = "test  loss {loss:.4f}  top-1 {top1:.2%}  top-5 {top5:.2%}"
+        self._print(step, text.format(**self.evaluation))
 
     def _write(self, line: dict) -> None:
         line = {"epoch": round(line["step"] / self._steps_per_epoch, 3), **line}
