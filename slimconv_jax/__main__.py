@@ -1,8 +1,10 @@
-"""The command line beside train.py: what models there are, what is in them, and exports."""
+"""The command line beside train.py: what models there are, how good they are, and exports."""
 
 import argparse
+import json
 import os
 import sys
+from pathlib import Path
 
 from slimconv_jax.errors import InputError
 from slimconv_jax.models.complexity import count_macs, count_params, layers
@@ -50,20 +52,108 @@ def summary_command(args: argparse.Namespace) -> None:
     )
 
 
+def evaluate_command(args: argparse.Namespace) -> None:
+    """Prints how good a saved model or a training run is, and how fast."""
+    # Imported here since they take seconds.
+    import jax
+
+    from slimconv_jax.compilation_cache import enable_compilation_cache
+    from slimconv_jax.data.sources import load_source
+    from slimconv_jax.evaluation import evaluate_saved, preprocessing_of
+    from slimconv_jax.saving import read_info, read_run_config
+    from slimconv_jax.training.report import describe, describe_skipped
+
+    enable_compilation_cache()
+    if args.json and not Path(args.json).absolute().parent.is_dir():
+        raise InputError(f"cannot write {args.json}: there is no such directory")
+    changes = {key: value for key, value in vars(args).items() if key in PREPROCESSING}
+    preprocessing = preprocessing_of(read_info(args.model), **changes)
+    options = {"name": args.data, "split": args.split or "test"}
+    if args.data is None:
+        options = read_run_config(args.model).get("dataset")
+        if options is None:
+            raise InputError(
+                f"{args.model} does not tell on what it was trained, so --data is needed"
+            )
+        test_split = options.pop("test_split", "test")
+        options.pop("train_split", None)
+        options["split"] = args.split or test_split
+    if args.data_dir is not None:
+        options["data_dir"] = args.data_dir
+    source = load_source(**options)
+    print(
+        "{model}, on {name}, split {split!r}: {images} images; {devices} x {kind}".format(
+            model=args.model,
+            images=len(source),
+            devices=jax.device_count(),
+            kind=jax.devices()[0].device_kind,
+            **options,
+        ),
+        flush=True,
+    )
+    result = evaluate_saved(
+        args.model,
+        source,
+        batch_size=args.batch_size,
+        preprocessing=preprocessing,
+        dtype=args.dtype,
+        on_error=args.on_error,
+    )
+    print(describe(result))
+    print(
+        "{:,.0f} images/s from files to results; a batch of {} takes {:.1f} ms on the devices "
+        "(median; nine of ten at most {:.1f} ms)".format(
+            result["images_per_second"],
+            result["batch_size"],
+            1000 * result["latency_seconds"],
+            1000 * result["latency_seconds_p90"],
+        )
+    )
+    if result["skipped"]:
+        print(describe_skipped(result["skipped"], len(source)))
+    if args.json:
+        report = {"model": args.model, "data": options, **result}
+        try:
+            Path(args.json).write_text(json.dumps(report, indent=2) + "\n")
+        except OSError as error:
+            raise InputError(f"cannot write {args.json}: {error.strerror}") from None
+
+
+PREPROCESSING = ("image_size", "mean", "std")
+
+
+def _image_size(text: str) -> int | None:
+    return None if text == "none" else int(text)
+
+
 def export_command(args: argparse.Namespace) -> None:
     """Writes a saved model in a format for other programs."""
     # Imported here since they take seconds.
-    from slimconv_jax.saving import load_model
+    from slimconv_jax.saving import load_model, read_info, save_model
     from slimconv_jax.torch_interop.checkpoint_file import write_checkpoint
     from slimconv_jax.torch_interop.convert import to_torch
 
     model = load_model(args.model)
+    if args.format != "torch":
+        info = read_info(args.model)
+        save_model(model, args.output, format=args.format, overwrite=args.overwrite, info=info)
+        print(
+            f"wrote {args.output}: {describe(model.config)}; in Python:\n"
+            f'  model = slimconv_jax.load_model("{args.output}")'
+        )
+        return
     state_dict = to_torch(model)
     write_checkpoint(state_dict, args.output, overwrite=args.overwrite)
     print(
         f"wrote {args.output}: {describe(model.config)}, {len(state_dict)} tensors; in PyTorch:\n"
         f'  net.load_state_dict(torch.load("{args.output}"))'
     )
+
+
+SAVED_MODEL = (
+    "a directory of save_model or convert_weights.py, or the work directory of train.py, of which "
+    "the newest checkpoint is taken"
+)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -86,16 +176,65 @@ def main(argv: list[str] | None = None) -> int:
     )
     command.set_defaults(run=summary_command)
 
-    command = commands.add_parser("export", help="a saved model, for other programs")
-    command.add_argument("model", metavar="MODEL", help="a directory of save_model")
-    command.add_argument("output", metavar="OUT", help="the new file")
+    command = commands.add_parser(
+        "evaluate", help="loss, top-1, top-5 and speed of a saved model or a training run"
+    )
+    command.set_defaults(run=evaluate_command)
+    add = command.add_argument
+    add("model", metavar="MODEL_OR_WORKDIR", help=SAVED_MODEL)
+    add(
+        "--data",
+        metavar="NAME",
+        help="digits, tfds/NAME, image_folder or synthetic "
+        "(default: what the run in WORKDIR was tested on)",
+    )
+    add(
+        "--data-dir",
+        metavar="DIR",
+        help="image_folder: the directory of the splits; tfds: where TFDS keeps its data sets",
+    )
+    add("--split", help="default: that of the run in WORKDIR, else test")
+    add("--batch-size", type=int, default=64, metavar="N", help="images at once (default: 64)")
+    add(
+        "--image-size",
+        type=_image_size,
+        default=argparse.SUPPRESS,
+        metavar="N",
+        help="pixels a "
+        "side: the central part after the shorter side is resized to 8/7 of that; none: images as "
+        "they are (default: what the model was trained with, else 224)",
+    )
+    for name, what in (("mean", "subtracted from"), ("std", "that then divides")):
+        add(
+            f"--{name}",
+            type=float,
+            nargs=3,
+            default=argparse.SUPPRESS,
+            metavar=("R", "G", "B"),
+            help=f"{what} each channel, of values up to 1 (default: what the model was trained "
+            "with, else ImageNet's)",
+        )
+    add("--dtype", help="of the computation, such as bfloat16 (default: float32)")
+    add(
+        "--on-error",
+        choices=["raise", "skip"],
+        default="raise",
+        help="for images that cannot be "
+        "decoded: stop, or leave them out and say so at the end (default: raise)",
+    )
+    add("--json", metavar="FILE", help="write the figures here too")
+
+    command = commands.add_parser("export", help="a saved model or training run, in another format")
+    command.add_argument("model", metavar="MODEL_OR_WORKDIR", help=SAVED_MODEL)
+    command.add_argument("output", metavar="OUT", help="the new file or directory")
     command.add_argument(
         "--format",
-        choices=["torch"],
+        choices=["torch", "orbax", "safetensors"],
         required=True,
-        help="torch: a state dict with the names of the released files",
+        help="torch: a state dict with the names of the released files; orbax, safetensors: a "
+        "directory for load_model, with weights in that format",
     )
-    command.add_argument("--overwrite", action="store_true", help="replace a file at OUT")
+    command.add_argument("--overwrite", action="store_true", help="replace what is at OUT")
     command.set_defaults(run=export_command)
 
     args = parser.parse_args(argv)

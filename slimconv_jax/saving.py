@@ -131,6 +131,19 @@ def read_info(path: epath.PathLike) -> dict[str, Any]:
     return {key: value for key, value in description.items() if key not in _NOT_INFO}
 
 
+def read_run_config(path: epath.PathLike) -> dict[str, Any]:
+    """The config of a training run, as `config.json` has it; empty if there is none.
+
+    Raises:
+      ValueError: if the file is damaged.
+    """
+    file = _absolute(path) / "config.json"
+    try:
+        return dict(json.loads(file.read_text())) if file.exists() else {}
+    except (OSError, TypeError, ValueError):
+        raise InputError(f"{file} is damaged: it is no config") from None
+
+
 def _read_description(directory: epath.Path) -> dict[str, Any]:
     try:
         description = json.loads((directory / _DESCRIPTION).read_text())

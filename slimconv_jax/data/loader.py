@@ -6,17 +6,16 @@ import functools
 import itertools
 import math
 import os
-import sys
 from collections.abc import Iterator
 
 import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
-import rich.progress
 from absl import flags
 from jax.sharding import NamedSharding, PartitionSpec
 
+from slimconv_jax.console import Progress
 from slimconv_jax.data.sources import Source
 from slimconv_jax.data.transforms import ImageError, Transform
 from slimconv_jax.errors import InputError, require_integer
@@ -218,14 +217,13 @@ class StreamedDataset:
         # Threads only get in each other's way where an image takes a fraction of a millisecond.
         tiny = math.prod(self.image_shape) < 64 * 64 * 3
         batches = self._on_host(batches, 0 if tiny else self._num_threads)
-        with rich.progress.Progress(transient=True, disable=not sys.stdout.isatty()) as progress:
-            task = progress.add_task("decoding", total=len(self))
+        with Progress("decoding", len(self)) as progress:
             for batch in batches:
                 kept = batch["mask"]
                 end = count + kept.sum()
                 images[count:end], labels[count:end] = batch["image"][kept], batch["label"][kept]
                 count = end
-                progress.advance(task, len(kept))
+                progress.advance(len(kept))
         return images[:count], labels[:count]
 
     def _on_host(

@@ -31,7 +31,7 @@ def make_evaluate(
       and `mask`; the result has sums over the unmasked examples: `loss` (cross-entropy,
       float32), `top1` and `top5` (how many are right, int32) and `examples` (int32). If
       `latencies` is a list, it waits for each batch and appends the seconds that the devices
-      took for it, compilation excluded.
+      took for it.
     """
     graphdef = nnx.graphdef(nnx.view(model, use_running_average=True))
 
@@ -72,8 +72,6 @@ def make_evaluate(
     ) -> Totals:
         totals = new_totals()
         for batch in batches:
-            if latencies == []:  # compiles
-                jax.block_until_ready(add_batch(new_totals(), params, batch_stats, batch))
             start = time.perf_counter()
             totals = add_batch(totals, params, batch_stats, batch)
             if latencies is not None:

@@ -10,6 +10,7 @@ import ml_collections
 from etils import epath
 from flax import nnx
 
+from slimconv_jax.console import say
 from slimconv_jax.data.loader import load_dataset
 from slimconv_jax.data.sources import load_splits
 from slimconv_jax.data.transforms import Transform
@@ -27,7 +28,6 @@ from slimconv_jax.training.report import (
     describe,
     describe_skipped,
     read_metrics,
-    say,
 )
 from slimconv_jax.training.step import (
     abstract_state,

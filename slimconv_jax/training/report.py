@@ -7,27 +7,18 @@ import time
 from collections.abc import Collection
 
 import jax
-import rich.console
 import rich.progress
 from etils import epath
 
+from slimconv_jax.console import console, say
 from slimconv_jax.training.evaluate import summarize
 
 MAX_PENDING = 8
 
-_console = rich.console.Console()
-
-
-def say(text: str) -> None:
-    """Prints a line to the person who watches, above the progress bar if there is one."""
-    _console.print(text, highlight=False, markup=False, soft_wrap=True)
-
 
 def describe(result: dict) -> str:
     """An evaluation, as `summarize` gives it, in a few words."""
-    words = (
-        "top-1 {top1:.2%} ({correct} of {examples} test images), top-5 {top5:.2%}, loss {loss:.4f}"
-    )
+    words = "top-1 {top1:.2%} ({correct} of {examples} images), top-5 {top5:.2%}, loss {loss:.4f}"
     return words.format(**result)
 
 
@@ -116,9 +107,9 @@ class Reporter:
             rich.progress.MofNCompleteColumn(),
             rich.progress.TextColumn("{task.fields[metrics]}"),
             rich.progress.TimeRemainingColumn(),
-            console=_console,
+            console=console,
             expand=True,
-            disable=not _console.is_terminal,
+            disable=not console.is_terminal,
         )
         self._task = self._bar.add_task(
             "compiling", completed=first_step, total=total_steps, metrics=""
@@ -193,7 +184,7 @@ class Reporter:
 
         if step % self._log_every_steps == 0 or step in self._eval_steps:
             self._write({"step": step, "split": "train", **means})
-            if not _console.is_terminal:
+            if not console.is_terminal:
                 self._print(step, f"train {text}")
             self._begin_window()
 
