@@ -21,9 +21,9 @@ from pathlib import Path
 
 import jax
 import numpy as np
-import rich.console
 
 from slimconv_jax.compilation_cache import enable_compilation_cache
+from slimconv_jax.console import console, say
 from slimconv_jax.data.transforms import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -39,7 +39,6 @@ from slimconv_jax.torch_interop.checkpoint_file import import_torch, read_checkp
 from slimconv_jax.torch_interop.convert import clean_state_dict, from_torch, rename
 from slimconv_jax.torch_interop.parity import DEFAULT_TOLERANCE, Parity, check_parity
 from slimconv_jax.training.augment import normalize
-from slimconv_jax.training.report import say
 
 
 def convert(args: argparse.Namespace) -> None:
@@ -50,6 +49,7 @@ def convert(args: argparse.Namespace) -> None:
         require_integer("--image-size", args.image_size, 1)
     if not 0 <= args.tolerance < math.inf:
         raise InputError(f"--tolerance={args.tolerance} must be a number >= 0")
+    class_names = args.class_names and read_class_names(args.class_names)
     times: dict[str, float] = {}
 
     with timed(times, "reading"):
@@ -75,8 +75,16 @@ def convert(args: argparse.Namespace) -> None:
             file=sys.stderr,
         )
 
+    if class_names and len(class_names) != model.config.num_classes:
+        raise InputError(
+            f"{args.class_names} names {len(class_names)} classes, and the model has "
+            f"{model.config.num_classes}"
+        )
+
     source = {"file": Path(args.checkpoint).name, "sha256": digest, "state_dict": place}
     info = {"source": source, "parity": None}
+    if class_names:
+        info["class_names"] = class_names
     if args.parity:
         with timed(times, "comparing"):
             tolerance = args.tolerance
@@ -151,6 +159,21 @@ def show(parity: Parity) -> None:
     say(f"        the same class comes first in {same} of {parity.images} images")
 
 
+def read_class_names(path: str) -> list[str]:
+    """The lines of a file; each must be another name."""
+    try:
+        names = [line.strip() for line in Path(path).read_text().splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read the class names in {path}: {error}") from None
+    seen = set()
+    for number, name in enumerate(names, start=1):
+        if not name or name in seen:
+            what = f"{name!r} a second time" if name else "no name"
+            raise InputError(f"line {number} of {path} has {what}; a class name a line is needed")
+        seen.add(name)
+    return names
+
+
 @contextlib.contextmanager
 def uninterrupted() -> Iterator[None]:
     """Ignores Ctrl-C for the second or two of writing, in which Orbax has threads of its own."""
@@ -165,7 +188,7 @@ def uninterrupted() -> Iterator[None]:
 def timed(times: dict[str, float], name: str) -> Iterator[None]:
     """Notes the seconds that something takes, and shows a spinner meanwhile on a terminal."""
     start = time.perf_counter()
-    with rich.console.Console().status(f"{name} ..."):
+    with console.status(f"{name} ..."):
         yield
     times[name] = time.perf_counter() - start
 
@@ -199,6 +222,12 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         metavar="REGEX=REPLACEMENT",
         help="change the names of entries, prefixes included, as re.sub does; an entry whose "
         "name becomes empty is left out; can be repeated",
+    )
+    add(
+        "--class-names",
+        metavar="FILE",
+        help="the name of each class, one a line, for model.json (for ImageNet the sorted WordNet "
+        "IDs, n01440764 and so on); evaluate matches them with those of the data",
     )
     parity = parser.add_argument_group("comparison with PyTorch")
     add = parity.add_argument
