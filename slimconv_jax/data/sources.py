@@ -121,10 +121,10 @@ class TfdsSource:
         self._name, self._split = f"tfds/{name}", split
         splits = builder.info.splits
         if not splits:
+            root = str(builder.data_dir).removesuffix(f"/{builder.info.full_name}")
             raise InputError(
-                f"the data set tfds/{name} is not prepared in {builder.data_root}; prepare it by: "
-                f"{_TFDS_TOOLS} && tfds build {name} --file_format=array_record "
-                f"--data_dir={builder.data_root}"
+                f"the data set tfds/{name} is not prepared in {root}; prepare it by: {_TFDS_TOOLS} "
+                f"&& tfds build {name} --file_format=array_record --data_dir={root}"
             )
         _check_split(self._name, split.split("[")[0], splits)
         self._image_key, self._label_key = self._keys(tfds, builder.info)

@@ -154,10 +154,13 @@ def train(
             batches = train_data.train_batches(
                 config.batch_size, seed=config.seed, first_step=first_step
             )
+            metrics = None
             for step in range(first_step + 1, total_steps + 1):
                 asked = time.perf_counter()
                 batch = next(batches)
                 data_seconds = time.perf_counter() - asked
+                if metrics is not None and not metrics["loss"].is_ready():
+                    data_seconds = 0.0  # the devices are busy with the step before
                 state, metrics = train_step(state, batch)
                 reporter.train_step(step, metrics, data_seconds)
                 if step in eval_steps:

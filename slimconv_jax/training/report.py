@@ -137,7 +137,7 @@ class Reporter:
         Args:
           step: its number, counted from 1.
           metrics: its metrics, perhaps not computed yet.
-          data_seconds: how long the loop waited for its batch.
+          data_seconds: how long the devices may have waited for its batch.
         """
         self._put(self._report_train_step, step, metrics, data_seconds)
 

@@ -1,26 +1,38 @@
 import itertools
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from image_files import encode, smooth, write_folder, write_tfds
 
-from slimconv_jax.data.loader import eval_batches, train_batches
-from slimconv_jax.data.sources import Source
+from slimconv_jax.data.loader import ResidentDataset, StreamedDataset, load_dataset
+from slimconv_jax.data.sources import ArraySource, ImageFolder, load_source
+from slimconv_jax.data.transforms import Transform
 from slimconv_jax.training.step import batch_sharded, data_mesh
 
 SHARDING = batch_sharded(data_mesh())
+BOTH = pytest.mark.parametrize("on_device", [True, False])
 
 
-@pytest.fixture(scope="module")
-def source():
-    """37 images, each filled with its own index, which is its label too."""
-    index = np.arange(37)
-    images = np.broadcast_to(index[:, None, None, None], (37, 2, 2, 3)).astype(np.uint8)
-    return Source(images, index.astype(np.int32), tuple(map(str, index)))
+def numbered(size):
+    """Images filled with their own index, which is their label too."""
+    index = np.arange(size)
+    images = np.broadcast_to(index[:, None, None, None], (size, 2, 2, 3)).astype(np.uint8)
+    return ArraySource(images, index, tuple(map(str, index)), "numbers")
 
 
-def labels_of_steps(source, first_step, steps, seed=0, batch_size=8):
-    batches = train_batches(source, batch_size, seed=seed, sharding=SHARDING, first_step=first_step)
+def load(source, transform=Transform(), training=True, **options):  # noqa: B008
+    return load_dataset(source, transform, training=training, sharding=SHARDING, **options)
+
+
+def labels_of_steps(dataset, first_step, steps, seed=0, batch_size=8):
+    batches = dataset.train_batches(batch_size, seed=seed, first_step=first_step)
     labels = []
     for batch in itertools.islice(batches, steps):
         np.testing.assert_array_equal(batch["image"][:, 0, 0, 0], batch["label"])
@@ -28,31 +40,267 @@ def labels_of_steps(source, first_step, steps, seed=0, batch_size=8):
     return labels
 
 
-def test_every_epoch_has_every_example_once_in_a_new_order(source):
-    labels = labels_of_steps(source, first_step=0, steps=37)  # 8 epochs
+@BOTH
+def test_every_epoch_has_every_example_once_in_a_new_order(on_device):
+    dataset = load(numbered(37), on_device=on_device)
+    labels = labels_of_steps(dataset, first_step=0, steps=37)  # 8 epochs
     epochs = [labels[start : start + 37] for start in range(0, 8 * 37, 37)]
     assert all(sorted(epoch) == list(range(37)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 8
 
 
-def test_the_order_depends_on_the_seed_and_the_step_alone(source):
-    labels = labels_of_steps(source, first_step=0, steps=12)
-    assert labels_of_steps(source, first_step=7, steps=5) == labels[7 * 8 :]
-    assert labels_of_steps(source, first_step=0, steps=12, seed=1) != labels
+@BOTH
+def test_the_order_depends_on_the_seed_and_the_step_alone(on_device):
+    dataset = load(numbered(37), on_device=on_device)
+    labels = labels_of_steps(dataset, first_step=0, steps=12)
+    assert labels_of_steps(dataset, first_step=7, steps=5) == labels[7 * 8 :]
+    assert labels_of_steps(dataset, first_step=0, steps=12, seed=2**32 - 1) != labels
 
 
-def test_a_batch_is_split_over_the_devices(source):
-    batch = next(train_batches(source, 8, seed=0, sharding=SHARDING, first_step=0))
+@BOTH
+def test_a_batch_is_split_over_the_devices(on_device):
+    batch = next(load(numbered(37), on_device=on_device).train_batches(8, seed=0, first_step=0))
+    assert batch.keys() == {"image", "label"}
     assert len(batch["image"].sharding.device_set) == len(jax.devices()) == 8
     assert {shard.data.shape for shard in batch["image"].addressable_shards} == {(1, 2, 2, 3)}
-    assert batch["image"].dtype == np.uint8
+    assert batch["image"].dtype == np.uint8 and batch["label"].dtype == np.int32
 
 
+@BOTH
 @pytest.mark.parametrize("batch_size", [1, 8, 13, 37, 100])
-def test_evaluation_has_every_example_once_in_batches_of_one_shape(source, batch_size):
+def test_evaluation_has_every_example_once_in_batches_of_one_shape(on_device, batch_size):
     seen, shapes = [], set()
-    for batch in eval_batches(source, batch_size, sharding=SHARDING):
-        seen += np.asarray(batch["label"])[np.asarray(batch["mask"])].tolist()
-        shapes.add(batch["image"].shape)
+    for batch in load(numbered(37), on_device=on_device).eval_batches(batch_size):
+        mask = np.asarray(batch["mask"])
+        seen += np.asarray(batch["label"])[mask].tolist()
+        np.testing.assert_array_equal(batch["image"][:, 0, 0, 0][mask], batch["label"][mask])
+        shapes.add((batch["image"].shape, batch["label"].shape, batch["mask"].shape))
     assert seen == list(range(37))
     assert len(shapes) == 1
+
+
+def test_what_fits_stays_on_the_devices(monkeypatch):
+    assert isinstance(load(numbered(37)), ResidentDataset)
+    assert isinstance(load(numbered(37), on_device=False), StreamedDataset)
+    assert isinstance(load(numbered(37), Transform(2)), StreamedDataset)  # random crops
+    assert isinstance(load(numbered(37), Transform(2), training=False), ResidentDataset)
+    monkeypatch.setattr("slimconv_jax.data.loader.RESIDENT_BYTES", 37 * 2 * 2 * 3 - 1)
+    assert isinstance(load(numbered(37)), StreamedDataset)
+    assert isinstance(load(numbered(37), on_device=True), ResidentDataset)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Fifteen images of many sizes, among them two that are none."""
+    root = tmp_path_factory.mktemp("folder")
+    files = {f"{i % 3}/{i:02}.jpg": encode(smooth(40 + i, 60), "JPEG") for i in range(15)}
+    write_folder(root, "good", files)
+    cut = files["1/07.jpg"]
+    return write_folder(root, "bad", files | {"0/03.jpg": b"no", "1/07.jpg": cut[:-100]})
+
+
+def test_random_crops_do_not_depend_on_threads_and_processes(folder):
+    batches = []
+    for options in ({"num_threads": 1}, {"num_threads": 3}, {"num_workers": 2, "num_threads": 1}):
+        dataset = load(ImageFolder(folder, "good"), Transform(16), **options)
+        steps = dataset.train_batches(8, seed=5, first_step=0)
+        batches.append([jax.device_get(batch) for batch in itertools.islice(steps, 5)])
+        steps.close()
+    for first, *others in zip(*batches, strict=True):
+        assert first["image"].shape == (8, 16, 16, 3)
+        for other in others:
+            np.testing.assert_array_equal(first["image"], other["image"])
+            np.testing.assert_array_equal(first["label"], other["label"])
+    # A run that continues gets the same crops; every epoch has new ones.
+    steps = load(ImageFolder(folder, "good"), Transform(16)).train_batches(8, seed=5, first_step=3)
+    np.testing.assert_array_equal(next(steps)["image"], batches[0][3]["image"])
+    crops = {image.tobytes() for batch in batches[0] for image in batch["image"]}
+    assert len(crops) == 40
+
+
+def test_evaluation_of_a_folder_is_the_transform_of_each_file(folder):
+    source, transform = ImageFolder(folder, "good"), Transform(16)
+    for on_device in (True, False):
+        dataset = load(source, transform, training=False, on_device=on_device)
+        (batch,) = dataset.eval_batches(16)
+        for index in range(15):
+            image = transform.for_evaluation(source[index].image, "")
+            np.testing.assert_array_equal(batch["image"][index], image)
+            assert batch["label"][index] == source[index].label
+
+
+def test_images_that_cannot_be_decoded_are_an_error_that_names_them(folder):
+    source = ImageFolder(folder, "bad")
+    message = r"^cannot read the image .*(0/03|1/07)\.jpg: (it is in no format|image file is trunc)"
+    for training, on_device in ((True, None), (False, True), (False, False)):
+        with pytest.raises(ValueError, match=message):
+            dataset = load(source, Transform(16), training=training, on_device=on_device)
+            if training:
+                list(itertools.islice(dataset.train_batches(8, seed=0, first_step=0), 2))
+            else:
+                list(dataset.eval_batches(8))
+
+
+@BOTH
+def test_or_they_are_left_out_of_an_evaluation_and_named(folder, on_device):
+    source = ImageFolder(folder, "bad")
+    options = {"training": False, "on_error": "skip", "on_device": on_device}
+    dataset = load(source, Transform(16), **options)
+    seen = []
+    for batch in dataset.eval_batches(8):
+        seen += np.asarray(batch["label"])[np.asarray(batch["mask"])].tolist()
+    assert seen == [0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 2]
+    bad = [str(folder / "bad" / name) for name in ("0/03.jpg", "1/07.jpg")]
+    assert sorted(dataset.skipped) == bad
+
+
+def test_or_left_out_of_training_where_the_next_takes_their_place(folder):
+    dataset = load(ImageFolder(folder, "bad"), Transform(16), on_error="skip")
+    good = load(ImageFolder(folder, "good"), Transform(16))
+    batches = [d.train_batches(8, seed=0, first_step=0) for d in (dataset, good)]
+    different = 0
+    for _ in range(15):  # eight epochs
+        ours, theirs = (jax.device_get(next(b)) for b in batches)
+        different += (ours["image"] != theirs["image"]).any(axis=(1, 2, 3)).sum()
+    assert different == 2 * 8
+    bad = [str(folder / "bad" / name) for name in ("0/03.jpg", "1/07.jpg")]
+    assert sorted(dataset.skipped) == bad
+
+
+def test_images_of_different_sizes_need_a_transform(folder):
+    message = r"^the images differ in size: .*/0/03\.jpg has 60x43 pixels, others 60x40; set config"
+    for on_device in (True, False):
+        with pytest.raises(ValueError, match=message):
+            dataset = load(ImageFolder(folder, "good"), num_threads=1, on_device=on_device)
+            list(dataset.eval_batches(8))
+
+
+def test_where_no_image_can_be_decoded(tmp_path):
+    write_folder(tmp_path, "val", {"a/1.png": b"", "a/2.png": b""})
+    source = ImageFolder(tmp_path, "val")
+    for transform, training in ((Transform(), True), (Transform(4), False)):
+        with pytest.raises(ValueError, match=r"^no image of the data set can be decoded"):
+            load(source, transform, training=training, on_error="skip")
+    dataset = load(source, Transform(4), on_error="skip")
+    with pytest.raises(ValueError, match=r"^no image .* decoded, from .*/a/1\.png on"):
+        next(dataset.train_batches(8, seed=0, first_step=0))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"on_device": 1.5}, "^loader: on_device=1.5 must be True, False or None$"),
+        ({"on_error": "ignore"}, "^loader: on_error='ignore' must be 'raise' or 'skip'$"),
+        ({"num_threads": 0}, "^loader: num_threads=0 must be an integer >= 1$"),
+        ({"num_workers": -1}, "^loader: num_workers=-1 must be an integer >= 0$"),
+        ({"on_device": True, "transform": Transform(8)}, "has random crops of 8 pixels"),
+        ({"source": numbered(0)}, "^the data set has no images$"),
+    ],
+)
+def test_bad_options(options, message):
+    with pytest.raises(ValueError, match=message):
+        load(**{"source": numbered(3), **options})
+
+
+PROCESS = """
+import itertools, json, sys
+import jax
+import numpy as np
+address, count, index, root, data, on_device = sys.argv[1:]
+if int(count) > 1:
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.distributed.initialize(address, int(count), int(index))
+from slimconv_jax.data.loader import load_dataset
+from slimconv_jax.data.sources import load_source
+from slimconv_jax.data.transforms import Transform
+from slimconv_jax.training.step import batch_sharded, data_mesh
+
+class Identified:
+    '''A data set whose label is the index of the record, and its image what was read.'''
+    def __init__(self, source):
+        self.source, self.class_names = source, tuple(map(str, range(len(source))))
+        self.read = []
+    def __len__(self):
+        return len(self.source)
+    def __getitem__(self, index):
+        self.read.append(index)
+        return self.source[index]._replace(label=index)
+    def describe(self, index):
+        return self.source.describe(index)
+
+source = Identified(load_source(data, "train", root))
+dataset = load_dataset(
+    source, Transform(8 if on_device == "False" else None), training=True,
+    sharding=batch_sharded(data_mesh()), on_device=on_device == "True", num_threads=1,
+)
+source.read.clear()
+steps = []
+for batch in itertools.islice(dataset.train_batches(8, seed=3, first_step=0), 15):
+    shards = [(s.index[0].start, s.data) for s in batch["label"].addressable_shards]
+    rows = {start: np.asarray(data).tolist() for start, data in shards}
+    image = {s.index[0].start: int(np.asarray(s.data).astype(int).sum())
+             for s in batch["image"].addressable_shards}
+    steps.append([[start, rows[start], image[start]] for start in sorted(rows)])
+evaluation = [
+    [np.asarray(s.data)[np.asarray(m.data)].tolist() for s, m in
+     zip(batch["label"].addressable_shards, batch["mask"].addressable_shards)]
+    for batch in dataset.eval_batches(8)
+]
+print(json.dumps({"steps": steps, "read": source.read, "eval": evaluation}))
+"""
+
+
+def in_processes(count, root, data, on_device):
+    """What each of several processes with 4 / count devices saw of the training batches."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    flags = f"--xla_force_host_platform_device_count={4 // count}"
+    env = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+    env["PYTHONPATH"] = str(Path(__file__).parents[2])
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", PROCESS, address, *map(str, (count, i, root, data, on_device))],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=env,
+        )
+        for i in range(count)
+    ]
+    outputs = [process.communicate(timeout=120) for process in processes]
+    assert all(process.returncode == 0 for process in processes), outputs
+    return [json.loads(out.splitlines()[-1]) for out, _ in outputs]
+
+
+@BOTH
+def test_two_processes_see_every_example_once_an_epoch_and_what_one_would(tmp_path, on_device):
+    images = [(encode(smooth(12, 12, seed=i)), i % 3) for i in range(40)]
+    write_tfds(tmp_path, {"train": images})
+    two = in_processes(2, tmp_path, "tfds/animals", on_device)
+    (one,) = in_processes(1, tmp_path, "tfds/animals", on_device)
+    for process in two:  # each has only its own rows, half of each batch
+        assert all(len(step) == 2 for step in process["steps"])
+    together = [a + b for a, b in zip(*(process["steps"] for process in two), strict=True)]
+    assert together == one["steps"]  # labels and pixels, at the same places of the batch
+    ids = [label for step in together for _, labels, _ in step for label in labels]
+    for epoch in range(3):
+        assert sorted(ids[40 * epoch :][:40]) == list(range(40))
+    assert ids[:40] != ids[40:80]
+    if not on_device:  # and each has read only its share, and a little ahead
+        assert all(len(process["read"]) < 40 + 60 + 40 for process in two)
+    evaluated = [labels for process in two for batch in process["eval"] for labels in batch]
+    assert sorted(itertools.chain(*evaluated)) == list(range(40))
+
+
+@pytest.mark.skipif("SLIMCONV_TEST_DATA" not in os.environ, reason="SLIMCONV_TEST_DATA is not set")
+def test_cifar100_is_kept_on_the_devices_as_its_records_say():
+    source = load_source("tfds/cifar100", "test[:2000]", os.environ["SLIMCONV_TEST_DATA"])
+    dataset = load(source, training=False)
+    assert isinstance(dataset, ResidentDataset) and dataset.image_shape == (32, 32, 3)
+    batch = next(dataset.eval_batches(2000))
+    assert batch["mask"].all()
+    for index in (0, 999, 1999):
+        image, label = source[index]
+        np.testing.assert_array_equal(batch["image"][index], Transform().for_evaluation(image, ""))
+        assert batch["label"][index] == label

@@ -2,7 +2,7 @@ import jax
 import numpy as np
 import pytest
 
-from slimconv_jax.training.augment import augment, normalize, random_crop
+from slimconv_jax.training.augment import augment, normalize, random_crop, random_flip
 
 
 def test_normalize():
@@ -22,6 +22,19 @@ def test_random_crops_are_shifts_by_every_offset():
         for crop in crops
     }
     assert seen == set(shifts)
+
+
+def test_half_of_the_images_are_mirrored():
+    images = np.arange(2 * 3 * 1, dtype=np.uint8).reshape(1, 2, 3, 1).repeat(1000, axis=0)
+    flipped = np.asarray(random_flip(jax.random.key(0), images))
+    mirrored = (flipped == images[:, :, ::-1]).all(axis=(1, 2, 3))
+    assert ((flipped == images).all(axis=(1, 2, 3)) ^ mirrored).all()
+    assert 440 < mirrored.sum() < 560
+    np.testing.assert_array_equal(augment(jax.random.key(0), images), images)
+    both = np.asarray(augment(jax.random.key(0), images, crop_padding=1, flip=True))
+    assert len({image.tobytes() for image in both}) == 2 * 9  # nine crops, both ways
+    with pytest.raises(ValueError, match="flip=1 must be True or False"):
+        augment(jax.random.key(0), images, flip=1)
 
 
 def test_no_padding_is_no_change():

@@ -1,7 +1,7 @@
 import pytest
 from ml_collections import ConfigDict
 
-from configs import digits
+from configs import cifar100_small, digits
 from slimconv_jax.training.config import check_config
 
 
@@ -10,8 +10,9 @@ def config():
     return digits.get_config()
 
 
-def test_the_configs_are_right(config):
-    check_config(config, num_devices=8)
+@pytest.mark.parametrize("module", [digits, cifar100_small])
+def test_the_configs_are_right(module):
+    check_config(module.get_config(), num_devices=8)
 
 
 @pytest.mark.parametrize(
@@ -23,6 +24,8 @@ def test_the_configs_are_right(config):
             3,
             "^config.model has no key 'kk' .did you mean 'k'.*; its keys are: name, k,",
         ),
+        ("dataset.split", "train", "^config.dataset has no key 'split'.*did you mean 'test_split'"),
+        ("loader.threads", 3, "^config.loader has no key 'threads'"),
         ("model.rngs", 3, "^config.model has no key 'rngs'"),
         ("optimizer.total_steps", 3, "^config.optimizer has no key 'total_steps'"),
         ("batch_size", 100, "batch_size=100 does not divide over 8 devices.*multiple of 8"),

@@ -5,8 +5,12 @@ import shutil
 
 import jax
 import pytest
+from image_files import encode, smooth, write_folder
 
 from configs import digits
+from slimconv_jax.data.sources import load_source
+from slimconv_jax.evaluation import evaluate_saved
+from slimconv_jax.saving import load_model, read_info
 from slimconv_jax.training.loop import train
 
 
@@ -32,6 +36,7 @@ def metrics(workdir, split):
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     for line in lines:
         line.pop("images_per_second", None)
+        line.pop("data_wait", None)
     return [line for line in lines if line["split"] == split]
 
 
@@ -39,6 +44,7 @@ def test_a_run_leaves_its_config_metrics_and_checkpoints(run):
     workdir, result = run
     assert {path.name for path in workdir.iterdir()} == {
         "config.json",
+        "model.json",
         "checkpoints",
         "metrics.jsonl",
     }
@@ -113,6 +119,10 @@ def test_an_evaluation_that_an_interruption_took_is_made_up_for(run, tmp_path, s
         ("model", "k", "5", "must be 2r/3"),
         ("model", "name", "sc_resnet15", "did you mean"),
         ("dataset", "name", "mnist", "unknown data set 'mnist'"),
+        ("dataset", "test_split", "val", "digits has no split 'val'"),
+        ("transform", "image_size", 0, "image_size=0 must be an integer"),
+        ("loader", "on_error", "ignore", "on_error='ignore' must be"),
+        ("augment", "flip", "yes", "flip='yes' must be True or False"),
         ("model", "dtype", "bfloat17", "dtype='bfloat17' is no dtype"),
         ("model", "dilation", True, "must be three booleans"),
         ("augment", "crop_padding", -1, "crop_padding=-1"),
@@ -126,3 +136,61 @@ def test_a_bad_config_does_not_claim_the_work_directory(tmp_path, section, key, 
     with pytest.raises(ValueError, match=message):
         train(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_batch_larger_than_the_data_set_is_refused(tmp_path):
+    config = small_config()
+    config.batch_size = 1440
+    with pytest.raises(ValueError, match="batch_size=1440 is more than the 1437 images"):
+        train(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_work_directory_is_a_saved_model(run):
+    workdir, result = run
+    assert read_info(workdir) == {
+        "class_names": list("0123456789"),
+        "preprocessing": {
+            "image_size": None,
+            "mean": [0.306, 0.306, 0.306],
+            "std": [0.324, 0.324, 0.324],
+        },
+    }
+    model = load_model(workdir)
+    assert model.config.width == 8 and model.stem.bn.use_running_average
+    for batch_size in (64, 1000):
+        again = evaluate_saved(workdir, load_source("digits", "test"), batch_size=batch_size)
+        assert {key: again[key] for key in ("correct", "correct_top5", "examples")} == {
+            key: result[key] for key in ("correct", "correct_top5", "examples")
+        }
+        assert again["loss"] == pytest.approx(result["loss"], rel=1e-6)
+
+
+def test_other_classes_than_before_are_refused(run, tmp_path):
+    workdir, _ = run
+    copy = shutil.copytree(workdir, tmp_path / "copy")
+    description = json.loads((copy / "model.json").read_text())
+    description["class_names"][3] = "drei"
+    (copy / "model.json").write_text(json.dumps(description))
+    with pytest.raises(ValueError, match="the classes of the data are not those that .*/copy was"):
+        train(small_config(), copy)
+
+
+def test_photos_with_an_unreadable_one_among_them(tmp_path, capsys):
+    files = {f"{name}/{i}.jpg": encode(smooth(40, 50, seed=i)) for name in "ab" for i in range(8)}
+    write_folder(tmp_path, "train", files | {"a/3.jpg": b"damaged"})
+    write_folder(tmp_path, "val", {f"b/{i}.png": encode(smooth(40, 50)) for i in range(2)})
+    config = small_config()
+    config.dataset = {"name": "image_folder", "data_dir": str(tmp_path), "test_split": "val"}
+    config.transform.image_size = 32
+    config.augment.flip = True
+    config.batch_size = 16
+    config.eval_batch_size = 16
+    with pytest.raises(ValueError, match=r"^cannot read the image .*/train/a/3\.jpg: "):
+        train(config, tmp_path / "raises")
+    config.loader.on_error = "skip"
+    result = train(config, tmp_path / "skips")
+    assert result["examples"] == 2
+    printed = capsys.readouterr().out
+    assert "left out, since they cannot be decoded, 1 of 16 images: " in printed
+    assert "16 training images streamed from the host, 2 classes" in printed

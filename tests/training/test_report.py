@@ -23,13 +23,18 @@ def metrics(step):
     return {"loss": jnp.float32(step), "accuracy": jnp.float32(0.5)}
 
 
-TOTALS = {"loss": jnp.float32(6), "correct": jnp.int32(3), "examples": jnp.int32(4)}
+TOTALS = {
+    "loss": jnp.float32(6),
+    "top1": jnp.int32(2),
+    "top5": jnp.int32(3),
+    "examples": jnp.int32(4),
+}
 
 
 def test_lines_average_over_the_steps_since_the_last_one(tmp_path, capsys):
     with reporter(tmp_path) as report:
         for step in range(1, 11):
-            report.train_step(step, metrics(step))
+            report.train_step(step, metrics(step), 0.0)
             if step == 5:
                 report.test(step, TOTALS)
     lines = read_metrics(epath.Path(tmp_path))
@@ -46,19 +51,21 @@ def test_lines_average_over_the_steps_since_the_last_one(tmp_path, capsys):
         "step": 5,
         "split": "test",
         "loss": 1.5,
-        "top1": 0.75,
-        "correct": 3,
+        "top1": 0.5,
+        "top5": 0.75,
+        "correct": 2,
+        "correct_top5": 3,
         "examples": 4,
     }
     printed = capsys.readouterr().out.splitlines()
     assert len(printed) == 5  # no terminal: no bar, but lines
-    assert printed[2] == "step  5/10  epoch 2.0  test  loss 1.5000  top-1 75.00%"
+    assert printed[2] == "step  5/10  epoch 2.0  test  loss 1.5000  top-1 50.00%  top-5 75.00%"
 
 
 def test_a_run_that_continues_keeps_only_what_its_checkpoint_knows(tmp_path):
     with reporter(tmp_path) as report:
         for step in range(1, 11):
-            report.train_step(step, metrics(step))
+            report.train_step(step, metrics(step), 0.0)
     path = tmp_path / "metrics.jsonl"
     path.write_text(path.read_text() + '{"step": 10, "cut o')  # killed while writing
     with reporter(tmp_path, first_step=5) as report:
