@@ -17,6 +17,7 @@ import convert_weights
 from slimconv_jax import load_model, to_torch
 from slimconv_jax.__main__ import main as command_line
 from slimconv_jax.models.resnet import ResNetConfig
+from slimconv_jax.saving import read_info
 from slimconv_jax.torch_interop.reference import ResNet
 
 CONFIG = ResNetConfig((1, 1, 1, 1), reduction=2, width=8, num_classes=5, stem="cifar")
@@ -105,6 +106,24 @@ def test_and_back(tmp_path, checkpoint, state_dict, capsys):
     assert command_line([*export, "--overwrite"]) == 0
     assert command_line(["export", "nowhere", "b.pth", "--format", "torch"]) == 1
     assert "nowhere holds no model" in capsys.readouterr().err
+
+
+def test_class_names_are_kept(tmp_path, checkpoint, capsys):
+    names = tmp_path / "names.txt"
+    names.write_text("ant\nbee\ncat\ndog\neel\n")
+    arguments = (checkpoint, tmp_path / "model", "--no-parity", "--class-names", names)
+    assert convert(*arguments) == 0
+    assert read_info(tmp_path / "model")["class_names"] == ["ant", "bee", "cat", "dog", "eel"]
+    for text, message in (
+        ("ant\nbee\n", f"error: {names} names 2 classes, and the model has 5"),
+        ("ant\nant\n", f"error: line 2 of {names} has 'ant' a second time"),
+        ("ant\n\nbee\n", f"error: line 2 of {names} has no name"),
+    ):
+        names.write_text(text)
+        assert convert(*arguments, "--overwrite") == 1
+        assert capsys.readouterr().err.startswith(message)
+    assert convert(checkpoint, tmp_path / "other", "--class-names", "nowhere") == 1
+    assert capsys.readouterr().err.startswith("error: cannot read the class names in nowhere: ")
 
 
 def test_safetensors_renamed_with_something_to_leave_out(tmp_path, state_dict):

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from image_files import encode, smooth, write_tfds
 
 ROOT = Path(__file__).parents[1]
 
@@ -72,7 +73,7 @@ def test_a_run_from_the_command_line(tmp_path):
     done = run(CONFIG, *settings, cwd=tmp_path, XDG_CACHE_HOME=str(cache))
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
-    assert "of 360 test images" in done.stdout.splitlines()[-1]
+    assert "of 360 images" in done.stdout.splitlines()[-1]
     workdir = tmp_path / "runs" / "digits"
     assert json.loads((workdir / "config.json").read_text())["model"]["k"] == "2"
     assert len(list((cache / "slimconv_jax").iterdir())) > 10  # compiled programs
@@ -80,3 +81,30 @@ def test_a_run_from_the_command_line(tmp_path):
     done = run(CONFIG, *settings, cwd=tmp_path, XDG_CACHE_HOME=str(cache))
     assert done.returncode == 0
     assert "is complete, nothing to do" in done.stdout
+
+
+def test_training_on_a_tfds_data_set_imports_no_tensorflow(tmp_path):
+    examples = [(encode(smooth(32, 32, seed=i)), i % 3) for i in range(20)]
+    write_tfds(tmp_path, {"train": examples, "test": examples[:5]})
+    settings = ["data_dir", "model.width=8", "batch_size=16", "num_epochs=1"]
+    settings[0] = f"dataset.data_dir={tmp_path}"
+    arguments = [
+        "train.py",
+        f"--config={ROOT / 'configs' / 'cifar100_small.py'}",
+        "--config.dataset.name=tfds/animals",
+        *(f"--config.{setting}" for setting in settings),
+        f"--workdir={tmp_path / 'run'}",
+    ]
+    code = (
+        f"import sys; sys.argv = {arguments!r}\n"
+        "import train; from absl import app\n"
+        "result = train.main(train.parse_flags(sys.argv))\n"
+        "assert 'tensorflow_datasets' in sys.modules\n"
+        "assert not {'tensorflow', 'torch', 'matplotlib'} & sys.modules.keys()\n"
+        "sys.exit(result)"
+    )
+    env = os.environ | {"XLA_FLAGS": "", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr
+    assert "20 training images kept on the devices, 3 classes" in done.stdout
+    assert "of 5 images" in done.stdout.splitlines()[-1]

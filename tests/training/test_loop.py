@@ -172,7 +172,7 @@ def test_other_classes_than_before_are_refused(run, tmp_path):
     description = json.loads((copy / "model.json").read_text())
     description["class_names"][3] = "drei"
     (copy / "model.json").write_text(json.dumps(description))
-    with pytest.raises(ValueError, match="the classes of the data are not those that .*/copy was"):
+    with pytest.raises(ValueError, match=r"the classes of the data are not those that .*/copy was"):
         train(small_config(), copy)
 
 

@@ -70,7 +70,7 @@ def test_a_run_that_continues_keeps_only_what_its_checkpoint_knows(tmp_path):
     path.write_text(path.read_text() + '{"step": 10, "cut o')  # killed while writing
     with reporter(tmp_path, first_step=5) as report:
         for step in range(6, 11):
-            report.train_step(step, metrics(2 * step))
+            report.train_step(step, metrics(2 * step), 0.0)
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert [(line["step"], line["loss"]) for line in lines] == [
         (4, 2.5),
