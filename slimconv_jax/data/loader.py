@@ -104,55 +104,65 @@ def _none_readable(source: Source) -> InputError:
 
 @dataclasses.dataclass(frozen=True)
 class _Load:
-    """One example by its index, decoded, as the loader's threads and processes get it."""
+    """Some rows of a batch, decoded, as the loader's threads and processes get them.
+
+    Decoded straight into the arrays of the batch: Grain's own batching would copy the images.
+    """
 
     source: Source
     transform: Transform
     on_error: str
     shape: tuple[int, int, int]
+    seed: int | None = None  # for training, with random crops; None for evaluation
 
-    def for_training(self, index: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
-        """The example; one that cannot be decoded is replaced by the next that can."""
-        skipped = -1
-        for candidate in itertools.chain(range(index, len(self.source)), range(index)):
+    def __call__(self, rows: tuple[np.ndarray, np.ndarray]) -> dict[str, np.ndarray]:
+        """The examples of `positions`, counted through all epochs, and their `indices`.
+
+        An index beyond the last is no example. `mask` says where there is one; `skipped` has the
+        index of an example that cannot be decoded, else -1.
+        """
+        positions, indices = rows
+        batch = {
+            "image": np.zeros((len(indices), *self.shape), np.uint8),
+            "label": np.zeros(len(indices), np.int32),
+            "mask": np.zeros(len(indices), bool),
+            "skipped": np.full(len(indices), -1),
+        }
+        for row, (position, index) in enumerate(zip(positions, indices, strict=True)):
+            if index < len(self.source):
+                self._load(batch, row, int(index), int(position))
+        return batch
+
+    def _load(self, batch: dict[str, np.ndarray], row: int, index: int, position: int) -> None:
+        candidates = [index]
+        if self.seed is not None:  # the next one that can be decoded takes its place
+            candidates = itertools.chain(range(index, len(self.source)), range(index))
+        for candidate in candidates:
             try:
-                image, label = self._decode(candidate, rng)
+                batch["image"][row], batch["label"][row] = self._decode(candidate, position)
             except ImageError:
                 if self.on_error == "raise":
                     raise
-                skipped = index
+                batch["skipped"][row] = index
             else:
-                return {"image": image, "label": label, "skipped": skipped}
-        raise _none_readable(self.source)
+                batch["mask"][row] = True
+                return
+        if self.seed is not None:
+            raise _none_readable(self.source)
 
-    def for_evaluation(self, index: int) -> dict[str, np.ndarray]:
-        """The example, with a `mask` that is False where there is none."""
-        skipped = -1
-        if index < len(self.source):
-            try:
-                image, label = self._decode(index)
-                return {"image": image, "label": label, "mask": True, "skipped": skipped}
-            except ImageError:
-                if self.on_error == "raise":
-                    raise
-                skipped = index
-        image, label = np.zeros(self.shape, np.uint8), np.int32(0)
-        return {"image": image, "label": label, "mask": False, "skipped": skipped}
-
-    def _decode(
-        self, index: int, rng: np.random.Generator | None = None
-    ) -> tuple[np.ndarray, np.int32]:
+    def _decode(self, index: int, position: int) -> tuple[np.ndarray, int]:
         example, name = self.source[index], self.source.describe(index)
-        if rng is None:
+        if self.seed is None:
             image = self.transform.for_evaluation(example.image, name)
         else:
+            rng = np.random.Generator(np.random.Philox(key=[self.seed, position]))
             image = self.transform.for_training(example.image, name, rng)
         if image.shape != self.shape:
             raise InputError(
                 f"the images differ in size: {name} has {image.shape[1]}x{image.shape[0]} pixels, "
                 f"others {self.shape[1]}x{self.shape[0]}; set config.transform.image_size"
             )
-        return image, np.int32(example.label)
+        return image, example.label
 
 
 class StreamedDataset:
@@ -194,9 +204,10 @@ class StreamedDataset:
         has to be saved for a run to continue at `first_step` as if nothing had happened.
         """
         order = grain.MapDataset.range(len(self)).seed(seed).shuffle().repeat()
-        return self._on_devices(
-            order.random_map(self._load.for_training), batch_size, first_step=first_step
-        )
+        load = dataclasses.replace(self._load, seed=seed)
+        for batch in self._on_devices(order, load, batch_size, first_step=first_step):
+            del batch["mask"]
+            yield batch
 
     def eval_batches(self, batch_size: int) -> Iterator[Batch]:
         """Every example once, in order, with `mask` (B,) bool, False where there is none.
@@ -204,16 +215,15 @@ class StreamedDataset:
         All batches have one shape: `batch_size`, rounded up to a multiple of the devices.
         """
         batch_size = _round_up(batch_size, self._sharding.mesh.size)
-        indices = grain.MapDataset.range(_round_up(len(self), batch_size))
-        return self._on_devices(indices.map(self._load.for_evaluation), batch_size, first_step=0)
+        order = grain.MapDataset.range(_round_up(len(self), batch_size))
+        return self._on_devices(order, self._load, batch_size, first_step=0)
 
     def decode(self) -> tuple[np.ndarray, np.ndarray]:
         """All images that can be decoded, (N, H, W, 3) uint8, and their labels, (N,) int32."""
         images = np.empty((len(self), *self.image_shape), np.uint8)
         labels = np.empty(len(self), np.int32)
         count = 0
-        indices = grain.MapDataset.range(len(self))
-        batches = indices.map(self._load.for_evaluation).batch(256)
+        batches = _batches(grain.MapDataset.range(len(self)), 256).map(self._load)
         # Threads only get in each other's way where an image takes a fraction of a millisecond.
         tiny = math.prod(self.image_shape) < 64 * 64 * 3
         batches = self._on_host(batches, 0 if tiny else self._num_threads)
@@ -244,13 +254,14 @@ class StreamedDataset:
             yield batch
 
     def _on_devices(
-        self, examples: grain.MapDataset, batch_size: int, *, first_step: int
+        self, order: grain.MapDataset, load: _Load, batch_size: int, *, first_step: int
     ) -> Iterator[Batch]:
         """Global batches; a few are on their way to the devices before they are asked for."""
         rows, parts = _local_rows(self._sharding, batch_size)
-        batches = examples.batch(len(rows))[rows.start // len(rows) + first_step * parts :: parts]
+        first = rows.start // len(rows) + first_step * parts
+        batches = _batches(order, len(rows))[first::parts]
         ahead = collections.deque()
-        for batch in self._on_host(batches, self._num_threads):
+        for batch in self._on_host(batches.map(load), self._num_threads):
             ahead.append(
                 {
                     key: jax.make_array_from_process_local_data(
@@ -262,6 +273,11 @@ class StreamedDataset:
             if len(ahead) > BATCHES_AHEAD:
                 yield ahead.popleft()
         yield from ahead
+
+
+def _batches(order: grain.MapDataset, batch_size: int) -> grain.MapDataset:
+    """The elements of an order in batches, each after its position in the order."""
+    return order.map_with_index(lambda position, index: (position, index)).batch(batch_size)
 
 
 def _round_up(number: int, multiple: int) -> int:

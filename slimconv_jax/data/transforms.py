@@ -1,7 +1,7 @@
 """From encoded images to uint8 arrays of one size, on the host.
 
-Evaluation does exactly what torchvision does, with Pillow. Training gives up exactness in the
-last bits for speed: JPEGs are decoded only as far down and as finely as the crop needs.
+Evaluation does exactly what torchvision does, with Pillow. For training, JPEGs are decoded only as
+far down and as finely as the crop needs, and resized by OpenCV, several times as fast as Pillow.
 """
 
 import dataclasses
@@ -141,7 +141,11 @@ def random_resized_crop(
     scale: Sequence[float],
     ratio: Sequence[float],
 ) -> np.ndarray:
-    """A random part of an image, resized bilinearly: (size, size, 3), uint8.
+    """A random part of an image, resized: (size, size, 3), uint8.
+
+    Bilinearly, without antialiasing unless the part is twice as large or more; the part of a
+    JPEG so large is decoded at a half, a quarter or an eighth of its size, and its edges lie at
+    multiples of 2, 4 or 8 pixels.
 
     Args:
       data: as in `decode_image`, as is `name`.
@@ -168,7 +172,10 @@ def random_resized_crop(
         top, left = top // factor, left // factor
         height, width = bottom - top, right - left
     part = pixels[top : top + height, left : left + width]
-    return cv2.resize(part, (size, size), interpolation=cv2.INTER_LINEAR)
+    # Beyond a half, bilinear interpolation would leave out pixels.
+    small = min(part.shape[:2]) >= 2 * size
+    filter = cv2.INTER_AREA if small else cv2.INTER_LINEAR
+    return cv2.resize(part, (size, size), interpolation=filter)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -209,21 +216,26 @@ def _jpeg_header(data: bytes | np.ndarray) -> _JpegHeader | None:
 def _decode_jpeg(data: bytes, header: _JpegHeader, *, rows: int, factor: int) -> np.ndarray:
     """The first rows of a JPEG, (ceil(rows / factor), ceil(width / factor), 3), uint8.
 
-    The decoder is told that the image ends after those rows, so that it leaves out the rest.
-    For its complaint about what follows then, it may not be strict; as Pillow, which never is.
+    At full size they are what Pillow has there, but for the fast cosine transform, which is off
+    by about 1 of 255.
+
+    The decoder is told that the image ends a little below those rows, so that it leaves out the
+    rest. It would complain about what follows then, so it may not be strict. Pillow never is.
     """
     at = header.offset
-    if rows < header.height:
-        data = data[:at] + rows.to_bytes(2) + data[at + 2 :]
-    return simplejpeg.decode_jpeg(
+    # Colours of half the resolution are interpolated between rows.
+    decoded_rows = min(rows + 2 * factor, header.height)
+    if decoded_rows < header.height:
+        data = data[:at] + decoded_rows.to_bytes(2) + data[at + 2 :]
+    pixels = simplejpeg.decode_jpeg(
         data,
         fastdct=True,
-        fastupsample=True,
-        min_height=-(-rows // factor),
+        min_height=-(-decoded_rows // factor),
         min_width=-(-header.width // factor),
         min_factor=factor,
         strict=False,
     )
+    return pixels[: -(-rows // factor)]
 
 
 @dataclasses.dataclass(frozen=True)
