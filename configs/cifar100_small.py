@@ -28,7 +28,8 @@ def get_config() -> ConfigDict:
     config.dataset.test_split = "test"
     config.transform = ConfigDict()  # the images stay as they are
     config.loader = ConfigDict()
-    config.loader.on_device = config_dict.placeholder(bool)  # by what fits
+    config.loader.on_device = config_dict.placeholder(bool)  # where they fit
+    config.loader.on_error = "raise"
     config.normalize = ConfigDict()
     config.normalize.mean = (0.5071, 0.4865, 0.4409)
     config.normalize.std = (0.2673, 0.2564, 0.2762)

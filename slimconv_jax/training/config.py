@@ -93,4 +93,4 @@ def unknown_key(where: str, key: str, allowed: Collection[str]) -> str:
     """The sentence about a key that a section of a config does not have."""
     near = difflib.get_close_matches(key, allowed, n=1)
     hint = f" (did you mean {near[0]!r}?)" if near else ""
-    return f"{where} has no key {key!r}{hint}; its keys are: {', '.join(allowed)}"
+    return f"{where} has no key {key!r}{hint}; its keys are: {', '.join(allowed) or 'none'}"
