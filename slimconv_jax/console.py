@@ -55,6 +55,7 @@ class Progress:
         self.done += images
         self._bar.advance(self._task, images)
         now = time.monotonic()
-        if not console.is_terminal and now - self._last_line >= _SECONDS_BETWEEN_LINES:
+        due = now - self._last_line >= _SECONDS_BETWEEN_LINES
+        if not console.is_terminal and due and self.done < self._total:
             self._last_line = now
             say(f"{self._what}: {self.done} of {self._total} images")

@@ -65,7 +65,7 @@ def evaluate_saved(
     Args:
       path: a directory that `load_model` takes.
       source: whose classes are matched with those of the model by name, if it has names.
-      batch_size: images at once.
+      batch_size: images at once, if there are as many.
       preprocessing: what comes before the model; None for what is saved with it.
       dtype: dtype of the computation.
       on_error: "raise" or "skip"; see `load_dataset`.
@@ -99,7 +99,7 @@ def evaluate_saved(
     params, batch_stats = (
         nnx.to_pure_dict(nnx.state(model, kind)) for kind in (nnx.Param, nnx.BatchStat)
     )
-    batch_size = -(-batch_size // mesh.size) * mesh.size
+    batch_size = -(-min(batch_size, len(source)) // mesh.size) * mesh.size
     empty = _empty_batch(batch_size, dataset.image_shape, mesh)
     evaluate(params, batch_stats, [empty, empty])  # compiles
 
