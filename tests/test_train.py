@@ -86,22 +86,17 @@ def test_a_run_from_the_command_line(tmp_path):
 def test_training_on_a_tfds_data_set_imports_no_tensorflow(tmp_path):
     examples = [(encode(smooth(32, 32, seed=i)), i % 3) for i in range(20)]
     write_tfds(tmp_path, {"train": examples, "test": examples[:5]})
-    settings = ["data_dir", "model.width=8", "batch_size=16", "num_epochs=1"]
-    settings[0] = f"dataset.data_dir={tmp_path}"
-    arguments = [
-        "train.py",
-        f"--config={ROOT / 'configs' / 'cifar100_small.py'}",
-        "--config.dataset.name=tfds/animals",
-        *(f"--config.{setting}" for setting in settings),
-        f"--workdir={tmp_path / 'run'}",
-    ]
     code = (
-        f"import sys; sys.argv = {arguments!r}\n"
-        "import train; from absl import app\n"
-        "result = train.main(train.parse_flags(sys.argv))\n"
+        "import sys\n"
+        "from configs import cifar100_small\n"
+        "from slimconv_jax.training.loop import train\n"
+        "config = cifar100_small.get_config()\n"
+        "config.model = {'name': 'resnet14', 'width': 4}\n"
+        f"config.dataset.update(name='tfds/animals', data_dir={str(tmp_path)!r})\n"
+        "config.batch_size, config.num_epochs = 16, 1\n"
+        f"train(config, {str(tmp_path / 'run')!r})\n"
         "assert 'tensorflow_datasets' in sys.modules\n"
         "assert not {'tensorflow', 'torch', 'matplotlib'} & sys.modules.keys()\n"
-        "sys.exit(result)"
     )
     env = os.environ | {"XLA_FLAGS": "", "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
