@@ -62,11 +62,6 @@ def train(
     mesh = data_mesh(devices)
     check_config(config, mesh.size)
     train_source, test_source = load_splits(**config.dataset)
-    if len(train_source) < config.batch_size:
-        raise InputError(
-            f"config.batch_size={config.batch_size} is more than the {len(train_source)} images "
-            "that there are to train on"
-        )
     steps_per_epoch = len(train_source) / config.batch_size
     total_steps = max(round(config.num_epochs * steps_per_epoch), 1)
     every = config.eval_every_epochs
@@ -95,6 +90,11 @@ def train(
         )
         for source in (train_source, test_source)
     )
+    if len(train_data) < config.batch_size:
+        raise InputError(
+            f"config.batch_size={config.batch_size} is more than the {len(train_data)} images "
+            "that there are to train on"
+        )
     image_shape = train_data.image_shape
     one_image = jax.ShapeDtypeStruct((1, *image_shape), jnp.uint8)
     jax.eval_shape(augment_and_prepare, jax.random.key(0), one_image)
