@@ -205,6 +205,14 @@ def test_a_random_resized_crop_is_that_part_of_the_image(encoding, size):
         assert np.abs(crop - np.asarray(part, int)).mean() < 5
 
 
+def test_fine_detail_is_averaged_where_a_crop_shrinks_a_lot():
+    board = np.indices((301, 301)).sum(0) % 2 * 255
+    data = encode(np.stack([board] * 3, axis=-1))
+    rng = np.random.default_rng(0)
+    crop = random_resized_crop(data, "", rng, size=32, scale=(0.9, 1), ratio=(1, 1))
+    assert np.abs(crop - 127.5).max() < 30
+
+
 def test_crops_have_areas_and_ratios_as_asked():
     rng = np.random.default_rng(0)
     crops = np.array([sample_crop(rng, 375, 500, (0.08, 1.0), (3 / 4, 4 / 3)) for _ in range(4000)])
