@@ -155,7 +155,9 @@ class TfdsSource:
             pass
         raise InputError(
             f"{self._name} is no image classification data set: its features are "
-            + ", ".join(f"{key} ({type(feature).__name__})" for key, feature in features.items())
+            + ", ".join(
+                f"{key} ({type(feature).__name__})" for key, feature in sorted(features.items())
+            )
         )
 
     def __len__(self) -> int:
