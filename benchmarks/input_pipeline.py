@@ -12,7 +12,7 @@ from the same files, in turns:
                   a core
 
 ROOT/SPLIT/CLASS/ holds photos. Without --data-dir, JPEGs are made of noise of ImageNet's usual size
-(500x375 pixels, 100 kB), whose figures are close to those of photos. Every loader delivers a few
+(500x375 pixels, 100 kB), whose figures are close to those of photos. Every loader delivers some
 batches before the clock starts. Figures are medians over the repeats.
 """
 
@@ -35,7 +35,7 @@ from PIL import Image
 from slimconv_jax.data.loader import load_dataset
 from slimconv_jax.data.sources import ImageFolder
 from slimconv_jax.data.transforms import Transform, sample_crop
-from slimconv_jax.errors import InputError
+from slimconv_jax.errors import InputError, require_integer
 from slimconv_jax.training.step import batch_sharded, data_mesh
 
 SIZE = 224
@@ -140,9 +140,11 @@ def tf_data(files: list[str], root: Path, split: str, args: argparse.Namespace) 
 LOADERS = {"slimconv_jax": ours, "pillow": pillow, "tf.data": tf_data}
 
 
-def images_per_second(batches: Iterator[object], batch_size: int, count: int) -> float:
-    """The rate at which batches arrive, after four."""
-    for _ in itertools.islice(batches, 4):
+def images_per_second(
+    batches: Iterator[object], batch_size: int, count: int, *, warm_up: int
+) -> float:
+    """The rate at which batches arrive, after some that lay ready or set everything going."""
+    for _ in itertools.islice(batches, warm_up):
         pass
     start = time.perf_counter()
     for batch in itertools.islice(batches, count):
@@ -202,6 +204,8 @@ def main() -> None:
     add("--images", type=int, default=20_000, metavar="N", help="length of an epoch (20000)")
     add("--json", type=Path, metavar="FILE", help="write the figures here too")
     args = parser.parse_args()
+    for name in ("batch_size", "batches", "repeats", "cores", "images"):
+        require_integer(f"--{name.replace('_', '-')}", getattr(args, name), 1)
 
     loaders = dict(LOADERS)
     for name, package in (("pillow", "torch"), ("tf.data", "tensorflow")):
@@ -222,7 +226,9 @@ def main() -> None:
             for name, make in loaders.items():
                 # Anew each time, since a loader that runs ahead would take the others' cores.
                 batches = make(files, root, split, args)
-                rate = images_per_second(batches, args.batch_size, args.batches)
+                rate = images_per_second(
+                    batches, args.batch_size, args.batches, warm_up=4 * args.cores
+                )
                 del batches
                 rates[name].append(rate)
                 print(f"repeat {repeat + 1}: {name:12} {rate:7,.0f} images/s", flush=True)

@@ -31,7 +31,6 @@ def get_config() -> ConfigDict:
     config.loader = ConfigDict()
     config.loader.on_error = "raise"  # "skip" leaves out what cannot be decoded
     config.loader.num_threads = config_dict.placeholder(int)  # one a core
-    config.loader.num_workers = 0  # processes beside this one
     config.normalize = ConfigDict()
     config.normalize.mean = (0.485, 0.456, 0.406)
     config.normalize.std = (0.229, 0.224, 0.225)

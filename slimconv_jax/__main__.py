@@ -64,23 +64,25 @@ def evaluate_command(args: argparse.Namespace) -> None:
     from slimconv_jax.training.report import describe, describe_skipped
 
     enable_compilation_cache()
-    if args.json and not Path(args.json).absolute().parent.is_dir():
-        raise InputError(f"cannot write {args.json}: there is no such directory")
+    if args.json and (Path(args.json).is_dir() or not Path(args.json).absolute().parent.is_dir()):
+        raise InputError(f"cannot write {args.json}: it is a directory, or lies in none")
     changes = {key: value for key, value in vars(args).items() if key in PREPROCESSING}
     preprocessing = preprocessing_of(read_info(args.model), **changes)
     options = {"name": args.data, "split": args.split or "test"}
     if args.data is None:
         options = read_run_config(args.model).get("dataset")
-        if options is None:
+        if not options:
             raise InputError(
                 f"{args.model} does not tell on what it was trained, so --data is needed"
             )
-        test_split = options.pop("test_split", "test")
-        options.pop("train_split", None)
-        options["split"] = args.split or test_split
+        options["split"] = args.split or options.get("test_split", "test")
+        options = {key: options[key] for key in options if not key.endswith("_split")}
     if args.data_dir is not None:
         options["data_dir"] = args.data_dir
-    source = load_source(**options)
+    try:
+        source = load_source(**options)
+    except TypeError as error:  # only from the run's own config.json, which someone has changed
+        raise InputError(f"{args.model}/config.json is damaged: {error}") from None
     print(
         "{model}, on {name}, split {split!r}: {images} images; {devices} x {kind}".format(
             model=args.model,
@@ -110,7 +112,7 @@ def evaluate_command(args: argparse.Namespace) -> None:
         )
     )
     if result["skipped"]:
-        print(describe_skipped(result["skipped"], len(source)))
+        print(describe_skipped(result["skipped"]))
     if args.json:
         report = {"model": args.model, "data": options, **result}
         try:
@@ -244,6 +246,9 @@ def main(argv: list[str] | None = None) -> int:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
     except BrokenPipeError:  # the reader has seen enough, as in `list | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1

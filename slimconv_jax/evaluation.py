@@ -14,7 +14,7 @@ from flax import nnx
 from flax.typing import Dtype
 
 from slimconv_jax.console import Progress
-from slimconv_jax.data.loader import load_dataset
+from slimconv_jax.data.loader import load_dataset, round_up
 from slimconv_jax.data.sources import Source, with_classes
 from slimconv_jax.data.transforms import IMAGENET_MEAN, IMAGENET_STD, Transform
 from slimconv_jax.errors import InputError, require_integer
@@ -99,7 +99,7 @@ def evaluate_saved(
     params, batch_stats = (
         nnx.to_pure_dict(nnx.state(model, kind)) for kind in (nnx.Param, nnx.BatchStat)
     )
-    batch_size = -(-min(batch_size, len(source)) // mesh.size) * mesh.size
+    batch_size = round_up(min(batch_size, len(source)), mesh.size)
     empty = _empty_batch(batch_size, dataset.image_shape, mesh)
     evaluate(params, batch_stats, [empty, empty])  # compiles
 

@@ -128,7 +128,17 @@ def read_info(path: epath.PathLike) -> dict[str, Any]:
       ValueError: if there is no such file, or it is damaged.
     """
     description = _read_description(_absolute(path))
-    return {key: value for key, value in description.items() if key not in _NOT_INFO}
+    info = {key: value for key, value in description.items() if key not in _NOT_INFO}
+    names = info.get("class_names", [])
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise InputError(
+            f"{_absolute(path) / _DESCRIPTION} is damaged: class_names is no list of names"
+        )
+    if not isinstance(info.get("preprocessing", {}), dict):
+        raise InputError(
+            f"{_absolute(path) / _DESCRIPTION} is damaged: preprocessing is no section"
+        )
+    return info
 
 
 def read_run_config(path: epath.PathLike) -> dict[str, Any]:
@@ -139,8 +149,9 @@ def read_run_config(path: epath.PathLike) -> dict[str, Any]:
     """
     file = _absolute(path) / "config.json"
     try:
-        return dict(json.loads(file.read_text())) if file.exists() else {}
-    except (OSError, TypeError, ValueError):
+        config = json.loads(file.read_text()) if file.exists() else {}
+        return {**config, "dataset": {**config.get("dataset", {})}}
+    except (AttributeError, OSError, TypeError, ValueError):
         raise InputError(f"{file} is damaged: it is no config") from None
 
 

@@ -102,7 +102,7 @@ def test_images_that_cannot_be_decoded(saved, folder, capsys):
     assert main([*arguments, "--split", "cut", "--on-error", "skip"]) == 0
     printed = capsys.readouterr().out
     assert "(0 of 1 images)" in printed or "(1 of 1 images)" in printed
-    assert f"cannot be decoded, 1 of 2 images: {folder}/cut/bee/1.jpg" in printed
+    assert f"cannot be decoded: {folder}/cut/bee/1.jpg" in printed
 
 
 def test_other_preprocessing_gives_other_figures(saved, folder):
@@ -130,8 +130,12 @@ def test_bad_input(model, saved, folder, tmp_path, capsys):
     save_model(model, nameless)
     save_model(model, fewer, info={"class_names": NAMES[:5]})
     save_model(model, damaged, info={"preprocessing": {"size": 3}})
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "config.json").write_text("{")
+    for number, dataset in enumerate((5, {}, {"name": "digits", "size": 3})):
+        run = tmp_path / f"run{number}"
+        save_model(model, run)
+        (run / "config.json").write_text(json.dumps({"dataset": dataset}))
+    listed = tmp_path / "listed"
+    save_model(model, listed, info={"class_names": [["a"]]})
     images = ["--data", "image_folder", "--data-dir", str(folder), "--split", "val"]
     for arguments, message in (
         ([tmp_path / "none", *images], f"{tmp_path}/none holds no model: there is no model.json"),
@@ -142,6 +146,12 @@ def test_bad_input(model, saved, folder, tmp_path, capsys):
             [saved, *images[:-1], "test"],
             f"there is no directory {folder}/test; {folder} has: cut, ",
         ),
+        ([tmp_path / "run0"], f"{tmp_path}/run0/config.json is damaged: it is no config"),
+        ([tmp_path / "run1"], f"{tmp_path}/run1 does not tell on what it was trained"),
+        ([tmp_path / "run2"], f"{tmp_path}/run2/config.json is damaged: "),
+        ([listed, *images], f"{listed}/model.json is damaged: class_names is no list of names"),
+        ([saved, *images, "--image-size", "none"], "the images differ in size, so they need an im"),
+        ([saved, *images, "--json", tmp_path], f"cannot write {tmp_path}: it is a directory"),
         ([nameless, *images], "the data have 3 classes and the model 7, without names to match"),
         ([fewer, *images], "model.json is damaged: it names 5 classes of 7"),
         ([damaged, *images], "model.json is damaged: its preprocessing is none"),
@@ -149,7 +159,7 @@ def test_bad_input(model, saved, folder, tmp_path, capsys):
         ([saved, *images, "--image-size", "-1"], "transform: image_size=-1 must be an integer"),
         ([saved, *images, "--std", "1", "0", "1"], "normalize: mean="),
         ([saved, *images, "--dtype", "float31"], "dtype='float31' is no dtype"),
-        ([saved, *images, "--json", tmp_path / "no" / "a"], f"cannot write {tmp_path}/no/a: there"),
+        ([saved, *images, "--json", tmp_path / "no" / "a"], f"cannot write {tmp_path}/no/a: it is"),
     ):
         assert main(["evaluate", *map(str, arguments)]) == 1
         errors = capsys.readouterr().err

@@ -12,7 +12,6 @@ import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import flags
 from jax.sharding import NamedSharding, PartitionSpec
 
 from slimconv_jax.console import Progress
@@ -28,6 +27,12 @@ RESIDENT_BYTES = 2**30
 BATCHES_AHEAD = 2
 """How many streamed batches lie on the devices before they are asked for."""
 
+CHUNK = 64
+"""How many images at most a thread decodes in one go; what lies ready grows with it."""
+
+ENDLESS = 2**40
+"""Steps of a training run that nobody lives to see."""
+
 
 def load_dataset(
     source: Source,
@@ -38,7 +43,6 @@ def load_dataset(
     on_device: bool | None = None,
     on_error: str = "raise",
     num_threads: int | None = None,
-    num_workers: int = 0,
 ) -> "ResidentDataset | StreamedDataset":
     """A source as batches; all but the first four arguments are the keys of `config.loader`.
 
@@ -52,7 +56,6 @@ def load_dataset(
       on_error: for images that cannot be decoded: "raise", or "skip", which leaves them out;
         then `skipped` names them.
       num_threads: threads that decode; None for one per core.
-      num_workers: processes with these threads each; 0 for threads of this process.
 
     Raises:
       ValueError: if an option is wrong, or an image cannot be decoded or has another size.
@@ -63,7 +66,6 @@ def load_dataset(
         raise InputError(f"loader: on_error={on_error!r} must be 'raise' or 'skip'")
     if num_threads is not None:
         require_integer("loader: num_threads", num_threads, 1)
-    require_integer("loader: num_workers", num_workers, 0)
     deterministic = not training or transform.image_size is None
     if on_device and not deterministic:
         raise InputError(
@@ -72,14 +74,14 @@ def load_dataset(
         )
     if not len(source):
         raise InputError("the data set has no images")
-    shape = _image_shape(source, transform, on_error)
     streamed = StreamedDataset(
-        _Load(source, transform, on_error, shape),
+        source,
+        transform,
+        on_error=on_error,
         sharding=sharding,
         num_threads=num_threads or os.cpu_count(),
-        num_workers=num_workers,
     )
-    fits = len(source) * math.prod(shape) <= RESIDENT_BYTES
+    fits = len(source) * math.prod(streamed.image_shape) <= RESIDENT_BYTES
     if on_device or (on_device is None and deterministic and fits):
         return ResidentDataset(streamed, sharding)
     return streamed
@@ -104,48 +106,60 @@ def _none_readable(source: Source) -> InputError:
 
 @dataclasses.dataclass(frozen=True)
 class _Load:
-    """Some rows of a batch, decoded, as the loader's threads and processes get them.
+    """Consecutive positions of an order, decoded; what the loader's threads do.
 
-    Decoded straight into the arrays of the batch: Grain's own batching would copy the images.
+    They are decoded straight into the arrays of a chunk: batching them one by one would copy the
+    images once more.
+
+    Attributes:
+      source: the encoded images.
+      transform: how they come to one size.
+      on_error: "raise" or "skip".
+      shape: of every image.
+      order: the index of the example at each position, counted through all epochs; an index
+        beyond the last example is none.
+      seed: of the random crops in training; None for evaluation.
     """
 
     source: Source
     transform: Transform
     on_error: str
     shape: tuple[int, int, int]
-    seed: int | None = None  # for training, with random crops; None for evaluation
+    order: grain.MapDataset
+    seed: int | None
 
-    def __call__(self, rows: tuple[np.ndarray, np.ndarray]) -> dict[str, np.ndarray]:
-        """The examples of `positions`, counted through all epochs, and their `indices`.
+    def __call__(self, positions: range) -> dict[str, np.ndarray]:
+        """The examples at some positions.
 
-        An index beyond the last is no example. `mask` says where there is one; `skipped` has the
-        index of an example that cannot be decoded, else -1.
+        `mask` says where there is one; `skipped` has the index of one that cannot be decoded,
+        else -1.
         """
-        positions, indices = rows
-        batch = {
-            "image": np.zeros((len(indices), *self.shape), np.uint8),
-            "label": np.zeros(len(indices), np.int32),
-            "mask": np.zeros(len(indices), bool),
-            "skipped": np.full(len(indices), -1),
+        size = len(positions)
+        chunk = {
+            "image": np.zeros((size, *self.shape), np.uint8),
+            "label": np.zeros(size, np.int32),
+            "mask": np.zeros(size, bool),
+            "skipped": np.full(size, -1),
         }
-        for row, (position, index) in enumerate(zip(positions, indices, strict=True)):
+        for row, position in enumerate(positions):
+            index = int(self.order[position])
             if index < len(self.source):
-                self._load(batch, row, int(index), int(position))
-        return batch
+                self._load(chunk, row, index, position)
+        return chunk
 
-    def _load(self, batch: dict[str, np.ndarray], row: int, index: int, position: int) -> None:
+    def _load(self, chunk: dict[str, np.ndarray], row: int, index: int, position: int) -> None:
         candidates = [index]
         if self.seed is not None:  # the next one that can be decoded takes its place
             candidates = itertools.chain(range(index, len(self.source)), range(index))
         for candidate in candidates:
             try:
-                batch["image"][row], batch["label"][row] = self._decode(candidate, position)
+                chunk["image"][row], chunk["label"][row] = self._decode(candidate, position)
             except ImageError:
                 if self.on_error == "raise":
                     raise
-                batch["skipped"][row] = index
+                chunk["skipped"][row] = index
             else:
-                batch["mask"][row] = True
+                chunk["mask"][row] = True
                 return
         if self.seed is not None:
             raise _none_readable(self.source)
@@ -159,14 +173,15 @@ class _Load:
             image = self.transform.for_training(example.image, name, rng)
         if image.shape != self.shape:
             raise InputError(
-                f"the images differ in size: {name} has {image.shape[1]}x{image.shape[0]} pixels, "
-                f"others {self.shape[1]}x{self.shape[0]}; set config.transform.image_size"
+                f"the images differ in size, so they need an image_size to be brought to: {name} "
+                f"has {image.shape[1]}x{image.shape[0]} pixels, others "
+                f"{self.shape[1]}x{self.shape[0]}"
             )
         return image, example.label
 
 
 class StreamedDataset:
-    """Images that are decoded on the host, by Grain's threads or processes, as they are needed.
+    """Images that Grain's threads decode on the host, as they are needed.
 
     Of each batch, a process decodes only the rows of its own devices.
 
@@ -179,21 +194,23 @@ class StreamedDataset:
 
     def __init__(
         self,
-        load: _Load,
+        source: Source,
+        transform: Transform,
         *,
+        on_error: str,
         sharding: NamedSharding,
         num_threads: int,
-        num_workers: int,
     ):
-        self._load = load
+        self._source = source
+        self._transform = transform
+        self._on_error = on_error
         self._sharding = sharding
         self._num_threads = num_threads
-        self._num_workers = num_workers
-        self.image_shape = load.shape
+        self.image_shape = _image_shape(source, transform, on_error)
         self.skipped: set[str] = set()
 
     def __len__(self) -> int:
-        return len(self._load.source)
+        return len(self._source)
 
     def train_batches(self, batch_size: int, *, seed: int, first_step: int) -> Iterator[Batch]:
         """Endless batches of `image` (B, H, W, 3) uint8 and `label` (B,) int32.
@@ -204,8 +221,8 @@ class StreamedDataset:
         has to be saved for a run to continue at `first_step` as if nothing had happened.
         """
         order = grain.MapDataset.range(len(self)).seed(seed).shuffle().repeat()
-        load = dataclasses.replace(self._load, seed=seed)
-        for batch in self._on_devices(order, load, batch_size, first_step=first_step):
+        batches = self._on_devices(order, batch_size, ENDLESS, first_step=first_step, seed=seed)
+        for batch in batches:
             del batch["mask"]
             yield batch
 
@@ -214,54 +231,43 @@ class StreamedDataset:
 
         All batches have one shape: `batch_size`, rounded up to a multiple of the devices.
         """
-        batch_size = _round_up(batch_size, self._sharding.mesh.size)
-        order = grain.MapDataset.range(_round_up(len(self), batch_size))
-        return self._on_devices(order, self._load, batch_size, first_step=0)
+        batch_size = round_up(batch_size, self._sharding.mesh.size)
+        order = grain.MapDataset.range(round_up(len(self), batch_size))
+        return self._on_devices(order, batch_size, len(order) // batch_size)
 
     def decode(self) -> tuple[np.ndarray, np.ndarray]:
-        """All images that can be decoded, (N, H, W, 3) uint8, and their labels, (N,) int32."""
+        """All images that can be decoded, (N, H, W, 3) uint8, and their labels, (N,) int32.
+
+        Raises:
+          ValueError: if none can.
+        """
         images = np.empty((len(self), *self.image_shape), np.uint8)
         labels = np.empty(len(self), np.int32)
         count = 0
-        batches = _batches(grain.MapDataset.range(len(self)), 256).map(self._load)
+        order = grain.MapDataset.range(round_up(len(self), CHUNK))
         # Threads only get in each other's way where an image takes a fraction of a millisecond.
         tiny = math.prod(self.image_shape) < 64 * 64 * 3
-        batches = self._on_host(batches, 0 if tiny else self._num_threads)
+        threads = 0 if tiny else self._num_threads
+        chunks = self._on_host(order, CHUNK, range(CHUNK), len(order) // CHUNK, threads=threads)
         with Progress("decoding", len(self)) as progress:
-            for batch in batches:
-                kept = batch["mask"]
+            for chunk in chunks:
+                kept = chunk["mask"]
                 end = count + kept.sum()
-                images[count:end], labels[count:end] = batch["image"][kept], batch["label"][kept]
+                images[count:end], labels[count:end] = chunk["image"][kept], chunk["label"][kept]
                 count = end
-                progress.advance(len(kept))
+                progress.advance(min(CHUNK, len(self) - progress.done))
+        if not count:
+            raise _none_readable(self._source)
         return images[:count], labels[:count]
 
-    def _on_host(
-        self, batches: grain.MapDataset, num_threads: int
-    ) -> Iterator[dict[str, np.ndarray]]:
-        """Batches of NumPy arrays, in order, prepared ahead by as many threads."""
-        # One batch for each thread; the buffer is counted in batches.
-        options = grain.ReadOptions(num_threads, prefetch_buffer_size=num_threads)
-        dataset = batches.to_iter_dataset(options)
-        if self._num_workers:
-            if not flags.FLAGS.is_parsed():  # outside absl.app.run; Grain's flags have defaults
-                flags.FLAGS.mark_as_parsed()
-            dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(self._num_workers))
-        for batch in dataset:
-            for index in batch.pop("skipped"):
-                if index >= 0:
-                    self.skipped.add(self._load.source.describe(int(index)))
-            yield batch
-
     def _on_devices(
-        self, order: grain.MapDataset, load: _Load, batch_size: int, *, first_step: int
+        self, order: grain.MapDataset, batch_size: int, steps: int, **options
     ) -> Iterator[Batch]:
         """Global batches; a few are on their way to the devices before they are asked for."""
-        rows, parts = _local_rows(self._sharding, batch_size)
-        first = rows.start // len(rows) + first_step * parts
-        batches = _batches(order, len(rows))[first::parts]
+        rows = _local_rows(self._sharding, batch_size)
+        threads = self._num_threads
         ahead = collections.deque()
-        for batch in self._on_host(batches.map(load), self._num_threads):
+        for batch in self._on_host(order, batch_size, rows, steps, threads=threads, **options):
             ahead.append(
                 {
                     key: jax.make_array_from_process_local_data(
@@ -274,24 +280,53 @@ class StreamedDataset:
                 yield ahead.popleft()
         yield from ahead
 
+    def _on_host(
+        self,
+        order: grain.MapDataset,
+        batch_size: int,
+        rows: range,
+        steps: int,
+        *,
+        threads: int,
+        first_step: int = 0,
+        seed: int | None = None,
+    ) -> Iterator[dict[str, np.ndarray]]:
+        """Some rows of each batch of an order, decoded by threads that run ahead."""
+        size = max(size for size in range(1, CHUNK + 1) if len(rows) % size == 0)
+        parts = len(rows) // size
+        load = _Load(self._source, self._transform, self._on_error, self.image_shape, order, seed)
 
-def _batches(order: grain.MapDataset, batch_size: int) -> grain.MapDataset:
-    """The elements of an order in batches, each after its position in the order."""
-    return order.map_with_index(lambda position, index: (position, index)).batch(batch_size)
+        def chunk(number: int) -> dict[str, np.ndarray]:
+            step, part = divmod(number, parts)
+            start = (first_step + step) * batch_size + rows.start + part * size
+            return load(range(start, start + size))
+
+        options = grain.ReadOptions(threads, prefetch_buffer_size=2 * threads)
+        chunks = iter(grain.MapDataset.range(steps * parts).map(chunk).to_iter_dataset(options))
+        for _ in range(steps):
+            batch = list(itertools.islice(chunks, parts))
+            batch = {
+                key: batch[0][key] if parts == 1 else np.concatenate([c[key] for c in batch])
+                for key in batch[0]
+            }
+            for index in batch.pop("skipped"):
+                if index >= 0:
+                    self.skipped.add(self._source.describe(int(index)))
+            yield batch
 
 
-def _round_up(number: int, multiple: int) -> int:
+def round_up(number: int, multiple: int) -> int:
+    """The smallest multiple that is not less than a number."""
     return -(-number // multiple) * multiple
 
 
-def _local_rows(sharding: NamedSharding, batch_size: int) -> tuple[range, int]:
-    """Which rows of a batch belong to this process, and how many such parts a batch has."""
-    slices = [
-        rows.indices(batch_size)
+def _local_rows(sharding: NamedSharding, batch_size: int) -> range:
+    """Which rows of a batch belong to this process; `data_mesh` makes them consecutive."""
+    rows = [
+        rows.indices(batch_size)[:2]
         for (rows,) in sharding.addressable_devices_indices_map((batch_size,)).values()
     ]
-    rows = range(min(start for start, _, _ in slices), max(stop for _, stop, _ in slices))
-    return rows, batch_size // len(rows)
+    return range(min(start for start, _ in rows), max(stop for _, stop in rows))
 
 
 class ResidentDataset:
@@ -314,8 +349,6 @@ class ResidentDataset:
         self.image_shape = streamed.image_shape
         images, labels = streamed.decode()
         self.skipped = streamed.skipped
-        if not len(images):
-            raise InputError("no image of the data set can be decoded")
         self._size = len(images)
         self._sharding = sharding
         self._everywhere = NamedSharding(sharding.mesh, PartitionSpec())
@@ -345,8 +378,8 @@ class ResidentDataset:
 
     def eval_batches(self, batch_size: int) -> Iterator[Batch]:
         """As those of a `StreamedDataset`, without work for the host."""
-        batch_size = _round_up(batch_size, self._sharding.mesh.size)
-        order = np.arange(_round_up(self._size, batch_size), dtype=np.int32)
+        batch_size = round_up(batch_size, self._sharding.mesh.size)
+        order = np.arange(round_up(self._size, batch_size), dtype=np.int32)
         order = jax.make_array_from_process_local_data(self._everywhere, order, order.shape)
         for start in range(0, self._size, batch_size):
             yield _take(self._data, order, start, size=batch_size, sharding=self._sharding)

@@ -12,7 +12,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from PIL import Image
 
-from slimconv_jax.data.transforms import IMAGE_SUFFIXES, ImageError
+from slimconv_jax.data.transforms import IMAGE_SUFFIXES, ImageError, list_images
 from slimconv_jax.errors import InputError, require_integer
 
 
@@ -95,7 +95,8 @@ class TfdsSource:
 
     Args:
       name: as TFDS has it: NAME, NAME/CONFIG, NAME:VERSION.
-      split: "train", "validation", or whatever the data set has, "train[:1000]" too.
+      split: "train", "validation", or whatever the data set has; also "train[:1000]" and
+        "train+test".
       data_dir: where TFDS keeps its data sets; None for its default, `~/tensorflow_datasets` or
         `$TFDS_DATA_DIR`.
 
@@ -126,7 +127,8 @@ class TfdsSource:
                 f"the data set tfds/{name} is not prepared in {root}; prepare it by: {_TFDS_TOOLS} "
                 f"&& tfds build {name} --file_format=array_record --data_dir={root}"
             )
-        _check_split(self._name, split.split("[")[0], splits)
+        for part in split.split("+"):
+            _check_split(self._name, part.split("[")[0].strip(), splits)
         self._image_key, self._label_key = self._keys(tfds, builder.info)
         decoders = {self._image_key: tfds.decode.SkipDecoding()}
         try:
@@ -138,8 +140,9 @@ class TfdsSource:
                 f"{_TFDS_TOOLS} && tfds convert_format --dataset_version_dir={builder.data_dir} "
                 "--out_file_format=array_record"
             ) from None
-        except Exception as error:  # a missing or damaged file, a wrong slice
-            raise InputError(f"cannot read {builder.data_dir}: {error}") from None
+        except Exception as error:  # a missing or damaged file, a slice that is wrong or empty
+            reason = " ".join(str(error).split())
+            raise InputError(f"cannot read {split!r} of {builder.data_dir}: {reason}") from None
         self.class_names = tuple(builder.info.features[self._label_key].names)
 
     def _keys(self, tfds, info) -> tuple[str, str]:
@@ -212,7 +215,7 @@ class ImageFolder:
             raise InputError(f"{directory} has no directories, one for each class, with images")
         self._files, self._labels = [], []
         for label, name in enumerate(self.class_names):
-            files = sorted(_image_files(directory / name))
+            files = list_images(directory / name)
             if not files:
                 suffixes = ", ".join(sorted(IMAGE_SUFFIXES))
                 raise InputError(f"the class {directory / name} has no images ({suffixes})")
@@ -231,21 +234,14 @@ class ImageFolder:
             raise ImageError(f"cannot read {self._files[index]}: {error.strerror}") from None
 
     def describe(self, index: int) -> str:
-        return self._files[index]
+        return os.fsencode(self._files[index]).decode(errors="backslashreplace")
 
 
 def _directories(directory: Path) -> list[str]:
-    return sorted(p.name for p in directory.iterdir() if p.is_dir() and p.name[0] != ".")
-
-
-def _image_files(directory: Path) -> list[str]:
-    """As strings, since there may be millions."""
-    return [
-        os.path.join(parent, file)
-        for parent, _, files in os.walk(directory, followlinks=True)
-        for file in files
-        if os.path.splitext(file)[1].lower() in IMAGE_SUFFIXES and file[0] != "."
-    ]
+    try:
+        return sorted(p.name for p in directory.iterdir() if p.is_dir() and p.name[0] != ".")
+    except OSError as error:
+        raise InputError(f"cannot read {directory}: {error.strerror}") from None
 
 
 class Synthetic:
@@ -299,8 +295,11 @@ def load_source(
     Raises:
       ValueError: if there is no such data set or split, or it cannot be used.
     """
-    if not isinstance(name, str):
-        raise InputError(f"the name of a data set must be a string, not {name!r}")
+    for what, value in (("name of a data set", name), ("name of a split", split)):
+        if not isinstance(value, str):
+            raise InputError(f"the {what} must be a string, not {value!r}")
+    if not isinstance(data_dir, str | os.PathLike | None):
+        raise InputError(f"data_dir must be a path, not {data_dir!r}")
     if name == "image_folder":
         if data_dir is None:
             raise InputError("the data set image_folder needs a data_dir, where its splits are")

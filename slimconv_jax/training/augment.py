@@ -1,5 +1,6 @@
 """What happens to images on the device, inside the step: crop, flip, then normalise."""
 
+import math
 from collections.abc import Sequence
 from numbers import Real
 
@@ -15,13 +16,20 @@ def normalize(images: jax.Array, *, mean: Sequence[float], std: Sequence[float])
     Raises:
       ValueError: unless `mean` and `std` have three numbers each, those of `std` positive.
     """
-    numbers = all(isinstance(value, Real) for value in (*mean, *std))
-    if len(mean) != 3 or len(std) != 3 or not numbers or min(std) <= 0:
+    if not (_three_numbers(mean) and _three_numbers(std) and min(std) > 0):
         raise InputError(
-            f"normalize: mean={tuple(mean)} and std={tuple(std)} must be three numbers each, one "
-            "for each of red, green and blue, and those of std positive"
+            f"normalize: mean={mean!r} and std={std!r} must be three numbers each, one for each of "
+            "red, green and blue, and those of std positive"
         )
     return (images / jnp.float32(255) - jnp.asarray(mean)) / jnp.asarray(std)
+
+
+def _three_numbers(value: object) -> bool:
+    return (
+        isinstance(value, Sequence)
+        and len(value) == 3
+        and all(isinstance(number, Real) and math.isfinite(number) for number in value)
+    )
 
 
 def random_crop(key: jax.Array, images: jax.Array, *, padding: int) -> jax.Array:

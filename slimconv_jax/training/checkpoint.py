@@ -10,7 +10,7 @@ from etils import epath
 from slimconv_jax.errors import InputError
 from slimconv_jax.training.step import TrainState
 
-NOT_COMPARED = ("dataset.data_dir", "loader.num_threads", "loader.num_workers")
+NOT_COMPARED = ("dataset.data_dir", "loader.num_threads")
 """What may differ when a run continues: it belongs to the machine and not to the experiment."""
 
 
@@ -30,11 +30,13 @@ def claim_workdir(workdir: epath.PathLike, config: ml_collections.ConfigDict) ->
     file = path / "config.json"
     try:
         path.mkdir(parents=True, exist_ok=True)
-        if not file.exists() and (path / "checkpoints").exists():
-            raise InputError(
-                f"{path} holds checkpoints but no config.json that says of which experiment; "
-                "choose another --workdir"
-            )
+        if not file.exists():
+            for name in ("checkpoints", "model.json"):
+                if (path / name).exists():
+                    raise InputError(
+                        f"{path} holds {name} but no config.json that says of which experiment; "
+                        "choose another --workdir"
+                    )
         # Written in any case, to learn whether that is possible, and under another name
         # first, so that config.json is never there in part.
         part = path / "config.json.part"

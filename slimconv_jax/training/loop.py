@@ -62,24 +62,18 @@ def train(
     mesh = data_mesh(devices)
     check_config(config, mesh.size)
     train_source, test_source = load_splits(**config.dataset)
-    steps_per_epoch = len(train_source) / config.batch_size
-    total_steps = max(round(config.num_epochs * steps_per_epoch), 1)
-    every = config.eval_every_epochs
-    eval_epochs = range(every, config.num_epochs, every)
-    eval_steps = {round(epoch * steps_per_epoch) for epoch in eval_epochs} | {total_steps}
-
     model_args = {"num_classes": len(train_source.class_names), **config.model}
     model = abstract_model(**model_args)
-    optimizer = create_optimizer(
-        steps_per_epoch=steps_per_epoch, total_steps=total_steps, **config.optimizer
-    )
     transform = Transform(**config.transform)
     prepare = functools.partial(normalize, **config.normalize)
 
     def augment_and_prepare(key, images):
         return prepare(augment(key, images, **config.augment))
 
-    # What is wrong with a config is found before it claims the directory.
+    # What is wrong with a config is found before it claims the directory, most of it before images
+    # are decoded.
+    one_image = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.uint8)
+    jax.eval_shape(augment_and_prepare, jax.random.key(0), one_image)
     train_data, test_data = (
         load_dataset(
             source,
@@ -95,9 +89,15 @@ def train(
             f"config.batch_size={config.batch_size} is more than the {len(train_data)} images "
             "that there are to train on"
         )
+    steps_per_epoch = len(train_data) / config.batch_size
+    total_steps = max(round(config.num_epochs * steps_per_epoch), 1)
+    every = config.eval_every_epochs
+    eval_epochs = range(every, config.num_epochs, every)
+    eval_steps = {round(epoch * steps_per_epoch) for epoch in eval_epochs} | {total_steps}
+    optimizer = create_optimizer(
+        steps_per_epoch=steps_per_epoch, total_steps=total_steps, **config.optimizer
+    )
     image_shape = train_data.image_shape
-    one_image = jax.ShapeDtypeStruct((1, *image_shape), jnp.uint8)
-    jax.eval_shape(augment_and_prepare, jax.random.key(0), one_image)
     macs = count_macs(model, image_shape[0])
     workdir = claim_workdir(workdir, config)
     info = {
@@ -108,7 +108,7 @@ def train(
     say(
         f"{config.model.name}: {count_params(model):,} parameters, "
         f"{macs:,} multiply-adds at {image_shape[1]}x{image_shape[0]}\n"
-        f"{mesh.size} x {mesh.devices.flat[0].device_kind}, {len(train_source)} training images "
+        f"{mesh.size} x {mesh.devices.flat[0].device_kind}, {len(train_data)} training images "
         f"{train_data.where}, {len(train_source.class_names)} classes\n"
         f"{config.num_epochs} epochs, {total_steps} steps of {config.batch_size} images"
     )
@@ -168,9 +168,9 @@ def train(
                     save(manager, step, state)
 
     result = reporter.evaluation
-    for data, source in ((train_data, train_source), (test_data, test_source)):
+    for data in (train_data, test_data):
         if data.skipped:
-            say(describe_skipped(data.skipped, len(source)))
+            say(describe_skipped(data.skipped))
     say(f"{describe(result)}, in {_duration(time.perf_counter() - start)}; see {workdir}")
     return result
 

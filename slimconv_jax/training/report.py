@@ -22,13 +22,11 @@ def describe(result: dict) -> str:
     return words.format(**result)
 
 
-def describe_skipped(skipped: Collection[str], total: int) -> str:
-    """Which images of how many could not be decoded, at most ten by name."""
+def describe_skipped(skipped: Collection[str]) -> str:
+    """Which images could not be decoded, at most ten by name."""
     some = sorted(skipped)[:10]
     more = f" and {len(skipped) - len(some)} more" if len(skipped) > len(some) else ""
-    return f"left out, since they cannot be decoded, {len(skipped)} of {total} images: " + (
-        ", ".join(some) + more
-    )
+    return f"left out, since they cannot be decoded: {', '.join(some)}{more}"
 
 
 def read_metrics(workdir: epath.Path) -> list[dict]:

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
@@ -29,10 +30,13 @@ class TrainState(NamedTuple):
 
 
 def data_mesh(devices: list[jax.Device] | None = None) -> jax.sharding.Mesh:
-    """A mesh with one axis, "data", over the given devices or all there are."""
+    """A mesh with one axis, "data", over the given devices or all there are.
+
+    Those of one process are neighbours, so that its share of a batch is one piece.
+    """
     devices = jax.devices() if devices is None else devices
-    auto = (jax.sharding.AxisType.Auto,)
-    return jax.make_mesh((len(devices),), ("data",), auto, devices=devices)
+    devices = sorted(devices, key=lambda device: (device.process_index, device.id))
+    return jax.sharding.Mesh(np.array(devices), ("data",))
 
 
 def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:

@@ -96,6 +96,10 @@ def test_a_prepared_tfds_data_set(tmp_path):
     assert test[0] == (pictures[2], 2)
     assert test.describe(0) == "record 0 of tfds/animals, split 'test'"
     assert len(load_source("tfds/animals:1.0.0", "train[:3]", tmp_path)) == 3
+    assert len(load_source("tfds/animals", "train+test", tmp_path)) == 8
+    for split in ("train[:0]", "train[:abc]"):
+        with pytest.raises(ValueError, match=r"^cannot read 'train\[:.*\]' of .*/1\.0\.0: .*$"):
+            load_source("tfds/animals", split, tmp_path)
 
 
 def test_synthetic_images_are_the_same_each_time():
@@ -120,6 +124,11 @@ def test_classes_are_matched_by_name(tmp_path):
         with_classes(source, ("a", "c", "e"), of="the model")
 
 
+def test_a_path_must_be_one():
+    with pytest.raises(ValueError, match=r"^data_dir must be a path, not 3$"):
+        load_source("image_folder", "train", 3)
+
+
 def image_folder(tmp_path):
     write_folder(tmp_path, "train", {"a/1.png": PICTURE, "b/note.txt": b""})
     (tmp_path / "flat").mkdir()
@@ -131,6 +140,7 @@ def image_folder(tmp_path):
         ("mnist", "train", "^unknown data set 'mnist'; there are: digits, tfds/NAME, image_folder"),
         ("digits", "validation", "^digits has no split 'validation'; there are: train, test$"),
         (3, "train", "^the name of a data set must be a string, not 3$"),
+        ("digits", None, "^the name of a split must be a string, not None$"),
         ("image_folder", "train", "^the data set image_folder needs a data_dir"),
         ("synthetic -1", "train", "^synthetic: image_size=-1 must be an integer >= 1$"),
         ("digits DIR", "test", "^the data set digits takes no data_dir, but was given "),

@@ -103,10 +103,14 @@ def test_every_kind_of_image_becomes_what_image_folder_makes_of_it(name, data, t
 
 
 def test_images_are_found_and_others_are_not(tmp_path):
-    (tmp_path / "below").mkdir()
-    for name in ("below/A.JPEG", "b.png", "notes.txt"):
+    for name in ("below/A.JPEG", "b.png", "notes.txt", ".hidden.png", ".thumbs/b.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"")
+    (tmp_path / "below" / "again").symlink_to("..")
     assert [path.name for path in find_images(tmp_path)] == ["b.png", "A.JPEG"]
+    (tmp_path / "link").mkdir()
+    (tmp_path / "link" / "c").symlink_to(tmp_path / "below")
+    assert [path.name for path in find_images(tmp_path / "link")] == ["A.JPEG", "b.png"]
     with pytest.raises(ValueError, match="there is no directory"):
         find_images(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
@@ -248,6 +252,12 @@ def test_a_transform_of_no_size_leaves_images_alone():
     assert Transform(16).for_evaluation(pixels, "").shape == (16, 16, 3)
 
 
+def test_an_image_that_is_a_line_is_refused():
+    message = "^cannot read the image line.png: of 2x1001 pixels, it is more than 500 times as long"
+    with pytest.raises(ValueError, match=message):
+        Transform(224).for_evaluation(encode(np.zeros((1001, 2, 3))), "line.png")
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -259,6 +269,7 @@ def test_a_transform_of_no_size_leaves_images_alone():
         ({"scale": (0.5, 2)}, r"0 < low <= high <= 1$"),
         ({"ratio": (2, 1)}, r"^transform: ratio=\(2, 1\) must be two numbers, .* 0 < low <= high$"),
         ({"ratio": 1.0}, "ratio=1.0 must be two numbers"),
+        ({"ratio": (0.5, float("inf"))}, "must be two numbers"),
         ({"ratio": ("a", "b")}, "must be two numbers"),
     ],
 )

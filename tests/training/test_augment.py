@@ -49,6 +49,9 @@ def test_no_padding_is_no_change():
         ((0, 0, 0), (1, 1)),
         ((0, 0, 0), (1, 0, 1)),
         (("a", "b", "c"), (1, 1, 1)),
+        (0.5, (1, 1, 1)),
+        ((0, 0, 0), None),
+        ((0, float("nan"), 0), (1, 1, 1)),
     ],
 )
 def test_bad_normalization(mean, std):

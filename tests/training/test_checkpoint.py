@@ -36,16 +36,17 @@ def test_another_experiment_is_refused_and_left_alone(tmp_path):
 
 
 def test_a_run_may_move_to_another_machine(tmp_path):
-    first = ConfigDict({"dataset": {"data_dir": "/a"}, "loader": {"num_workers": 0}, "seed": 1})
+    first = ConfigDict({"dataset": {"data_dir": "/a"}, "loader": {"num_threads": 2}, "seed": 1})
     claim_workdir(tmp_path, first)
-    moved = ConfigDict({"dataset": {"data_dir": "/b"}, "loader": {"num_workers": 8}, "seed": 1})
+    moved = ConfigDict({"dataset": {"data_dir": "/b"}, "loader": {"num_threads": 8}, "seed": 1})
     claim_workdir(tmp_path, moved)
     assert json.loads((tmp_path / "config.json").read_text()) == moved.to_dict()
 
 
-def test_checkpoints_without_a_config_are_refused(tmp_path):
-    (tmp_path / "checkpoints").mkdir()
-    with pytest.raises(ValueError, match=r"holds checkpoints but no config\.json"):
+@pytest.mark.parametrize("name", ["checkpoints", "model.json"])
+def test_checkpoints_and_models_without_a_config_are_refused(tmp_path, name):
+    (tmp_path / name).mkdir()
+    with pytest.raises(ValueError, match=rf"holds {name} but no config\.json"):
         claim_workdir(tmp_path, CONFIG)
 
 

@@ -146,6 +146,17 @@ def test_a_batch_larger_than_the_data_set_is_refused(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_images_left_out_do_not_count(tmp_path):
+    files = {f"a/{i}.png": encode(smooth(32, 32, seed=i)) if i < 5 else b"" for i in range(20)}
+    write_folder(tmp_path, "train", files)
+    config = small_config()
+    config.dataset = {"name": "image_folder", "data_dir": str(tmp_path), "test_split": "train"}
+    config.loader.on_error = "skip"
+    config.batch_size = 8
+    with pytest.raises(ValueError, match="batch_size=8 is more than the 5 images that there are"):
+        train(config, tmp_path / "run")
+
+
 def test_the_work_directory_is_a_saved_model(run):
     workdir, result = run
     assert read_info(workdir) == {
@@ -192,5 +203,5 @@ def test_photos_with_an_unreadable_one_among_them(tmp_path, capsys):
     result = train(config, tmp_path / "skips")
     assert result["examples"] == 2
     printed = capsys.readouterr().out
-    assert "left out, since they cannot be decoded, 1 of 16 images: " in printed
+    assert "left out, since they cannot be decoded: " in printed
     assert "16 training images streamed from the host, 2 classes" in printed
