@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 from absl import app, flags, logging
+from etils import epath
 from ml_collections import ConfigDict, config_flags
 
 from slimconv_jax.compilation_cache import enable_compilation_cache
@@ -87,7 +88,11 @@ def main(argv: list[str]) -> int | None:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("interrupted; the same command continues from the last checkpoint", file=sys.stderr)
+        saved = any(epath.Path(workdir).expanduser().glob("checkpoints/[0-9]*"))
+        what = (
+            "the same command continues from the last checkpoint" if saved else "nothing was saved"
+        )
+        print(f"interrupted; {what}", file=sys.stderr)
         # Everything is saved and closed. At an orderly exit, threads of XLA that still compile
         # crash the interpreter.
         sys.stdout.flush()

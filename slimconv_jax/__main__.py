@@ -83,14 +83,10 @@ def evaluate_command(args: argparse.Namespace) -> None:
         source = load_source(**options)
     except TypeError as error:  # only from the run's own config.json, which someone has changed
         raise InputError(f"{args.model}/config.json is damaged: {error}") from None
+    devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
     print(
-        "{model}, on {name}, split {split!r}: {images} images; {devices} x {kind}".format(
-            model=args.model,
-            images=len(source),
-            devices=jax.device_count(),
-            kind=jax.devices()[0].device_kind,
-            **options,
-        ),
+        f"{args.model} on {options['name']}, split {options['split']!r}: {len(source)} images of "
+        f"{len(source.class_names)} classes; {devices}\n{preprocessing}",
         flush=True,
     )
     result = evaluate_saved(
@@ -103,12 +99,9 @@ def evaluate_command(args: argparse.Namespace) -> None:
     )
     print(describe(result))
     print(
-        "{:,.0f} images/s from files to results; a batch of {} takes {:.1f} ms on the devices "
-        "(median; nine of ten at most {:.1f} ms)".format(
-            result["images_per_second"],
-            result["batch_size"],
-            1000 * result["latency_seconds"],
-            1000 * result["latency_seconds_p90"],
+        "{images_per_second:,.0f} images/s from files to results; on the devices, a batch of "
+        "{batch_size} takes {:.1f} ms (median of {batches}, the slowest {:.1f} ms)".format(
+            1000 * result["latency_seconds"], 1000 * result["latency_seconds_max"], **result
         )
     )
     if result["skipped"]:

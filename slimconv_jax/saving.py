@@ -159,7 +159,10 @@ def _read_description(directory: epath.Path) -> dict[str, Any]:
     try:
         description = json.loads((directory / _DESCRIPTION).read_text())
     except OSError:
-        raise InputError(f"{directory} holds no model: there is no {_DESCRIPTION}") from None
+        missing = f"{directory} holds no model: there is no {_DESCRIPTION}"
+        if not directory.is_dir():
+            missing = f"there is no directory {directory}"
+        raise InputError(missing) from None
     except ValueError:
         raise InputError(f"{directory / _DESCRIPTION} is damaged: it is no JSON") from None
     if not isinstance(description, dict):

@@ -94,9 +94,9 @@ def _image_shape(source: Source, transform: Transform, on_error: str) -> tuple[i
     for index in range(len(source)):
         try:
             return transform.for_evaluation(source[index].image, source.describe(index)).shape
-        except ImageError:
+        except ImageError as error:
             if on_error == "raise":
-                raise
+                raise ImageError(f"{error} (on_error='skip' leaves such images out)") from None
     raise _none_readable(source)
 
 
@@ -154,9 +154,9 @@ class _Load:
         for candidate in candidates:
             try:
                 chunk["image"][row], chunk["label"][row] = self._decode(candidate, position)
-            except ImageError:
+            except ImageError as error:
                 if self.on_error == "raise":
-                    raise
+                    raise ImageError(f"{error} (on_error='skip' leaves such images out)") from None
                 chunk["skipped"][row] = index
             else:
                 chunk["mask"][row] = True

@@ -124,8 +124,8 @@ class TfdsSource:
         if not splits:
             root = str(builder.data_dir).removesuffix(f"/{builder.info.full_name}")
             raise InputError(
-                f"the data set tfds/{name} is not prepared in {root}; prepare it by: {_TFDS_TOOLS} "
-                f"&& tfds build {name} --file_format=array_record --data_dir={root}"
+                f"the data set tfds/{name} is not prepared in {root}; to prepare it, in any "
+                f"environment: {_TFDS_TOOLS} && tfds build {name} --file_format=array_record --data_dir={root}"
             )
         for part in split.split("+"):
             _check_split(self._name, part.split("[")[0].strip(), splits)
@@ -136,9 +136,9 @@ class TfdsSource:
         except NotImplementedError:
             raise InputError(
                 f"the data set in {builder.data_dir} is in the format "
-                f"{builder.info.file_format.value}, which has no random access; convert it by: "
-                f"{_TFDS_TOOLS} && tfds convert_format --dataset_version_dir={builder.data_dir} "
-                "--out_file_format=array_record"
+                f"{builder.info.file_format.value}, which has no random access; to convert "
+                f"it, in any environment: {_TFDS_TOOLS} && tfds convert_format "
+                f"--dataset_version_dir={builder.data_dir} --out_file_format=array_record"
             ) from None
         except Exception as error:  # a missing or damaged file, a slice that is wrong or empty
             reason = " ".join(str(error).split())

@@ -10,8 +10,14 @@ from etils import epath
 from slimconv_jax.errors import InputError
 from slimconv_jax.training.step import TrainState
 
-NOT_COMPARED = ("dataset.data_dir", "loader.num_threads")
-"""What may differ when a run continues: it belongs to the machine and not to the experiment."""
+NOT_COMPARED = (
+    "checkpoints_to_keep",
+    "dataset.data_dir",
+    "eval_batch_size",
+    "loader.num_threads",
+    "loader.on_error",
+)
+"""The keys that may change when a run continues, since what is learnt does not depend on them."""
 
 
 def claim_workdir(workdir: epath.PathLike, config: ml_collections.ConfigDict) -> epath.Path:

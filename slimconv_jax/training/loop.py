@@ -86,8 +86,8 @@ def train(
     )
     if len(train_data) < config.batch_size:
         raise InputError(
-            f"config.batch_size={config.batch_size} is more than the {len(train_data)} images "
-            "that there are to train on"
+            f"there are only {len(train_data)} images to train on, fewer than "
+            f"config.batch_size={config.batch_size}"
         )
     steps_per_epoch = len(train_data) / config.batch_size
     total_steps = max(round(config.num_epochs * steps_per_epoch), 1)

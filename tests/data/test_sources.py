@@ -158,8 +158,8 @@ def image_folder(tmp_path):
         (
             "tfds/cifar10 DIR",
             "train",
-            "^the data set tfds/cifar10 is not prepared in (.*); prepare it by: pip install .* && "
-            r"tfds build cifar10 --file_format=array_record --data_dir=\1$",
+            "^the data set tfds/cifar10 is not prepared in (.*); to prepare it, in any environ"
+            r"ment: pip install .* && tfds build cifar10 --file_format=array_record --data_dir=\1$",
         ),
     ],
 )
@@ -194,8 +194,8 @@ def test_unusable_tfds_data_sets(tmp_path):
     with pytest.raises(
         ValueError,
         match=f"^the data set in {directory} is in the format tfrecord, which has no random access"
-        f"; convert it by: pip install .* && tfds convert_format --dataset_version_dir={directory} "
-        "--out_file_format=array_record$",
+        "; to convert it, in any environment: pip install .* && tfds convert_format "
+        f"--dataset_version_dir={directory} --out_file_format=array_record$",
     ):
         load_source("tfds/animals", "test", tmp_path)
 
