@@ -136,7 +136,7 @@ class _Load:
         """
         size = len(positions)
         chunk = {
-            "image": np.zeros((size, *self.shape), np.uint8),
+            "image": _aligned_zeros((size, *self.shape)),
             "label": np.zeros(size, np.int32),
             "mask": np.zeros(size, bool),
             "skipped": np.full(size, -1),
@@ -178,6 +178,14 @@ class _Load:
                 f"{self.shape[1]}x{self.shape[0]}"
             )
         return image, example.label
+
+
+def _aligned_zeros(shape: tuple[int, ...]) -> np.ndarray:
+    """A uint8 array at a multiple of 64 bytes, which on CPUs JAX takes over without a copy."""
+    size = math.prod(shape)
+    memory = np.zeros(size + 64, np.uint8)
+    start = -memory.ctypes.data % 64
+    return memory[start : start + size].reshape(shape)
 
 
 class StreamedDataset:

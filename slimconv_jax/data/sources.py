@@ -125,7 +125,8 @@ class TfdsSource:
             root = str(builder.data_dir).removesuffix(f"/{builder.info.full_name}")
             raise InputError(
                 f"the data set tfds/{name} is not prepared in {root}; to prepare it, in any "
-                f"environment: {_TFDS_TOOLS} && tfds build {name} --file_format=array_record --data_dir={root}"
+                f"environment: {_TFDS_TOOLS} && tfds build {name} --file_format=array_record "
+                f"--data_dir={root}"
             )
         for part in split.split("+"):
             _check_split(self._name, part.split("[")[0].strip(), splits)
