@@ -374,13 +374,18 @@ class ResidentDataset:
         `batch_size` must not exceed the number of images.
         """
         key = jax.random.key(seed)
-        last_epoch = None
+        orders = {}  # of this epoch and the next, where a batch may end
         for step in itertools.count(first_step):
             epoch, start = divmod(step * batch_size, self._size)
-            if epoch != last_epoch:
-                order = _two_orders(key, epoch, size=self._size, sharding=self._everywhere)
-                last_epoch = epoch
-            batch = _take(self._data, order, start, size=batch_size, sharding=self._sharding)
+            orders.pop(epoch - 1, None)
+            for wanted in (epoch, epoch + 1):
+                if wanted not in orders:
+                    orders[wanted] = _shuffled(
+                        key, wanted, size=self._size, sharding=self._everywhere
+                    )
+            batch = _take(
+                self._data, tuple(orders.values()), start, size=batch_size, sharding=self._sharding
+            )
             del batch["mask"]
             yield batch
 
@@ -390,25 +395,25 @@ class ResidentDataset:
         order = np.arange(round_up(self._size, batch_size), dtype=np.int32)
         order = jax.make_array_from_process_local_data(self._everywhere, order, order.shape)
         for start in range(0, self._size, batch_size):
-            yield _take(self._data, order, start, size=batch_size, sharding=self._sharding)
+            yield _take(self._data, (order,), start, size=batch_size, sharding=self._sharding)
 
 
 @functools.partial(jax.jit, static_argnames=("size", "sharding"))
-def _two_orders(key: jax.Array, epoch: int, *, size: int, sharding: NamedSharding) -> jax.Array:
-    """The order of an epoch, followed by that of the next one, where its last batch may end."""
-    orders = [
-        jax.random.permutation(jax.random.fold_in(key, number), size)
-        for number in (epoch, epoch + 1)
-    ]
-    return jax.lax.with_sharding_constraint(jnp.concatenate(orders), sharding)
+def _shuffled(key: jax.Array, epoch: int, *, size: int, sharding: NamedSharding) -> jax.Array:
+    """The order of an epoch."""
+    order = jax.random.permutation(jax.random.fold_in(key, epoch), size)
+    return jax.lax.with_sharding_constraint(order, sharding)
 
 
 @functools.partial(jax.jit, static_argnames=("size", "sharding"))
 def _take(
-    data: Batch, order: jax.Array, start: int, *, size: int, sharding: NamedSharding
+    data: Batch, orders: tuple[jax.Array, ...], start: int, *, size: int, sharding: NamedSharding
 ) -> Batch:
-    """`size` examples of an order from `start` on; `mask` is False where there is none."""
-    indices = jax.lax.dynamic_slice(order, (start,), (size,))
+    """`size` examples from `start` on, in one order after the other.
+
+    `mask` is False where there is none.
+    """
+    indices = jax.lax.dynamic_slice(jnp.concatenate(orders), (start,), (size,))
     batch = {key: array.at[indices].get(mode="clip") for key, array in data.items()}
     batch["mask"] = indices < len(data["label"])
     return jax.lax.with_sharding_constraint(batch, sharding)
