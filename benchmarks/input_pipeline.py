@@ -7,12 +7,12 @@ from the same files, in turns:
 
   slimconv_jax    what train.py does: Grain's threads, simplejpeg, OpenCV
   pillow          what torchvision does: PyTorch's DataLoader with a process a core, Pillow's
-                  decoder and antialiased filter, a uint8 tensor
+                  decoder and antialiased filter, a uint8 tensor; where PyTorch is installed
   tf.data         where TensorFlow is installed: decode_and_crop_jpeg, bilinear resizing, a thread
                   a core
 
 ROOT/SPLIT/CLASS/ holds photos. Without --data-dir, JPEGs are made of noise of ImageNet's usual size
-(500x375 pixels, 100 kB), whose figures are close to those of photos. Every loader delivers some
+(500x375 pixels, 100 kB). Every loader delivers some
 batches before the clock starts. Figures are medians over the repeats.
 """
 

@@ -1,1 +1,1 @@
-"""The host side: NumPy arrays in, uint8 batches out; JAX only places them on devices."""
+"""From sources to uint8 batches on the devices; most of it NumPy, on the host."""
