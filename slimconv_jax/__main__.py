@@ -1,6 +1,7 @@
 """The command line beside train.py: what models there are, how good they are, and exports."""
 
 import argparse
+import inspect
 import json
 import os
 import sys
@@ -80,9 +81,10 @@ def evaluate_command(args: argparse.Namespace) -> None:
     if args.data_dir is not None:
         options["data_dir"] = args.data_dir
     try:
-        source = load_source(**options)
+        inspect.signature(load_source).bind(**options)
     except TypeError as error:  # only from the run's own config.json, which someone has changed
         raise InputError(f"{args.model}/config.json is damaged: {error}") from None
+    source = load_source(**options)
     devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
     print(
         f"{args.model} on {options['name']}, split {options['split']!r}: {len(source)} images of "

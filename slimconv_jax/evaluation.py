@@ -21,7 +21,7 @@ from slimconv_jax.errors import InputError, require_integer
 from slimconv_jax.saving import load_model, read_info
 from slimconv_jax.training.augment import normalize
 from slimconv_jax.training.evaluate import make_evaluate, summarize
-from slimconv_jax.training.step import batch_sharded, data_mesh
+from slimconv_jax.training.step import batch_sharded, data_mesh, replicated
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,7 +103,8 @@ def evaluate_saved(
     jax.eval_shape(prepare, jax.ShapeDtypeStruct((1, *dataset.image_shape), jnp.uint8))
     evaluate = make_evaluate(model, preprocess=prepare, mesh=mesh)
     params, batch_stats = (
-        nnx.to_pure_dict(nnx.state(model, kind)) for kind in (nnx.Param, nnx.BatchStat)
+        jax.device_put(nnx.to_pure_dict(nnx.state(model, kind)), replicated(mesh))
+        for kind in (nnx.Param, nnx.BatchStat)
     )
     batch_size = round_up(min(batch_size, len(source)), mesh.size)
     empty = _empty_batch(batch_size, dataset.image_shape, mesh)
