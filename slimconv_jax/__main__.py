@@ -61,7 +61,7 @@ def evaluate_command(args: argparse.Namespace) -> None:
     from slimconv_jax.compilation_cache import enable_compilation_cache
     from slimconv_jax.data.sources import load_source
     from slimconv_jax.evaluation import evaluate_saved, preprocessing_of
-    from slimconv_jax.saving import read_info, read_run_config
+    from slimconv_jax.saving import read_info, read_run_dataset
     from slimconv_jax.training.report import describe, describe_skipped
 
     enable_compilation_cache()
@@ -71,7 +71,7 @@ def evaluate_command(args: argparse.Namespace) -> None:
     preprocessing = preprocessing_of(read_info(args.model), **changes)
     options = {"name": args.data, "split": args.split or "test"}
     if args.data is None:
-        options = read_run_config(args.model).get("dataset")
+        options = read_run_dataset(args.model)
         if not options:
             raise InputError(
                 f"{args.model} does not tell on what it was trained, so --data is needed"

@@ -141,8 +141,8 @@ def read_info(path: epath.PathLike) -> dict[str, Any]:
     return info
 
 
-def read_run_config(path: epath.PathLike) -> dict[str, Any]:
-    """The config of a training run, as `config.json` has it; empty if there is none.
+def read_run_dataset(path: epath.PathLike) -> dict[str, Any]:
+    """`config.dataset` of a training run, as its `config.json` has it; empty if there is none.
 
     Raises:
       ValueError: if the file is damaged.
@@ -150,7 +150,7 @@ def read_run_config(path: epath.PathLike) -> dict[str, Any]:
     file = _absolute(path) / "config.json"
     try:
         config = json.loads(file.read_text()) if file.exists() else {}
-        return {**config, "dataset": {**config.get("dataset", {})}}
+        return dict(config.get("dataset", {}))
     except (AttributeError, OSError, TypeError, ValueError):
         raise InputError(f"{file} is damaged: it is no config") from None
 

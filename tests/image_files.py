@@ -55,21 +55,13 @@ def write_tfds(root, splits, class_names=("cat", "dog", "owl"), features=None):
                 )
 
             def _split_generators(self, download_manager):
-                return {
-                    split: (
-                        (
-                            index,
-                            example
-                            if features
-                            else dict(zip(("image", "label"), example, strict=True)),
-                        )
-                        for index, example in enumerate(examples)
-                    )
-                    for split, examples in splits.items()
-                }
+                return {split: self._generate_examples(splits[split]) for split in splits}
 
-            def _generate_examples(self):
-                raise NotImplementedError
+            def _generate_examples(self, examples):
+                for index, example in enumerate(examples):
+                    if features is None:
+                        example = dict(zip(("image", "label"), example, strict=True))
+                    yield index, example
 
     Animals(data_dir=root, file_format="array_record").download_and_prepare()
     return root

@@ -1,7 +1,6 @@
 """From a source to batches on the devices, streamed from the host by Grain or kept there."""
 
 import collections
-import dataclasses
 import functools
 import itertools
 import math
@@ -95,89 +94,18 @@ def _image_shape(source: Source, transform: Transform, on_error: str) -> tuple[i
         try:
             return transform.for_evaluation(source[index].image, source.describe(index)).shape
         except ImageError as error:
-            if on_error == "raise":
-                raise ImageError(f"{error} (on_error='skip' leaves such images out)") from None
+            _refuse(error, on_error)
     raise _none_readable(source)
+
+
+def _refuse(error: ImageError, on_error: str) -> None:
+    """Raises an error about an image, with a hint, unless such images are skipped."""
+    if on_error == "raise":
+        raise ImageError(f"{error} (on_error='skip' leaves such images out)") from None
 
 
 def _none_readable(source: Source) -> InputError:
     return InputError(f"no image of the data set can be decoded, from {source.describe(0)} on")
-
-
-@dataclasses.dataclass(frozen=True)
-class _Load:
-    """Consecutive positions of an order, decoded; what the loader's threads do.
-
-    They are decoded straight into the arrays of a chunk: batching them one by one would copy the
-    images once more.
-
-    Attributes:
-      source: the encoded images.
-      transform: how they come to one size.
-      on_error: "raise" or "skip".
-      shape: of every image.
-      order: the index of the example at each position, counted through all epochs; an index
-        beyond the last example is none.
-      seed: of the random crops in training; None for evaluation.
-    """
-
-    source: Source
-    transform: Transform
-    on_error: str
-    shape: tuple[int, int, int]
-    order: grain.MapDataset
-    seed: int | None
-
-    def __call__(self, positions: range) -> dict[str, np.ndarray]:
-        """The examples at some positions.
-
-        `mask` says where there is one; `skipped` has the index of one that cannot be decoded,
-        else -1.
-        """
-        size = len(positions)
-        chunk = {
-            "image": _aligned_zeros((size, *self.shape)),
-            "label": np.zeros(size, np.int32),
-            "mask": np.zeros(size, bool),
-            "skipped": np.full(size, -1),
-        }
-        for row, position in enumerate(positions):
-            index = int(self.order[position])
-            if index < len(self.source):
-                self._load(chunk, row, index, position)
-        return chunk
-
-    def _load(self, chunk: dict[str, np.ndarray], row: int, index: int, position: int) -> None:
-        candidates = [index]
-        if self.seed is not None:  # the next one that can be decoded takes its place
-            candidates = itertools.chain(range(index, len(self.source)), range(index))
-        for candidate in candidates:
-            try:
-                chunk["image"][row], chunk["label"][row] = self._decode(candidate, position)
-            except ImageError as error:
-                if self.on_error == "raise":
-                    raise ImageError(f"{error} (on_error='skip' leaves such images out)") from None
-                chunk["skipped"][row] = index
-            else:
-                chunk["mask"][row] = True
-                return
-        if self.seed is not None:
-            raise _none_readable(self.source)
-
-    def _decode(self, index: int, position: int) -> tuple[np.ndarray, int]:
-        example, name = self.source[index], self.source.describe(index)
-        if self.seed is None:
-            image = self.transform.for_evaluation(example.image, name)
-        else:
-            rng = np.random.Generator(np.random.Philox(key=[self.seed, position]))
-            image = self.transform.for_training(example.image, name, rng)
-        if image.shape != self.shape:
-            raise InputError(
-                f"the images differ in size, so they need an image_size to be brought to: {name} "
-                f"has {image.shape[1]}x{image.shape[0]} pixels, others "
-                f"{self.shape[1]}x{self.shape[0]}"
-            )
-        return image, example.label
 
 
 def _aligned_zeros(shape: tuple[int, ...]) -> np.ndarray:
@@ -302,12 +230,11 @@ class StreamedDataset:
         """Some rows of each batch of an order, decoded by threads that run ahead."""
         size = max(size for size in range(1, CHUNK + 1) if len(rows) % size == 0)
         parts = len(rows) // size
-        load = _Load(self._source, self._transform, self._on_error, self.image_shape, order, seed)
 
         def chunk(number: int) -> dict[str, np.ndarray]:
             step, part = divmod(number, parts)
             start = (first_step + step) * batch_size + rows.start + part * size
-            return load(range(start, start + size))
+            return self._decode_chunk(order, range(start, start + size), seed)
 
         options = grain.ReadOptions(threads, prefetch_buffer_size=2 * threads)
         chunks = iter(grain.MapDataset.range(steps * parts).map(chunk).to_iter_dataset(options))
@@ -321,6 +248,59 @@ class StreamedDataset:
                 if index >= 0:
                     self.skipped.add(self._source.describe(int(index)))
             yield batch
+
+    def _decode_chunk(
+        self, order: grain.MapDataset, positions: range, seed: int | None
+    ) -> dict[str, np.ndarray]:
+        """The examples at some positions of an order, counted through all epochs.
+
+        They are decoded straight into the arrays of the chunk: batching them one by one would
+        copy the images once more. `mask` says where there is one; `skipped` has the index of one
+        that cannot be decoded, else -1. An index beyond the last example is none. `seed` is
+        that of the random crops in training, None for evaluation.
+        """
+        size = len(positions)
+        chunk = {
+            "image": _aligned_zeros((size, *self.image_shape)),
+            "label": np.zeros(size, np.int32),
+            "mask": np.zeros(size, bool),
+            "skipped": np.full(size, -1),
+        }
+        for row, position in enumerate(positions):
+            index = int(order[position])
+            if index >= len(self):
+                continue
+            candidates = [index]
+            if seed is not None:  # the next one that can be decoded takes its place
+                candidates = itertools.chain(range(index, len(self)), range(index))
+            for candidate in candidates:
+                try:
+                    example = self._decode(candidate, position, seed)
+                except ImageError as error:
+                    _refuse(error, self._on_error)
+                    chunk["skipped"][row] = index
+                else:
+                    chunk["image"][row], chunk["label"][row] = example
+                    chunk["mask"][row] = True
+                    break
+            if seed is not None and not chunk["mask"][row]:
+                raise _none_readable(self._source)
+        return chunk
+
+    def _decode(self, index: int, position: int, seed: int | None) -> tuple[np.ndarray, int]:
+        example, name = self._source[index], self._source.describe(index)
+        if seed is None:
+            image = self._transform.for_evaluation(example.image, name)
+        else:
+            rng = np.random.Generator(np.random.Philox(key=[seed, position]))
+            image = self._transform.for_training(example.image, name, rng)
+        if image.shape != self.image_shape:
+            height, width, _ = self.image_shape
+            raise InputError(
+                f"the images differ in size, so they need an image_size to be brought to: {name} "
+                f"has {image.shape[1]}x{image.shape[0]} pixels, others {width}x{height}"
+            )
+        return image, example.label
 
 
 def round_up(number: int, multiple: int) -> int:

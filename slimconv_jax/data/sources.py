@@ -134,7 +134,7 @@ class TfdsSource:
         decoders = {self._image_key: tfds.decode.SkipDecoding()}
         try:
             self._records = builder.as_data_source(split, decoders=decoders)
-        except NotImplementedError:
+        except NotImplementedError:  # TFDS's answer to a format without random access
             raise InputError(
                 f"the data set in {builder.data_dir} is in the format "
                 f"{builder.info.file_format.value}, which has no random access; to convert "

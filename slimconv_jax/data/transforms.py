@@ -202,9 +202,9 @@ def random_resized_crop(
         height, width = bottom - top, right - left
     part = pixels[top : top + height, left : left + width]
     # Beyond a half, bilinear interpolation would leave out pixels.
-    small = min(part.shape[:2]) >= 2 * size
-    filter = cv2.INTER_AREA if small else cv2.INTER_LINEAR
-    return cv2.resize(part, (size, size), interpolation=filter)
+    shrinks = min(part.shape[:2]) >= 2 * size
+    interpolation = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
+    return cv2.resize(part, (size, size), interpolation=interpolation)
 
 
 @dataclasses.dataclass(frozen=True)
