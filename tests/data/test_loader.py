@@ -294,7 +294,9 @@ def test_two_processes_see_every_example_once_an_epoch_and_what_one_would(tmp_pa
     assert sorted(itertools.chain(*evaluated)) == list(range(40))
 
 
-@pytest.mark.skipif("SLIMCONV_TEST_DATA" not in os.environ, reason="SLIMCONV_TEST_DATA is not set")
+@pytest.mark.skipif(
+    not os.environ.get("SLIMCONV_TEST_DATA"), reason="SLIMCONV_TEST_DATA is not set"
+)
 def test_cifar100_is_kept_on_the_devices_as_its_records_say():
     source = load_source("tfds/cifar100", "test[:2000]", os.environ["SLIMCONV_TEST_DATA"])
     dataset = load(source, training=False)
