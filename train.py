@@ -3,16 +3,25 @@
     python train.py --config configs/digits.py [--workdir DIR] [--config.KEY=VALUE ...]
 
 Any key of the config can be set on the command line, as in --config.optimizer.learning_rate=0.05
-or --config.model.k=8/3. The work directory gets config.json, checkpoints/ and metrics.jsonl. The
-same command again continues an interrupted run from its last checkpoint.
+or --config.model.k=8/3. The work directory gets config.json, checkpoints/, metrics.jsonl,
+curves.png and TensorBoard's events. Ctrl-C and SIGTERM save the step that is under way and stop;
+the same command again continues.
+
+On several hosts run it on each, with the same work directory. SLURM and TPU pods are detected;
+elsewhere say who is who:
+
+    python train.py --config CONFIG --workdir DIR \\
+        --coordinator_address=HOST:PORT --num_processes=N --process_id=I
 """
 
 import itertools
 import os
 import re
+import signal
 import sys
 from pathlib import Path
 
+import jax
 from absl import app, flags, logging
 from etils import epath
 from ml_collections import ConfigDict, config_flags
@@ -20,6 +29,8 @@ from ml_collections import ConfigDict, config_flags
 from slimconv_jax.compilation_cache import enable_compilation_cache
 from slimconv_jax.errors import InputError
 from slimconv_jax.training.config import unknown_key
+from slimconv_jax.training.hosts import initialize, is_lost_contact
+from slimconv_jax.training.interruption import RunInterruptedError
 from slimconv_jax.training.loop import train
 
 config_flags.DEFINE_config_file(
@@ -30,6 +41,11 @@ _WORKDIR = flags.DEFINE_string(
     None,
     "Where checkpoints and metrics go. Default: runs/NAME for configs/NAME.py.",
 )
+_COORDINATOR_ADDRESS = flags.DEFINE_string(
+    "coordinator_address", None, "HOST:PORT of process 0, where several processes train together."
+)
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes there are.")
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.")
 flags.mark_flag_as_required("config")
 
 
@@ -41,7 +57,8 @@ def parse_flags(argv: list[str]) -> list[str]:
         sys.exit(f"error: {error}")
     rest = app.parse_flags_with_usage(argv)
     if flags.FLAGS["verbosity"].using_default_value:
-        flags.FLAGS.verbosity = logging.WARNING  # else Orbax tells of every file it touches
+        # Else Orbax tells of every file it touches, and prints tracebacks of what it raises too.
+        flags.FLAGS.verbosity = logging.FATAL
     return rest
 
 
@@ -79,25 +96,48 @@ def _check_overrides(argv: list[str]) -> None:
 def main(argv: list[str]) -> int | None:
     if len(argv) > 1:
         raise app.UsageError(f"what is {argv[1]!r}? Options begin with --")
-    enable_compilation_cache()
+    signal.signal(signal.SIGTERM, _raise_keyboard_interrupt)
     config = flags.FLAGS["config"]
     workdir = _WORKDIR.value or f"runs/{Path(config.config_filename).stem}"
     try:
+        enable_compilation_cache()
+        initialize(_COORDINATOR_ADDRESS.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
         train(config.value, workdir)
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        return _stop(f"error: {error}", 1)
+    except RunInterruptedError as error:
+        return _stop(error, error.status)
     except KeyboardInterrupt:
         saved = any(epath.Path(workdir).expanduser().glob("checkpoints/[0-9]*"))
         what = (
             "the same command continues from the last checkpoint" if saved else "nothing was saved"
         )
-        print(f"interrupted; {what}", file=sys.stderr)
-        # Everything is saved and closed. At an orderly exit, threads of XLA that still compile
-        # crash the interpreter.
-        sys.stdout.flush()
-        os._exit(130)
+        return _stop(f"interrupted; {what}", 130)
+    except Exception as error:
+        if not is_lost_contact(error):
+            raise
+        reason = str(error).splitlines()[0]
+        return _stop(
+            f"error: lost contact with another process ({reason}); when all are there again, the "
+            "same command continues from the last checkpoint",
+            1,
+        )
     return 0
+
+
+def _raise_keyboard_interrupt(*_) -> None:
+    raise KeyboardInterrupt
+
+
+def _stop(message: object, status: int) -> int:
+    """Ends the program with a message, at once where others might be waited for."""
+    print(message, file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    if status == 1 and not jax.distributed.is_initialized():
+        return status
+    # Everything is saved and closed. At an orderly exit, threads of XLA that still compile crash
+    # the interpreter, and processes wait for each other.
+    os._exit(status)
 
 
 if __name__ == "__main__":

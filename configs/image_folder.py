@@ -12,6 +12,7 @@ from ml_collections import ConfigDict, config_dict
 def get_config() -> ConfigDict:
     config = ConfigDict()
     config.seed = 0
+    config.init_from = config_dict.placeholder(str)  # a saved model to start from
 
     config.model = ConfigDict()
     config.model.name = "sc_resnet50"
@@ -42,13 +43,19 @@ def get_config() -> ConfigDict:
     config.num_epochs = 100
 
     config.optimizer = ConfigDict()
+    config.optimizer.name = "sgd"
+    config.optimizer.schedule = "cosine"
     config.optimizer.learning_rate = 0.1
     config.optimizer.momentum = 0.9
     config.optimizer.nesterov = True
     config.optimizer.weight_decay = 1e-4
     config.optimizer.warmup_epochs = 5.0  # then a cosine down to 0
 
+    config.step = ConfigDict()
+    config.step.ema_decay = 0.0  # 0.99, say, to evaluate averaged weights too
+
     config.eval_every_epochs = 1  # a checkpoint goes with every evaluation
     config.log_every_steps = 50
-    config.checkpoints_to_keep = 2
+    config.checkpoints_to_keep = 2  # and the best
+    config.profile_steps = 0
     return config

@@ -98,6 +98,8 @@ def evaluate_command(args: argparse.Namespace) -> None:
         preprocessing=preprocessing,
         dtype=args.dtype,
         on_error=args.on_error,
+        checkpoint=args.checkpoint,
+        ema=args.ema,
     )
     print(describe(result))
     print(
@@ -130,7 +132,7 @@ def export_command(args: argparse.Namespace) -> None:
     from slimconv_jax.torch_interop.checkpoint_file import write_checkpoint
     from slimconv_jax.torch_interop.convert import to_torch
 
-    model = load_model(args.model)
+    model = load_model(args.model, checkpoint=args.checkpoint, ema=args.ema)
     if args.format != "torch":
         info = read_info(args.model)
         save_model(model, args.output, format=args.format, overwrite=args.overwrite, info=info)
@@ -147,10 +149,23 @@ def export_command(args: argparse.Namespace) -> None:
     )
 
 
-SAVED_MODEL = (
-    "a directory of save_model or convert_weights.py, or the work directory of train.py, of which "
-    "the newest checkpoint is taken"
-)
+SAVED_MODEL = "a directory of save_model or convert_weights.py, or the work directory of train.py"
+
+
+def _add_saved_model(command: argparse.ArgumentParser) -> None:
+    """The arguments that say which saved weights are meant."""
+    command.add_argument("model", metavar="MODEL_OR_WORKDIR", help=SAVED_MODEL)
+    command.add_argument(
+        "--checkpoint",
+        type=int,
+        metavar="STEP",
+        help="of a work directory, the checkpoint of this step (default: the newest)",
+    )
+    command.add_argument(
+        "--ema",
+        action="store_true",
+        help="of a work directory, the averaged weights (config.step.ema_decay)",
+    )
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -178,7 +193,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     command.set_defaults(run=evaluate_command)
     add = command.add_argument
-    add("model", metavar="MODEL_OR_WORKDIR", help=SAVED_MODEL)
+    _add_saved_model(command)
     add(
         "--data",
         metavar="NAME",
@@ -222,7 +237,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--json", metavar="FILE", help="write the figures here too")
 
     command = commands.add_parser("export", help="a saved model or training run, in another format")
-    command.add_argument("model", metavar="MODEL_OR_WORKDIR", help=SAVED_MODEL)
+    _add_saved_model(command)
     command.add_argument("output", metavar="OUT", help="the new file or directory")
     command.add_argument(
         "--format",

@@ -1,6 +1,7 @@
 """The one exception that means "the input is wrong, not the program"."""
 
-from numbers import Integral
+import math
+from numbers import Integral, Real
 
 
 class InputError(ValueError):
@@ -16,3 +17,11 @@ def require_integer(name: str, value: object, least: int) -> None:
     """Raises an InputError unless `value` is an integer, of Python or NumPy, >= `least`."""
     if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
         raise InputError(f"{name}={value!r} must be an integer >= {least}")
+
+
+def require_number(name: str, value: object, *, least: float, below: float = math.inf) -> None:
+    """Raises an InputError unless `value` is a finite number, >= `least` and < `below`."""
+    is_number = isinstance(value, Real) and not isinstance(value, bool)
+    if not is_number or not math.isfinite(value) or not least <= value < below:
+        limit = "" if below == math.inf else f" and < {below}"
+        raise InputError(f"{name}={value!r} must be a number >= {least}{limit}")

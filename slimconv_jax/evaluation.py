@@ -65,6 +65,8 @@ def evaluate_saved(
     preprocessing: Preprocessing | None = None,
     dtype: Dtype | None = None,
     on_error: str = "raise",
+    checkpoint: int | None = None,
+    ema: bool = False,
 ) -> dict[str, Any]:
     """Evaluates a saved model on every example of a source, with progress.
 
@@ -75,6 +77,8 @@ def evaluate_saved(
       preprocessing: what comes before the model; None for what is saved with it.
       dtype: dtype of the computation.
       on_error: "raise" or "skip"; see `load_dataset`.
+      checkpoint: see `load_model`, as the next one.
+      ema: whether to take a training run's averaged weights.
 
     Returns:
       What `summarize` gives, and: `skipped`, descriptions of what could not be decoded;
@@ -88,7 +92,7 @@ def evaluate_saved(
     require_integer("batch_size", batch_size, 1)
     info = read_info(path)
     preprocessing = preprocessing or preprocessing_of(info)
-    model = load_model(path, dtype=dtype)
+    model = load_model(path, dtype=dtype, checkpoint=checkpoint, ema=ema)
     source = _match_classes(source, info.get("class_names"), model.config.num_classes)
     mesh = data_mesh()
     dataset = load_dataset(

@@ -35,7 +35,10 @@ PyTree = Any
 FORMATS = ("orbax", "safetensors")
 
 _WEIGHTS = {"orbax": "weights", "safetensors": "weights.safetensors"}
-_CHECKPOINTS = "checkpoints"  # the format of a work directory, and where it has them
+CHECKPOINTS = "checkpoints"
+"""The format of a work directory, and where in it the checkpoints are."""
+
+_CHECKSUMS = "checksums.json"
 _DESCRIPTION = "model.json"
 _NOT_INFO = ("name", "k", "architecture", "parameters", "format", "versions", "files")
 
@@ -112,7 +115,7 @@ def describe_workdir(model: ResNet, workdir: epath.Path, info: Mapping[str, Any]
                 f"{len(info['class_names'])} there are now, such as {info['class_names'][0]!r}, "
                 f"and {len(there or ())} there were"
             )
-    text = json.dumps(_describe(model, _CHECKPOINTS, info), indent=2) + "\n"
+    text = json.dumps(_describe(model, CHECKPOINTS, info), indent=2) + "\n"
     try:
         part = workdir / f"{_DESCRIPTION}.part"
         part.write_text(text)
@@ -184,15 +187,23 @@ def _write_weights(model: ResNet, path: epath.Path) -> None:
             checkpointer.save(path, args=ocp.args.StandardSave(_collections(model)))
 
 
-def load_model(path: epath.PathLike, *, dtype: Dtype | None = None) -> ResNet:
+def load_model(
+    path: epath.PathLike,
+    *,
+    dtype: Dtype | None = None,
+    checkpoint: int | None = None,
+    ema: bool = False,
+) -> ResNet:
     """The model in a directory that `save_model`, convert_weights.py or train.py wrote.
 
     It is in evaluation mode. Parameters and batch statistics are float32, whatever they were
     when they were saved.
 
     Args:
-      path: the directory; of a training run, the work directory, whose newest checkpoint is taken.
+      path: the directory; of a training run, the work directory.
       dtype: dtype of the computation, as in `create_model`; not part of what is saved.
+      checkpoint: of a training run, the step whose checkpoint is taken; None for the newest.
+      ema: of a training run, whether to take the moving average of the weights.
 
     Raises:
       ValueError: if there is no complete model.
@@ -205,17 +216,23 @@ def load_model(path: epath.PathLike, *, dtype: Dtype | None = None) -> ResNet:
             name: tuple(value) if isinstance(value, list) else value
             for name, value in description["architecture"].items()
         }
-        is_run = description["format"] == _CHECKPOINTS
-        weights = directory / (_CHECKPOINTS if is_run else _WEIGHTS[description["format"]])
+        is_run = description["format"] == CHECKPOINTS
+        weights = directory / (CHECKPOINTS if is_run else _WEIGHTS[description["format"]])
         files = {} if is_run else dict(description["files"])
         model = abstract_resnet(ResNetConfig(**fields), dtype=dtype)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise InputError(
             f"{directory / _DESCRIPTION} does not describe a model: {type(error).__name__} {error}"
         ) from None
+    if not is_run and (ema or checkpoint is not None):
+        raise InputError(f"{directory} is no training run, so it has one set of weights only")
     _verify(directory, files)
     if is_run:
-        weights = _newest_checkpoint(weights) / "model"
+        taken = _choose_checkpoint(directory, checkpoint)
+        verify_checksums(taken)
+        weights = taken / ("ema" if ema else "model")
+        if not weights.exists():
+            raise InputError(f"{taken} has no moving average; config.step.ema_decay is 0 there")
     variables = _by_name(model)
     try:
         if weights.suffix:
@@ -358,11 +375,48 @@ def _flatten(collections: Mapping[str, PyTree]) -> dict[str, np.ndarray]:
     }
 
 
-def _newest_checkpoint(directory: epath.Path) -> epath.Path:
-    steps = []
-    if directory.exists():
-        # Names of those that are being written are more than a number.
-        steps = [path for path in directory.iterdir() if path.name.isdigit()]
-    if not steps:
-        raise InputError(f"{directory} holds no checkpoint yet")
-    return max(steps, key=lambda path: int(path.name))
+def list_checkpoints(workdir: epath.Path) -> list[epath.Path]:
+    """The complete checkpoints of a training run, the oldest first."""
+    directory = workdir / CHECKPOINTS
+    if not directory.exists():
+        return []
+    # Names of those that are being written are more than a number.
+    return sorted(
+        (path for path in directory.iterdir() if path.name.isdigit()),
+        key=lambda path: int(path.name),
+    )
+
+
+def _choose_checkpoint(workdir: epath.Path, step: int | None) -> epath.Path:
+    there = list_checkpoints(workdir)
+    if not there:
+        raise InputError(f"{workdir / CHECKPOINTS} holds no checkpoint yet")
+    chosen = there[-1:] if step is None else [path for path in there if int(path.name) == step]
+    if not chosen:
+        steps = ", ".join(path.name for path in there)
+        raise InputError(f"{workdir} has no checkpoint of step {step}; it has those of {steps}")
+    return chosen[0]
+
+
+def write_checksums(checkpoint: epath.Path) -> None:
+    """Adds a file with the checksums of all items to a checkpoint that is about to be complete."""
+    files = {
+        name: checksum(file)
+        for name, file in _files(checkpoint).items()
+        if "/" in name  # what lies beside the items Orbax still changes
+    }
+    (checkpoint / _CHECKSUMS).write_text(json.dumps(files))
+
+
+def verify_checksums(checkpoint: epath.Path) -> None:
+    """Makes sure that a checkpoint is as it was written.
+
+    Raises:
+      ValueError: if it is damaged.
+    """
+    file = checkpoint / _CHECKSUMS
+    try:
+        files = dict(json.loads(file.read_text()))
+    except (OSError, TypeError, ValueError):
+        raise InputError(f"{file} is missing or damaged") from None
+    _verify(checkpoint, files)

@@ -188,6 +188,8 @@ class ResNet(nnx.Module):
       config: the architecture.
       zero_init_residual: whether the last batch norm of each residual branch starts with
         scale 0, so that every block starts as its shortcut.
+      remat: whether training keeps only the output of each block and computes the rest once more
+        in the backward pass, which takes less memory and more time.
       dtype: dtype of the computation (bfloat16 on accelerators); inferred from input and
         parameters if None. Parameters and batch statistics are float32, and so is the
         classifier's arithmetic.
@@ -206,10 +208,14 @@ class ResNet(nnx.Module):
         config: ResNetConfig,
         *,
         zero_init_residual: bool = False,
+        remat: bool = False,
         dtype: Dtype | None = None,
         rngs: nnx.Rngs,
     ):
+        if not isinstance(remat, bool):
+            raise InputError(f"remat={remat!r} must be True or False")
         self.config = config
+        self.remat = remat
         dtype = as_dtype(dtype)
         if config.stem == "imagenet":
             self.stem = ConvBN(3, config.width, 7, strides=2, dtype=dtype, rngs=rngs)
@@ -265,7 +271,7 @@ class ResNet(nnx.Module):
         maps = []
         for blocks in self.stages:
             for block in blocks:
-                x = block(x)
+                x = nnx.remat(type(block).__call__)(block, x) if self.remat else block(x)
             maps.append(x)
         return maps
 

@@ -79,6 +79,7 @@ def create_model(
     width: int = 64,
     dilation: Sequence[bool] = (False, False, False),
     zero_init_residual: bool = False,
+    remat: bool = False,
     dtype: Dtype | None = None,
     rngs: nnx.Rngs,
 ) -> ResNet:
@@ -94,6 +95,7 @@ def create_model(
       dilation: for each of stages 2, 3 and 4, whether dilation replaces its stride.
       zero_init_residual: whether the last batch norm of each residual branch starts with
         scale 0.
+      remat: whether training recomputes the insides of the blocks to save memory.
       dtype: dtype of the computation; parameters, batch statistics and logits are float32.
       rngs: source of the initial parameters, such as `nnx.Rngs(0)`.
 
@@ -116,7 +118,8 @@ def create_model(
             width=width,
             dilation=tuple(dilation) if isinstance(dilation, Sequence) else dilation,
         )
-        return ResNet(config, zero_init_residual=zero_init_residual, dtype=dtype, rngs=rngs)
+        options = {"zero_init_residual": zero_init_residual, "remat": remat, "dtype": dtype}
+        return ResNet(config, **options, rngs=rngs)
     except InputError as error:
         at = f" at k={k_from_reduction(reduction)}" if reduction else ""
         raise InputError(f"{name}{at}: {error}") from None

@@ -1,5 +1,6 @@
-"""What happens to images on the device, inside the step: crop, flip, then normalise."""
+"""What happens to images on the device, inside the step: crop, flip, mix, then normalise."""
 
+import functools
 import math
 from collections.abc import Sequence
 from numbers import Real
@@ -7,11 +8,11 @@ from numbers import Real
 import jax
 import jax.numpy as jnp
 
-from slimconv_jax.errors import InputError, require_integer
+from slimconv_jax.errors import InputError, require_integer, require_number
 
 
 def normalize(images: jax.Array, *, mean: Sequence[float], std: Sequence[float]) -> jax.Array:
-    """(x / 255 - mean) / std, per channel: (N, H, W, 3) uint8 to float32.
+    """(x / 255 - mean) / std, per channel: (N, H, W, 3), of values up to 255, to float32.
 
     Raises:
       ValueError: unless `mean` and `std` have three numbers each, those of `std` positive.
@@ -62,22 +63,101 @@ def random_flip(key: jax.Array, images: jax.Array) -> jax.Array:
     return jnp.where(flipped, images[:, :, ::-1], images)
 
 
+def mixup(
+    key: jax.Array, images: jax.Array, targets: jax.Array, *, alpha: float
+) -> tuple[jax.Array, jax.Array]:
+    """Blends each image with the one before it in the batch (Zhang et al., ICLR 2018).
+
+    Args:
+      key: source of the one share of the batch, from Beta(alpha, alpha).
+      images: (N, H, W, C).
+      targets: (N, classes) probabilities.
+      alpha: above 0.
+
+    Returns:
+      The blends, float32: share * x + (1 - share) * the one before, of images and of targets.
+    """
+    share = jax.random.beta(key, alpha, alpha, dtype=jnp.float32)
+    images = images.astype(jnp.float32)
+    return _blend(share, images), _blend(share, targets)
+
+
+def cutmix(
+    key: jax.Array, images: jax.Array, targets: jax.Array, *, alpha: float
+) -> tuple[jax.Array, jax.Array]:
+    """Pastes a rectangle of the image before it into each image (Yun et al., ICCV 2019).
+
+    Args:
+      key: source of the rectangle, the same for the batch: its centre is uniform, its share of
+        the area from Beta(alpha, alpha), less what lies beyond the border.
+      images: (N, H, W, C).
+      targets: (N, classes) probabilities.
+      alpha: above 0.
+
+    Returns:
+      Images of the same dtype, and targets blended by the areas.
+    """
+    height, width = images.shape[1:3]
+    share_key, row_key, column_key = jax.random.split(key, 3)
+    side = jnp.sqrt(1 - jax.random.beta(share_key, alpha, alpha))
+
+    def within(key: jax.Array, length: int) -> jax.Array:
+        centre = jax.random.randint(key, (), 0, length)
+        half = (side * length / 2).astype(jnp.int32)
+        positions = jnp.arange(length)
+        return (positions >= centre - half) & (positions < centre + half)
+
+    pasted = within(row_key, height)[:, None] & within(column_key, width)
+    mixed = jnp.where(pasted[..., None], jnp.roll(images, 1, axis=0), images)
+    return mixed, _blend(1 - pasted.mean(), targets)
+
+
+def _blend(share: jax.Array, x: jax.Array) -> jax.Array:
+    return share * x + (1 - share) * jnp.roll(x, 1, axis=0)
+
+
 def augment(
-    key: jax.Array, images: jax.Array, *, crop_padding: int = 0, flip: bool = False
-) -> jax.Array:
+    key: jax.Array,
+    images: jax.Array,
+    targets: jax.Array,
+    *,
+    crop_padding: int = 0,
+    flip: bool = False,
+    mixup_alpha: float = 0.0,
+    cutmix_alpha: float = 0.0,
+) -> tuple[jax.Array, jax.Array]:
     """The random changes of a training batch; its options are the keys of `config.augment`.
 
     Args:
       key: source of all randomness.
-      images: (N, H, W, 3) uint8; so is the result.
+      images: (N, H, W, 3) uint8.
+      targets: (N, classes) probabilities.
       crop_padding: see `random_crop`.
       flip: whether to mirror every other image; see `random_flip`.
+      mixup_alpha: see `mixup`; 0 for none.
+      cutmix_alpha: see `cutmix`; 0 for none. With both, each batch gets one or the other.
+
+    Returns:
+      Images, uint8 or float32 with the same range, and targets.
 
     Raises:
       ValueError: if an option is wrong.
     """
     if not isinstance(flip, bool):
         raise InputError(f"augment: flip={flip!r} must be True or False")
-    crop_key, flip_key = jax.random.split(key)
+    for name, value in (("mixup_alpha", mixup_alpha), ("cutmix_alpha", cutmix_alpha)):
+        require_number(f"augment: {name}", value, least=0)
+    crop_key, flip_key, choice_key, mix_key = jax.random.split(key, 4)
     images = random_crop(crop_key, images, padding=crop_padding)
-    return random_flip(flip_key, images) if flip else images
+    if flip:
+        images = random_flip(flip_key, images)
+    mixes = [
+        functools.partial(mix, mix_key, alpha=alpha)
+        for mix, alpha in ((mixup, mixup_alpha), (cutmix, cutmix_alpha))
+        if alpha
+    ]
+    if not mixes:
+        return images, targets
+    if len(mixes) == 2:
+        images = images.astype(jnp.float32)  # of both alike
+    return jax.lax.switch(jax.random.randint(choice_key, (), 0, len(mixes)), mixes, images, targets)

@@ -1,21 +1,28 @@
 """The work directory: which run it belongs to, and its checkpoints."""
 
+import contextlib
 import json
+from collections.abc import Iterator
 
 import jax
 import ml_collections
 import orbax.checkpoint as ocp
 from etils import epath
 
+from slimconv_jax.console import say
 from slimconv_jax.errors import InputError
-from slimconv_jax.training.step import TrainState
+from slimconv_jax.saving import CHECKPOINTS, list_checkpoints, verify_checksums, write_checksums
+from slimconv_jax.training.step import Average, TrainState
 
 NOT_COMPARED = (
     "checkpoints_to_keep",
     "dataset.data_dir",
     "eval_batch_size",
+    "eval_every_epochs",
     "loader.num_threads",
     "loader.on_error",
+    "log_every_steps",
+    "profile_steps",
 )
 """The keys that may change when a run continues, since what is learnt does not depend on them."""
 
@@ -80,39 +87,153 @@ def _flatten(tree: dict, prefix: str = "") -> dict:
     return flat
 
 
-def checkpoint_manager(workdir: epath.Path, *, to_keep: int) -> ocp.CheckpointManager:
-    """The checkpoints of a work directory; saving goes on in the background."""
-    options = ocp.CheckpointManagerOptions(max_to_keep=to_keep)
-    return ocp.CheckpointManager(workdir / "checkpoints", options=options)
+class Checkpoints:
+    """The checkpoints of a work directory; saving goes on in the background.
 
+    Use as a context manager: the end of the block waits for what is being saved. On several
+    processes all do the same, in a work directory that all can reach.
 
-def save(manager: ocp.CheckpointManager, step: int, state: TrainState) -> None:
-    """Begins to save a state; it may be donated as soon as this returns.
+    Args:
+      workdir: has them in `checkpoints/`.
+      to_keep: how many of the newest are kept.
 
-    The model is an item of its own, so that `load_model` needs to know nothing of optimisers.
+    Attributes:
+      best_step: the step whose checkpoint is kept beside the newest; may be changed.
     """
-    items = {name: ocp.args.StandardSave(tree) for name, tree in _items(state).items()}
-    manager.save(step, args=ocp.args.Composite(**items))
+
+    def __init__(self, workdir: epath.Path, *, to_keep: int):
+        self._directory = workdir / CHECKPOINTS
+        self.best_step: int | None = None
+        self._saving: int | None = None
+        keep = ocp.checkpoint_managers
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=keep.AnyPreservationPolicy([keep.LatestN(to_keep), _Best(self)]),
+            cleanup_tmp_directories=True,
+            async_options=ocp.options.AsyncOptions(post_finalization_callback=self._seal),
+        )
+        with self._explained("open the checkpoints"):
+            self._manager = ocp.CheckpointManager(self._directory, options=options)
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, kind, error, traceback) -> None:
+        try:
+            self.wait()
+            self._manager.close()
+        except InputError:
+            if kind is None:  # else the run has ended for another reason already
+                raise
+
+    def save(self, step: int, state: TrainState) -> None:
+        """Begins to save a state; it may be donated as soon as this returns.
+
+        The model is an item of its own, so that `load_model` needs to know nothing of
+        optimisers; so is the moving average, if there is one.
+
+        Raises:
+          ValueError: if this or the one before cannot be written.
+        """
+        self.wait()
+        self._saving = step
+        items = {name: ocp.args.StandardSave(tree) for name, tree in _items(state).items()}
+        with self._explained(f"write the checkpoint of step {step}"):
+            self._manager.save(step, args=ocp.args.Composite(**items))
+
+    def wait(self) -> None:
+        """Waits until everything is saved.
+
+        Raises:
+          ValueError: if it cannot be written.
+        """
+        with self._explained(f"write the checkpoint of step {self._saving}"):
+            self._manager.wait_until_finished()
+
+    def restore(
+        self, step: int, *, like: TrainState, sharding: jax.sharding.Sharding
+    ) -> TrainState:
+        """The state saved at a step, with the shapes of another one, which may be abstract.
+
+        Raises:
+          ValueError: if it cannot be read, or is the state of something else.
+        """
+        abstract = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), like
+        )
+        items = {name: ocp.args.StandardRestore(tree) for name, tree in _items(abstract).items()}
+        with self._explained(f"read the checkpoint of step {step}, or it is of another config"):
+            restored = self._manager.restore(step, args=ocp.args.Composite(**items))
+        ema = Average(**restored["ema"]) if like.ema is not None else None
+        return TrainState(**restored["model"], **restored["optimizer"], ema=ema)
+
+    def _seal(self) -> None:
+        """Adds checksums to the checkpoint, all of which is written, before it is committed."""
+        if jax.process_index() == 0:
+            # Until then its name has a suffix, except in object stores.
+            path = self._directory / str(self._saving)
+            if not path.exists():
+                (path,) = self._directory.glob(f"{self._saving}.*")
+            write_checksums(path)
+
+    @contextlib.contextmanager
+    def _explained(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # Orbax has many, of its own and of TensorStore
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+            raise InputError(
+                f"cannot {what} in {self._directory}: {reason} (those before are kept)"
+            ) from error
+
+
+class _Best:
+    """Orbax's policy that keeps `best_step`."""
+
+    def __init__(self, checkpoints: Checkpoints):
+        self._checkpoints = checkpoints
+
+    def should_preserve(self, checkpoints, *, context) -> list[bool]:
+        return [checkpoint.step == self._checkpoints.best_step for checkpoint in checkpoints]
 
 
 def _items(state: TrainState) -> dict[str, dict]:
-    return {
+    items = {
         "model": {"params": state.params, "batch_stats": state.batch_stats},
         "optimizer": {"step": state.step, "opt_state": state.opt_state},
     }
+    if state.ema is not None:
+        items["ema"] = state.ema._asdict()
+    return items
 
 
-def restore(
-    manager: ocp.CheckpointManager,
-    step: int,
-    *,
-    like: TrainState,
-    sharding: jax.sharding.Sharding,
-) -> TrainState:
-    """The state saved at a step, with the shapes of another one, which may be abstract."""
-    abstract = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), like
-    )
-    items = {name: ocp.args.StandardRestore(tree) for name, tree in _items(abstract).items()}
-    restored = manager.restore(step, args=ocp.args.Composite(**items))
-    return TrainState(**restored["model"], **restored["optimizer"])
+def newest_intact(workdir: epath.Path) -> int:
+    """The step of the newest checkpoint whose files are as they were written; 0 without any.
+
+    Damaged ones after it are moved out of the way, with a warning.
+
+    Raises:
+      ValueError: if all are damaged.
+    """
+    damaged = {}
+    intact = 0
+    for path in reversed(list_checkpoints(workdir)):
+        try:
+            verify_checksums(path)
+        except InputError as error:
+            damaged[path] = error
+        else:
+            intact = int(path.name)
+            break
+    if damaged and not intact:
+        raise InputError(
+            f"no checkpoint in {workdir / CHECKPOINTS} can be used: "
+            f"{'; '.join(map(str, damaged.values()))}; to begin anew, delete {workdir} or choose "
+            "another --workdir"
+        )
+    for path, error in damaged.items():
+        aside = workdir / f"damaged-checkpoint-{path.name}"
+        if aside.exists():
+            aside.rmtree()
+        path.rename(aside)
+        say(f"warning: {error}; it is now {aside}, and the run continues from the one before")
+    return intact

@@ -16,7 +16,8 @@ from slimconv_jax.data.transforms import Transform
 from slimconv_jax.errors import InputError, require_integer
 from slimconv_jax.models.zoo import create_model
 from slimconv_jax.training.augment import augment, normalize
-from slimconv_jax.training.optimizer import create_optimizer
+from slimconv_jax.training.optimizer import create_optimizer, create_schedule
+from slimconv_jax.training.step import make_train_step
 
 SECTIONS: dict[str, tuple[Collection[Callable], Collection[str]]] = {
     "model": ([create_model], ("num_classes", "rngs")),
@@ -24,8 +25,18 @@ SECTIONS: dict[str, tuple[Collection[Callable], Collection[str]]] = {
     "transform": ([Transform], ()),
     "loader": ([load_dataset], ("source", "transform", "training", "sharding")),
     "normalize": ([normalize], ("images",)),
-    "augment": ([augment], ("key", "images")),
-    "optimizer": ([create_optimizer], ("steps_per_epoch", "total_steps")),
+    "augment": ([augment], ("key", "images", "targets")),
+    "optimizer": (
+        [create_schedule, create_optimizer],
+        ("learning_rate_fn", "batch_size", "steps_per_epoch", "total_steps"),
+    ),
+    "step": (
+        [make_train_step],
+        (
+            *("model", "optimizer", "learning_rate_fn", "num_classes"),
+            *("augment", "normalize", "key", "mesh"),
+        ),
+    ),
 }
 """For each section, the functions that take its keys and their arguments that are not keys."""
 
@@ -37,8 +48,12 @@ INTEGERS = {
     "eval_every_epochs": 1,
     "log_every_steps": 1,
     "checkpoints_to_keep": 1,
+    "profile_steps": 0,
 }
-"""The keys outside the sections, all integers, with their smallest values."""
+"""The keys outside the sections that are integers, with their smallest values.
+
+There is one more, `init_from`, a path or None.
+"""
 
 
 def check_config(config: ml_collections.ConfigDict, num_devices: int) -> None:
@@ -51,7 +66,7 @@ def check_config(config: ml_collections.ConfigDict, num_devices: int) -> None:
     Raises:
       ValueError: if a key is unknown or missing, or a number is out of range.
     """
-    _check_keys("config", config, required=[*SECTIONS, *INTEGERS])
+    _check_keys("config", config, required=[*SECTIONS, *INTEGERS, "init_from"])
     for section, (functions, not_keys) in SECTIONS.items():
         if not isinstance(config[section], ml_collections.ConfigDict):
             raise InputError(f"config.{section} must be a section, that is a ConfigDict")
@@ -65,13 +80,24 @@ def check_config(config: ml_collections.ConfigDict, num_devices: int) -> None:
         _check_keys(f"config.{section}", config[section], required, optional=parameters)
     for key, least in INTEGERS.items():
         require_integer(f"config.{key}", config[key], least)
+    if not isinstance(config.init_from, str | None):
+        raise InputError(f"config.init_from={config.init_from!r} must be a path or None")
     if config.seed >= 2**32:
         raise InputError(f"config.seed={config.seed} must be less than 2**32")
-    if config.batch_size % num_devices:
+    parts = config.step.get("accumulation_steps", 1)
+    require_integer("config.step.accumulation_steps", parts, 1)
+    if config.batch_size % (num_devices * parts):
+        each = f", each in {parts} parts" if parts > 1 else ""
         raise InputError(
-            f"config.batch_size={config.batch_size} does not divide over {num_devices} devices; "
-            f"it must be a multiple of {num_devices}"
+            f"config.batch_size={config.batch_size} does not divide over {num_devices} "
+            f"devices{each}; it must be a multiple of {num_devices * parts}"
         )
+
+
+def arguments(section: ml_collections.ConfigDict, function: Callable) -> dict:
+    """Those keys of a section that are arguments of a function."""
+    names = inspect.signature(function).parameters
+    return {key: value for key, value in section.items() if key in names}
 
 
 def _check_keys(

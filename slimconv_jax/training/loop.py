@@ -1,8 +1,10 @@
 """A training run, from a config to its result."""
 
 import contextlib
+import dataclasses
 import functools
 import time
+from collections.abc import Iterable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -16,20 +18,27 @@ from slimconv_jax.data.sources import load_splits
 from slimconv_jax.data.transforms import Transform
 from slimconv_jax.errors import InputError
 from slimconv_jax.models.complexity import count_macs, count_params
+from slimconv_jax.models.resnet import ResNet
 from slimconv_jax.models.zoo import abstract_model, create_model
-from slimconv_jax.saving import describe_workdir
+from slimconv_jax.models.zoo import describe as describe_model
+from slimconv_jax.saving import CHECKPOINTS, describe_workdir, load_model
 from slimconv_jax.training.augment import augment, normalize
-from slimconv_jax.training.checkpoint import checkpoint_manager, claim_workdir, restore, save
-from slimconv_jax.training.config import check_config
-from slimconv_jax.training.evaluate import make_evaluate
-from slimconv_jax.training.optimizer import create_optimizer
+from slimconv_jax.training.checkpoint import Checkpoints, claim_workdir, newest_intact
+from slimconv_jax.training.config import arguments, check_config
+from slimconv_jax.training.evaluate import make_evaluate, summarize
+from slimconv_jax.training.hosts import on_first
+from slimconv_jax.training.interruption import RunInterruptedError, StopSignal
+from slimconv_jax.training.optimizer import create_optimizer, create_schedule
+from slimconv_jax.training.profiling import Profiler
 from slimconv_jax.training.report import (
     Reporter,
+    best_evaluation,
     describe,
     describe_skipped,
     read_metrics,
 )
 from slimconv_jax.training.step import (
+    TrainState,
     abstract_state,
     batch_sharded,
     create_state,
@@ -45,35 +54,40 @@ def train(
     *,
     devices: list[jax.Device] | None = None,
 ) -> dict:
-    """Trains and evaluates; continues from the newest checkpoint in the work directory.
+    """Trains and evaluates; continues from the newest intact checkpoint in the work directory.
+
+    Without one, it starts from the model at `config.init_from`; without that, from scratch.
 
     Args:
       config: as a file in `configs/` returns it.
-      workdir: gets `config.json`, `model.json`, `checkpoints/` and `metrics.jsonl`.
-      devices: what to run on; all devices if None.
+      workdir: gets `config.json`, `model.json`, `checkpoints/`, `metrics.jsonl`, `tensorboard/`
+        and `curves.png`. All processes of a run must reach it.
+      devices: what to run on; all devices of all processes if None.
 
     Returns:
-      The last evaluation: `step` and what `summarize` gives.
+      The last evaluation of the weights themselves: `step` and what `summarize` gives.
 
     Raises:
-      ValueError: if the config, the data or the work directory cannot be used.
+      ValueError: if the config, the data or the work directory cannot be used, the training
+        diverges, or a checkpoint cannot be written.
+      RunInterruptedError: after SIGTERM or Ctrl-C, when the state is saved.
     """
     start = time.perf_counter()
     mesh = data_mesh(devices)
     check_config(config, mesh.size)
     train_source, test_source = load_splits(**config.dataset)
-    model_args = {"num_classes": len(train_source.class_names), **config.model}
+    class_names = train_source.class_names
+    model_args = {"num_classes": len(class_names), **config.model}
     model = abstract_model(**model_args)
     transform = Transform(**config.transform)
-    prepare = functools.partial(normalize, **config.normalize)
-
-    def augment_and_prepare(key, images):
-        return prepare(augment(key, images, **config.augment))
-
     # What is wrong with a config is found before it claims the directory, most of it before images
     # are decoded.
-    one_image = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.uint8)
-    jax.eval_shape(augment_and_prepare, jax.random.key(0), one_image)
+    augment_images = functools.partial(augment, **config.augment)
+    prepare = functools.partial(normalize, **config.normalize)
+    image = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.uint8)
+    target = jax.ShapeDtypeStruct((1, len(class_names)), jnp.float32)
+    jax.eval_shape(augment_images, jax.random.key(0), image, target)
+    jax.eval_shape(prepare, image)
     train_data, test_data = (
         load_dataset(
             source,
@@ -94,87 +108,194 @@ def train(
     every = config.eval_every_epochs
     eval_epochs = range(every, config.num_epochs, every)
     eval_steps = {round(epoch * steps_per_epoch) for epoch in eval_epochs} | {total_steps}
-    optimizer = create_optimizer(
-        steps_per_epoch=steps_per_epoch, total_steps=total_steps, **config.optimizer
+    learning_rate_fn = create_schedule(
+        batch_size=config.batch_size,
+        steps_per_epoch=steps_per_epoch,
+        total_steps=total_steps,
+        **arguments(config.optimizer, create_schedule),
     )
-    image_shape = train_data.image_shape
-    macs = count_macs(model, image_shape[0])
-    workdir = claim_workdir(workdir, config)
+    optimizer = create_optimizer(learning_rate_fn, **arguments(config.optimizer, create_optimizer))
+    params_key, step_key = jax.random.split(jax.random.key(config.seed))
+    train_step = make_train_step(
+        model,
+        optimizer,
+        learning_rate_fn,
+        num_classes=len(class_names),
+        augment=augment_images,
+        normalize=prepare,
+        key=step_key,
+        mesh=mesh,
+        **config.step,
+    )
+    evaluate = make_evaluate(model, preprocess=prepare, mesh=mesh)
+    use_ema = config.step.get("ema_decay", 0) > 0
+    height, width, _ = train_data.image_shape
+    macs = count_macs(model, height)
+
+    workdir = epath.Path(workdir).expanduser().absolute()
     info = {
-        "class_names": list(train_source.class_names),
+        "class_names": list(class_names),
         "preprocessing": {"image_size": transform.image_size, **config.normalize.to_dict()},
     }
-    describe_workdir(model, workdir, info)
+
+    def claim() -> int:
+        claim_workdir(workdir, config)
+        describe_workdir(model, workdir, info)
+        return newest_intact(workdir)
+
+    first_step = on_first(claim)
+    tests = {
+        (line["step"], line["split"]): line
+        for line in read_metrics(workdir)
+        if line["split"] != "train"
+    }
+    if first_step == total_steps and (total_steps, "test") in tests:
+        result = tests[total_steps, "test"]
+        say(f"{workdir} is complete, nothing to do: {describe(result)}")
+        return result
+    processes = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
     say(
-        f"{config.model.name}: {count_params(model):,} parameters, "
-        f"{macs:,} multiply-adds at {image_shape[1]}x{image_shape[0]}\n"
-        f"{mesh.size} x {mesh.devices.flat[0].device_kind}, {len(train_data)} training images "
-        f"{train_data.where}, {len(train_source.class_names)} classes\n"
-        f"{config.num_epochs} epochs, {total_steps} steps of {config.batch_size} images"
+        f"model    {describe_model(model.config)}: {count_params(model):,} parameters, {macs:,} "
+        f"multiply-adds at {width}x{height}\n"
+        f"data     {len(train_data)} training images {train_data.where}, {len(test_source)} test "
+        f"images, {len(class_names)} classes\n"
+        f"devices  {mesh.size} x {mesh.devices.flat[0].device_kind}{processes}\n"
+        f"steps    {total_steps} of {config.batch_size} images, {config.num_epochs} epochs"
     )
 
-    with contextlib.closing(
-        checkpoint_manager(workdir, to_keep=config.checkpoints_to_keep)
-    ) as manager:
-        first_step = manager.latest_step() or 0
-        tests = {line["step"]: line for line in read_metrics(workdir) if line["split"] == "test"}
-        if first_step == total_steps and total_steps in tests:
-            say(f"{workdir} is complete, nothing to do: {describe(tests[total_steps])}")
-            return tests[total_steps]
-
-        with Reporter(
-            workdir,
-            first_step=first_step,
-            total_steps=total_steps,
-            steps_per_epoch=steps_per_epoch,
-            batch_size=config.batch_size,
-            log_every_steps=config.log_every_steps,
-            eval_steps=eval_steps,
-        ) as reporter:
-            params_key, step_key = jax.random.split(jax.random.key(config.seed))
-            everywhere = replicated(mesh)
-            if first_step:
-                like = abstract_state(model, optimizer)
-                state = restore(manager, first_step, like=like, sharding=everywhere)
-                say(f"continuing {workdir} after step {first_step}")
-            else:
-                new_model = create_model(rngs=nnx.Rngs(params_key), **model_args)
-                state = jax.device_put(create_state(new_model, optimizer), everywhere)
-            train_step = make_train_step(
-                model, optimizer, preprocess=augment_and_prepare, key=step_key, mesh=mesh
+    everywhere = replicated(mesh)
+    with contextlib.ExitStack() as stack:
+        checkpoints = stack.enter_context(Checkpoints(workdir, to_keep=config.checkpoints_to_keep))
+        if first_step:
+            like = abstract_state(model, optimizer, ema=use_ema)
+            state = checkpoints.restore(first_step, like=like, sharding=everywhere)
+            say(f"start    continuing {workdir} after step {first_step}")
+        else:
+            new_model = create_model(rngs=nnx.Rngs(params_key), **model_args)
+            if config.init_from:
+                say(f"start    {_initialize(new_model, config.init_from)}")
+            state = jax.device_put(create_state(new_model, optimizer, ema=use_ema), everywhere)
+        reporter = stack.enter_context(
+            Reporter(
+                workdir,
+                title=describe_model(model.config),
+                first_step=first_step,
+                total_steps=total_steps,
+                steps_per_epoch=steps_per_epoch,
+                batch_size=config.batch_size,
+                log_every_steps=config.log_every_steps,
+                eval_steps=eval_steps,
             )
-            evaluate = make_evaluate(model, preprocess=prepare, mesh=mesh)
+        )
+        profiler = stack.enter_context(
+            Profiler(workdir, first_step=first_step, num_steps=config.profile_steps)
+        )
+        stop = stack.enter_context(StopSignal())
 
-            def test(step, state):
-                batches = test_data.eval_batches(config.eval_batch_size)
-                reporter.test(step, evaluate(state.params, state.batch_stats, batches))
+        def until_stop(batches: Iterable) -> Iterator:
+            for batch in batches:
+                if stop.requested():
+                    return
+                yield batch
 
-            if first_step and first_step not in tests:  # interrupted while it was evaluated
-                test(first_step, state)
-            batches = train_data.train_batches(
-                config.batch_size, seed=config.seed, first_step=first_step
-            )
-            metrics = None
-            for step in range(first_step + 1, total_steps + 1):
-                asked = time.perf_counter()
-                batch = next(batches)
-                data_seconds = time.perf_counter() - asked
-                if metrics is not None and not metrics["loss"].is_ready():
-                    data_seconds = 0.0  # the devices are busy with the step before
-                state, metrics = train_step(state, batch)
-                reporter.train_step(step, metrics, data_seconds)
-                if step in eval_steps:
-                    test(step, state)
-                    save(manager, step, state)
+        def test(step: int, state: TrainState) -> None:
+            """Evaluates and reports, unless it is told to stop meanwhile."""
+            reporter.wait()
+            models = {"test": (state.params, state.batch_stats)}
+            if use_ema:
+                models["test_ema"] = state.ema
+            results = {}
+            for name, (params, batch_stats) in models.items():
+                batches = until_stop(test_data.eval_batches(config.eval_batch_size))
+                totals = evaluate(params, batch_stats, batches)
+                results[name] = summarize({key: total.item() for key, total in totals.items()})
+            if not stop.requested():
+                reporter.test(step, results)
 
-    result = reporter.evaluation
+        def keep_best() -> None:
+            if best := best_evaluation(reporter.lines):
+                checkpoints.best_step = best["step"]
+
+        def stop_if_requested(step: int) -> None:
+            if stop.requested():
+                checkpoints.wait()
+                raise RunInterruptedError(stop.name, step)
+
+        keep_best()
+        if first_step in eval_steps and (first_step, "test") not in tests:
+            test(first_step, state)  # what an interruption prevented
+            stop_if_requested(first_step)
+        batches = train_data.train_batches(
+            config.batch_size, seed=config.seed, first_step=first_step
+        )
+        metrics = None
+        for step in range(first_step + 1, total_steps + 1):
+            asked = time.perf_counter()
+            batch = next(batches)
+            data_seconds = time.perf_counter() - asked
+            if metrics is not None and not metrics["loss"].is_ready():
+                data_seconds = 0.0  # the devices are busy with the step before
+            profiler.before(step)
+            state, metrics = train_step(state, batch)
+            profiler.after(step, metrics)
+            reporter.train_step(step, metrics, data_seconds)
+            if step in eval_steps:
+                test(step, state)
+                keep_best()
+            if stop.requested() or step in eval_steps:
+                reporter.wait()  # so that nothing is saved that is not finite
+                checkpoints.save(step, state)
+            stop_if_requested(step)
+
     for data in (train_data, test_data):
         if data.skipped:
             say(describe_skipped(data.skipped))
-    say(f"{describe(result)}, in {_duration(time.perf_counter() - start)}; see {workdir}")
-    return result
+    lines = reporter.lines
+    last = {line["split"]: line for line in lines if line["split"] != "train"}
+    best = best_evaluation(lines)
+    say(f"finished in {_duration(time.perf_counter() - start)}: {describe(last['test'])}")
+    if use_ema:
+        say(f"averaged weights: {describe(last['test_ema'])}")
+    say(
+        f"best     {describe(best)}, after epoch {best['epoch']:.1f}:\n"
+        f"         python -m slimconv_jax evaluate {workdir} --checkpoint {best['step']}"
+        f"{' --ema' if use_ema else ''}\n"
+        f"files    {workdir}: {CHECKPOINTS}/, metrics.jsonl, curves.png, tensorboard/"
+    )
+    return last["test"]
+
+
+def _initialize(model: ResNet, path: str) -> str:
+    """Gives a new model the weights of a saved one, all but a classifier of another size.
+
+    Returns:
+      What was done, in words.
+
+    Raises:
+      ValueError: if the other is none, or of another architecture.
+    """
+    other = load_model(path)
+    same = {"num_classes": model.config.num_classes, "dilation": model.config.dilation}
+    if dataclasses.replace(other.config, **same) != model.config:
+        raise InputError(
+            f"config.init_from={path!r} is {describe_model(other.config)}, which is not the "
+            f"architecture of config.model, {describe_model(model.config)}"
+        )
+    said = f"with the weights of {path}"
+    if other.config.num_classes != model.config.num_classes:
+        other.classifier = model.classifier
+        said += (
+            f", but a new classifier of {model.config.num_classes} classes in place of its "
+            f"{other.config.num_classes}"
+        )
+    for kind in (nnx.Param, nnx.BatchStat):
+        nnx.update(model, nnx.state(other, kind))
+    return said
 
 
 def _duration(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
     return f"{minutes} min {seconds} s" if minutes else f"{seconds} s"

@@ -1,56 +1,159 @@
-"""SGD with momentum, and its learning rate over time."""
+"""The optimiser and its learning rate over time, put together from Optax."""
 
-import math
-from numbers import Real
+from collections.abc import Callable, Sequence
 
 import jax
 import optax
 
-from slimconv_jax.errors import InputError
+from slimconv_jax.errors import InputError, require_number
+
+_OPTIONS = ("momentum", "nesterov", "b1", "b2", "eps", "trust_coefficient")
+
+OPTIMIZERS: dict[str, tuple[Callable, Sequence[str], str | None]] = {
+    "sgd": (optax.sgd, ("momentum", "nesterov"), None),
+    "adamw": (optax.adamw, ("b1", "b2", "eps"), "mask"),
+    "lars": (optax.lars, ("momentum", "nesterov", "eps", "trust_coefficient"), "weight_decay_mask"),
+    "lamb": (optax.lamb, ("b1", "b2", "eps"), "mask"),
+}
+"""For each name Optax's function, its options, and what it calls the mask of its weight decay.
+
+SGD has no weight decay of its own.
+"""
+
+SCHEDULES = ("constant", "cosine", "multistep")
 
 
-def create_optimizer(
+def create_schedule(
     *,
     learning_rate: float,
-    momentum: float,
-    nesterov: bool,
-    weight_decay: float,
-    warmup_epochs: float,
+    base_batch_size: int | None = None,
+    schedule: str = "cosine",
+    warmup_epochs: float = 0.0,
+    milestones: Sequence[float] = (),
+    decay_factor: float = 0.1,
+    batch_size: int,
     steps_per_epoch: float,
     total_steps: int,
-) -> optax.GradientTransformation:
-    """The optimiser; all but the last two are the keys of `config.optimizer`.
+) -> optax.Schedule:
+    """The learning rate of each step; all but the last three are keys of `config.optimizer`.
 
     Args:
-      learning_rate: the peak, reached at the end of the warm-up.
-      momentum: of SGD.
-      nesterov: whether the momentum is Nesterov's.
-      weight_decay: L2 penalty as in PyTorch's SGD, added to the gradient before the momentum,
-        on kernels only (parameters of more than one dimension).
-      warmup_epochs: epochs of linear increase from 0, followed by a cosine down to 0.
+      learning_rate: the highest, for batches of `base_batch_size`.
+      base_batch_size: the batch that `learning_rate` is for; for others the rate is scaled
+        linearly (Goyal et al., 2017). None for no scaling.
+      schedule: after the warm-up, "constant", "cosine" (down to 0 at the end of the run) or
+        "multistep" (times `decay_factor` at each of the `milestones`).
+      warmup_epochs: epochs of linear increase from 0.
+      milestones: epochs since the beginning, in ascending order.
+      decay_factor: of a milestone.
+      batch_size: images in a step.
       steps_per_epoch: steps in an epoch, not necessarily a whole number.
       total_steps: steps in the run.
 
     Raises:
-      ValueError: if a number is negative, infinite or none.
+      ValueError: if a setting is not one of those.
     """
+    if schedule not in SCHEDULES:
+        raise InputError(
+            f"optimizer: schedule={schedule!r} must be one of {', '.join(map(repr, SCHEDULES))}"
+        )
     for name, value in (
         ("learning_rate", learning_rate),
-        ("momentum", momentum),
-        ("weight_decay", weight_decay),
         ("warmup_epochs", warmup_epochs),
+        ("decay_factor", decay_factor),
     ):
-        if not isinstance(value, Real) or not math.isfinite(value) or value < 0:
-            raise InputError(f"optimizer: {name}={value!r} must be a number >= 0")
-    schedule = optax.warmup_cosine_decay_schedule(
-        init_value=0.0,
-        peak_value=learning_rate,
-        warmup_steps=min(round(warmup_epochs * steps_per_epoch), total_steps - 1),
-        decay_steps=total_steps,
-    )
-    return optax.chain(
-        optax.add_decayed_weights(
-            weight_decay, mask=lambda params: jax.tree.map(lambda p: p.ndim > 1, params)
-        ),
-        optax.sgd(schedule, momentum=momentum, nesterov=nesterov),
-    )
+        require_number(f"optimizer: {name}", value, least=0)
+    if base_batch_size is not None:
+        require_number("optimizer: base_batch_size", base_batch_size, least=1)
+        learning_rate *= batch_size / base_batch_size
+    if isinstance(milestones, str) or not isinstance(milestones, Sequence):
+        raise InputError(f"optimizer: milestones={milestones!r} must be a list of epochs")
+    if bool(milestones) != (schedule == "multistep"):
+        raise InputError(
+            f"optimizer: milestones={tuple(milestones)} with schedule={schedule!r}; the schedule "
+            "'multistep' needs some, the others take none"
+        )
+    for milestone, previous in zip(milestones, (warmup_epochs, *milestones), strict=False):
+        require_number("optimizer: milestone", milestone, least=previous)
+
+    warmup_steps = min(round(warmup_epochs * steps_per_epoch), total_steps - 1)
+    rest = total_steps - warmup_steps
+    if schedule == "cosine":
+        decay = optax.cosine_decay_schedule(learning_rate, rest)
+    else:
+        decay = optax.piecewise_constant_schedule(
+            learning_rate,
+            {round(m * steps_per_epoch) - warmup_steps: decay_factor for m in milestones},
+        )
+    warmup = optax.linear_schedule(0.0, learning_rate, warmup_steps)
+    return optax.join_schedules([warmup, decay], [warmup_steps])
+
+
+def create_optimizer(
+    learning_rate_fn: optax.Schedule,
+    *,
+    name: str = "sgd",
+    weight_decay: float = 0.0,
+    weight_decay_on: str = "kernels",
+    clip_norm: float | None = None,
+    momentum: float | None = None,
+    nesterov: bool | None = None,
+    b1: float | None = None,
+    b2: float | None = None,
+    eps: float | None = None,
+    trust_coefficient: float | None = None,
+) -> optax.GradientTransformation:
+    """The optimiser; all but the first argument are keys of `config.optimizer`.
+
+    Args:
+      learning_rate_fn: from `create_schedule`.
+      name: "sgd", "adamw", "lars" or "lamb", as Optax has them.
+      weight_decay: with SGD an L2 penalty as in PyTorch, added to the gradient before the
+        momentum; with the others as in their papers.
+      weight_decay_on: "kernels" for parameters of more than one dimension only, or "all". LARS
+        adapts the rate of these parameters only, too.
+      clip_norm: the gradient is scaled down to this norm where it is longer; None for never.
+      momentum: of SGD and LARS; as the next ones, None for Optax's default.
+      nesterov: whether the momentum is Nesterov's.
+      b1: of AdamW and LAMB, decay of the mean of the gradients.
+      b2: likewise, of their squares.
+      eps: of AdamW, LAMB and LARS, added to a denominator.
+      trust_coefficient: of LARS.
+
+    Raises:
+      ValueError: if a setting is out of range, or the optimiser has none such.
+    """
+    if name not in OPTIMIZERS:
+        raise InputError(
+            f"optimizer: name={name!r} must be one of {', '.join(map(repr, OPTIMIZERS))}"
+        )
+    if weight_decay_on not in ("kernels", "all"):
+        raise InputError(
+            f"optimizer: weight_decay_on={weight_decay_on!r} must be 'kernels' or 'all'"
+        )
+    require_number("optimizer: weight_decay", weight_decay, least=0)
+    if clip_norm is not None:
+        require_number("optimizer: clip_norm", clip_norm, least=0)
+    build, allowed, mask_name = OPTIMIZERS[name]
+    values = (momentum, nesterov, b1, b2, eps, trust_coefficient)
+    options = {key: value for key, value in zip(_OPTIONS, values, strict=True) if value is not None}
+    for key, value in options.items():
+        if key not in allowed:
+            raise InputError(f"optimizer: {name} has no {key}; it has {', '.join(allowed)}")
+        if key != "nesterov":
+            below = 1 if key in ("momentum", "b1", "b2") else float("inf")
+            require_number(f"optimizer: {key}", value, least=0, below=below)
+        elif not isinstance(value, bool):
+            raise InputError(f"optimizer: nesterov={value!r} must be True or False")
+
+    def decayed(params):
+        return jax.tree.map(lambda p: weight_decay_on == "all" or p.ndim > 1, params)
+
+    steps = [] if clip_norm is None else [optax.clip_by_global_norm(clip_norm)]
+    if mask_name is None:
+        steps.append(optax.add_decayed_weights(weight_decay, mask=decayed))
+    else:
+        options |= {"weight_decay": weight_decay, mask_name: decayed}
+    if name == "lars":
+        options["trust_ratio_mask"] = decayed
+    return optax.chain(*steps, build(learning_rate_fn, **options))

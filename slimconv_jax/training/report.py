@@ -1,19 +1,20 @@
-"""What a person sees of a run: a progress bar, or lines on a plain log, and metrics.jsonl."""
+"""What is told of a run: a progress bar, or lines on a plain log, and files in its directory."""
 
 import json
+import math
+import os
 import queue
 import threading
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 
 import jax
 import rich.progress
 from etils import epath
 
 from slimconv_jax.console import console, say
-from slimconv_jax.training.evaluate import summarize
-
-MAX_PENDING = 8
+from slimconv_jax.errors import InputError
+from slimconv_jax.training.curves import draw_curves
 
 
 def describe(result: dict) -> str:
@@ -44,19 +45,33 @@ def read_metrics(workdir: epath.Path) -> list[dict]:
     return metrics
 
 
+def best_evaluation(lines: Sequence[dict]) -> dict | None:
+    """The best of the evaluations in `metrics.jsonl`, the first of equals; None without any.
+
+    Those of the averaged weights, where there are any: who trains with them wants to use them.
+    """
+    for split in ("test_ema", "test"):
+        if tests := [line for line in lines if line["split"] == split]:
+            return max(tests, key=lambda line: (line["top1"], -line["loss"]))
+    return None
+
+
 class Reporter:
     """Shows and records metrics as they arrive from the devices.
 
     The loop hands over metrics that are not computed yet and goes on to the next step; a
-    thread waits for them here. Only when `MAX_PENDING` results are outstanding does the loop
-    wait too, so that batches do not pile up in the devices' memory.
+    thread waits for them here. The loop waits too, but only for the step before, so that the
+    devices always have work and a run can stop after the step it is in.
 
     Use as a context manager: the end of the block waits for what is outstanding. What goes
-    wrong in the thread (a full disk, say) is raised by the next call.
+    wrong in the thread (a full disk, a loss that is not finite) is raised by the next call. Of
+    several processes only the first one shows and records.
 
     Args:
-      workdir: where `metrics.jsonl` goes. Its lines after `first_step`, left by a run that
-        was interrupted after its last checkpoint, are dropped.
+      workdir: gets `metrics.jsonl`, `tensorboard/` and, at each evaluation, `curves.png`. Lines
+        after `first_step`, left by a run that was interrupted after its last checkpoint, are
+        dropped.
+      title: of the picture.
       first_step: steps done before.
       total_steps: steps of the whole run.
       steps_per_epoch: steps in an epoch, not necessarily a whole number.
@@ -66,13 +81,17 @@ class Reporter:
         that a run that continues there writes the same lines as an uninterrupted one.
 
     Attributes:
-      evaluation: what was last written to `metrics.jsonl` about the test images.
+      lines: of `metrics.jsonl`.
+
+    Raises:
+      ValueError: by the methods, if the training diverged or a file cannot be written.
     """
 
     def __init__(
         self,
         workdir: epath.Path,
         *,
+        title: str,
         first_step: int,
         total_steps: int,
         steps_per_epoch: float,
@@ -80,12 +99,13 @@ class Reporter:
         log_every_steps: int,
         eval_steps: Collection[int],
     ):
+        self._workdir = workdir
+        self._title = title
         self._total_steps = total_steps
         self._steps_per_epoch = steps_per_epoch
         self._batch_size = batch_size
         self._log_every_steps = log_every_steps
         self._eval_steps = eval_steps
-        self.evaluation: dict | None = None
 
         # A window is the steps since the last line of training metrics. Its seconds begin
         # with the first metrics that arrive, hence without compilation, and leave out
@@ -93,10 +113,18 @@ class Reporter:
         self._begin_window()
         self._last_arrival = None
 
-        kept = [line for line in read_metrics(workdir) if line["step"] <= first_step]
-        part = workdir / "metrics.jsonl.part"
-        part.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        self._file = part.replace(workdir / "metrics.jsonl").open("a")
+        self.lines = [line for line in read_metrics(workdir) if line["step"] <= first_step]
+        self._writer = None
+        if jax.process_index() == 0:
+            from tensorboardX import SummaryWriter
+
+            self._rewrite()
+            self._writer = SummaryWriter(
+                os.fspath(workdir / "tensorboard"),
+                purge_step=first_step + 1 if first_step else None,  # of a run that went on
+                flush_secs=10,
+                filename_suffix=f".{first_step}",
+            )
 
         self._bar = rich.progress.Progress(
             rich.progress.SpinnerColumn(),
@@ -112,7 +140,8 @@ class Reporter:
         self._task = self._bar.add_task(
             "compiling", completed=first_step, total=total_steps, metrics=""
         )
-        self._pending = queue.Queue(maxsize=MAX_PENDING)
+        self._pending = queue.Queue()
+        self._may_go_on = threading.Semaphore(1)
         self._error: Exception | None = None
         self._thread = threading.Thread(target=self._report_pending, name="reporter")
 
@@ -125,7 +154,8 @@ class Reporter:
         self._pending.put(None)
         self._thread.join()
         self._bar.stop()
-        self._file.close()
+        if self._writer:
+            self._writer.close()
         if kind is None and self._error:
             raise self._error
 
@@ -137,26 +167,56 @@ class Reporter:
           metrics: its metrics, perhaps not computed yet.
           data_seconds: how long the devices may have waited for its batch.
         """
-        self._put(self._report_train_step, step, metrics, data_seconds)
+        self._pending.put((self._report_train_step, step, metrics, data_seconds))
+        self._may_go_on.acquire()
+        self._raise()
 
-    def test(self, step: int, totals: dict[str, jax.Array]) -> None:
-        """Takes the totals of an evaluation after `step` steps; see `make_evaluate`."""
-        self._put(self._report_test, step, totals)
+    def wait(self) -> None:
+        """Waits until everything is reported."""
+        self._pending.join()
+        self._raise()
 
-    def _put(self, *item) -> None:
+    def test(self, step: int, results: Mapping[str, dict[str, float]]) -> None:
+        """Takes evaluations after `step` steps, as `summarize` gives them, by name."""
+        self.wait()
+        for split, result in results.items():
+            if not math.isfinite(result["loss"]):
+                raise _diverged(f"{split} loss", result["loss"], step, self._workdir)
+            line = {"step": step, "split": split, **result}
+            self._append(line)
+            name = "test     " if split == "test" else "averaged "
+            text = "loss {loss:.4f}  top-1 {top1:.2%}  top-5 {top5:.2%}".format(**line)
+            self._print(step, name + text)
+        self._pending.put((self._draw,))
+        self._last_arrival = None
+
+    def _raise(self) -> None:
         if self._error:
             raise self._error
-        self._pending.put(item)
 
     def _report_pending(self) -> None:
-        for report, step, metrics, *more in iter(self._pending.get, None):
-            if self._error is None:  # else only make room, so that nobody waits for ever
-                try:
-                    report(step, {key: value.item() for key, value in metrics.items()}, *more)
-                except Exception as error:
-                    self._error = error
+        for report, *arguments in iter(self._pending.get, None):
+            try:
+                if self._error is None:  # else only make room, so that nobody waits for ever
+                    report(*arguments)
+            except InputError as error:
+                self._error = error
+            except OSError as error:
+                self._error = InputError(f"cannot write to {self._workdir}: {error}")
+            except Exception as error:
+                self._error = error
+            finally:
+                if report == self._report_train_step:
+                    self._may_go_on.release()
+                self._pending.task_done()
 
-    def _report_train_step(self, step: int, metrics: dict[str, float], data_seconds: float) -> None:
+    def _report_train_step(
+        self, step: int, metrics: dict[str, jax.Array], data_seconds: float
+    ) -> None:
+        metrics = {key: value.item() for key, value in metrics.items()}
+        for name in ("loss", "grad_norm"):
+            if not math.isfinite(metrics[name]):
+                raise _diverged(name, metrics[name], step, self._workdir)
         now = time.perf_counter()
         if self._last_arrival is not None:
             self._window_steps_timed += 1
@@ -181,9 +241,9 @@ class Reporter:
         self._bar.update(self._task, description="training", completed=step, metrics=text)
 
         if step % self._log_every_steps == 0 or step in self._eval_steps:
-            self._write({"step": step, "split": "train", **means})
+            self._append({"step": step, "split": "train", **means})
             if not console.is_terminal:
-                self._print(step, f"train {text}")
+                self._print(step, f"train    {text}")
             self._begin_window()
 
     def _begin_window(self) -> None:
@@ -191,19 +251,47 @@ class Reporter:
         self._window_steps_timed = 0
         self._window_seconds = self._window_data_seconds = 0.0
 
-    def _report_test(self, step: int, totals: dict[str, float]) -> None:
-        self._last_arrival = time.perf_counter()
-        self.evaluation = {"step": step, "split": "test", **summarize(totals)}
-        self._write(self.evaluation)
-        text = "test  loss {loss:.4f}  top-1 {top1:.2%}  top-5 {top5:.2%}"
-        self._print(step, text.format(**self.evaluation))
-
-    def _write(self, line: dict) -> None:
+    def _append(self, line: dict) -> None:
         line = {"epoch": round(line["step"] / self._steps_per_epoch, 3), **line}
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
+        self.lines.append(line)
+        if self._writer is None:
+            return
+        try:
+            if "://" in os.fspath(self._workdir):  # object stores cannot append
+                self._rewrite()
+            else:
+                with (self._workdir / "metrics.jsonl").open("a") as file:
+                    file.write(json.dumps(line) + "\n")
+        except OSError as error:
+            raise InputError(f"cannot write to {self._workdir}: {error}") from None
+        for key, value in line.items():
+            if key not in ("epoch", "step", "split"):
+                self._writer.add_scalar(f"{line['split']}/{key}", value, line["step"])
+
+    def _rewrite(self) -> None:
+        text = "".join(json.dumps(line) + "\n" for line in self.lines)
+        _replace(self._workdir / "metrics.jsonl", text.encode())
+
+    def _draw(self) -> None:
+        if self._writer:
+            _replace(self._workdir / "curves.png", draw_curves(self.lines, self._title))
 
     def _print(self, step: int, text: str) -> None:
         epoch = step / self._steps_per_epoch
         width = len(str(self._total_steps))
         say(f"step {step:>{width}}/{self._total_steps}  epoch {epoch:.1f}  {text}")
+
+
+def _replace(file: epath.Path, content: bytes) -> None:
+    """Writes a file that is never there in part."""
+    part = file.with_name(f"{file.name}.part")
+    part.write_bytes(content)
+    part.replace(file)
+
+
+def _diverged(name: str, value: float, step: int, workdir: epath.Path) -> InputError:
+    return InputError(
+        f"the {name} is {value} at step {step}: the training diverged; the checkpoints before it "
+        f"are kept in {workdir} (a lower optimizer.learning_rate, a longer warm-up or "
+        "optimizer.clip_norm may help, with another --workdir)"
+    )

@@ -1,5 +1,6 @@
 """One training step: a pure function from state and batch to state and metrics."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -10,7 +11,19 @@ import optax
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
+from slimconv_jax.errors import InputError, require_integer, require_number
+
 PyTree = Any
+Metrics = dict[str, jax.Array]
+
+BATCH_STATS = ("global", "per_device", "frozen")
+
+
+class Average(NamedTuple):
+    """An exponential moving average of what a model is made of."""
+
+    params: PyTree
+    batch_stats: PyTree
 
 
 class TrainState(NamedTuple):
@@ -21,12 +34,14 @@ class TrainState(NamedTuple):
       params: the model's `nnx.Param`s.
       batch_stats: the model's `nnx.BatchStat`s.
       opt_state: the optimiser's.
+      ema: the moving average of both, or None.
     """
 
     step: jax.Array
     params: PyTree
     batch_stats: PyTree
     opt_state: PyTree
+    ema: Average | None = None
 
 
 def data_mesh(devices: list[jax.Device] | None = None) -> jax.sharding.Mesh:
@@ -49,17 +64,29 @@ def batch_sharded(mesh: jax.sharding.Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec("data"))
 
 
-def create_state(model: nnx.Module, optimizer: optax.GradientTransformation) -> TrainState:
-    """The state of a run that has not begun; it holds the model's own arrays."""
+def create_state(
+    model: nnx.Module, optimizer: optax.GradientTransformation, *, ema: bool = False
+) -> TrainState:
+    """The state of a run that has not begun; it holds the model's own arrays.
+
+    Args:
+      model: with the initial parameters.
+      optimizer: from `create_optimizer`.
+      ema: whether there is to be a moving average, which begins as a copy of the model.
+    """
     params, batch_stats = _variables(model)
-    return TrainState(jnp.int32(0), params, batch_stats, optimizer.init(params))
+    average = jax.tree.map(jnp.copy, Average(params, batch_stats)) if ema else None
+    return TrainState(jnp.int32(0), params, batch_stats, optimizer.init(params), average)
 
 
-def abstract_state(model: nnx.Module, optimizer: optax.GradientTransformation) -> TrainState:
+def abstract_state(
+    model: nnx.Module, optimizer: optax.GradientTransformation, *, ema: bool = False
+) -> TrainState:
     """The shapes and dtypes of `create_state`, for a model that may be abstract itself."""
     params, batch_stats = _variables(model)
     opt_state = jax.eval_shape(optimizer.init, params)
-    return TrainState(jax.ShapeDtypeStruct((), jnp.int32), params, batch_stats, opt_state)
+    average = Average(params, batch_stats) if ema else None
+    return TrainState(jax.ShapeDtypeStruct((), jnp.int32), params, batch_stats, opt_state, average)
 
 
 def _variables(model: nnx.Module) -> tuple[PyTree, ...]:
@@ -69,46 +96,129 @@ def _variables(model: nnx.Module) -> tuple[PyTree, ...]:
 def make_train_step(
     model: nnx.Module,
     optimizer: optax.GradientTransformation,
+    learning_rate_fn: optax.Schedule,
     *,
-    preprocess: Callable[[jax.Array, jax.Array], jax.Array],
+    num_classes: int,
+    augment: Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]],
+    normalize: Callable[[jax.Array], jax.Array],
     key: jax.Array,
     mesh: jax.sharding.Mesh,
-) -> Callable[[TrainState, dict[str, jax.Array]], tuple[TrainState, dict[str, jax.Array]]]:
-    """The compiled step: `state, metrics = step(state, batch)`.
+    label_smoothing: float = 0.0,
+    accumulation_steps: int = 1,
+    batch_stats: str = "global",
+    ema_decay: float = 0.0,
+) -> Callable[[TrainState, dict[str, jax.Array]], tuple[TrainState, Metrics]]:
+    """The compiled step, `state, metrics = step(state, batch)`; the last four arguments are the
+    keys of `config.step`.
 
     The old state's memory is reused for the new one. The batch is split over the devices of
     the mesh, and everything is computed as on one device that had the whole batch: gradient,
-    batch statistics and random numbers do not depend on the number of devices.
+    batch statistics and random numbers do not depend on the number of devices (with
+    `batch_stats="per_device"`, all but the statistics).
 
     Args:
       model: gives the structure of the computation; its arrays are not used.
       optimizer: an Optax optimiser.
-      preprocess: maps a random key and `batch["image"]` to what the model takes.
+      learning_rate_fn: the schedule inside it, for the metrics.
+      num_classes: outputs of the model.
+      augment: maps a random key, `batch["image"]` and one-hot labels to images and targets.
+      normalize: maps these images to what the model takes.
       key: the random key, into which the number of the step is folded.
       mesh: from `data_mesh`.
+      label_smoothing: what share of the targets is spread evenly over all classes.
+      accumulation_steps: in how many parts the batch is computed, one after the other, which
+        takes less memory. The gradient is the mean of theirs; batch statistics are those of
+        each part. Part i has every `accumulation_steps`-th image from the i-th on.
+      batch_stats: what batch norm normalises with: "global", the statistics of the whole batch
+        on all devices; "per_device", of each device's share, without communication within the
+        model, so that the numbers depend on how many devices there are (the running averages
+        are means over the devices); "frozen", the running averages, which stay as they are.
+      ema_decay: per step, of the moving average of parameters and batch statistics; 0 for none.
+        It begins lower, at (1 + step) / (10 + step), so that it is not held up by the initial
+        values.
 
     Returns:
-      A function whose metrics are the scalars `loss` (mean cross-entropy) and `accuracy`
-      (fraction, top-1) of the batch, as the model was before the update.
-    """
-    graphdef = nnx.graphdef(nnx.view(model, use_running_average=False))
+      A function whose metrics are scalars: `loss` (mean cross-entropy with the smoothed and mixed
+      targets) and `accuracy` (fraction, top-1; of mixed images, of the larger part) of the batch,
+      as the model was before the update, `grad_norm`, and `learning_rate`.
 
-    def loss_fn(params, batch_stats, images, labels):
-        model = nnx.merge(graphdef, params, batch_stats)
-        logits = model(images)
-        loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
-        return loss, (logits, nnx.to_pure_dict(nnx.state(model, nnx.BatchStat)))
+    Raises:
+      ValueError: if a setting is out of range.
+    """
+    require_number("step: label_smoothing", label_smoothing, least=0, below=1)
+    require_integer("step: accumulation_steps", accumulation_steps, 1)
+    require_number("step: ema_decay", ema_decay, least=0, below=1)
+    if batch_stats not in BATCH_STATS:
+        raise InputError(
+            f"step: batch_stats={batch_stats!r} must be one of {', '.join(map(repr, BATCH_STATS))}"
+        )
+    graphdef = nnx.graphdef(nnx.view(model, use_running_average=batch_stats == "frozen"))
+
+    def loss_fn(params, stats, images, targets):
+        model = nnx.merge(graphdef, params, stats)
+        logits = model(normalize(images))
+        loss = optax.softmax_cross_entropy(logits, optax.smooth_labels(targets, label_smoothing))
+        accuracy = (logits.argmax(axis=-1) == targets.argmax(axis=-1)).mean()
+        stats = nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))
+        return loss.mean(), (stats, accuracy)
+
+    def part(params, carry, batch):
+        stats, *sums = carry
+        (loss, (stats, accuracy)), grads = jax.value_and_grad(loss_fn, has_aux=True)(
+            params, stats, *batch
+        )
+        return (stats, *jax.tree.map(jnp.add, tuple(sums), (grads, loss, accuracy))), None
+
+    def whole(params, stats, images, targets):
+        """Gradient, loss and accuracy of a batch, and the running averages after it."""
+        if accumulation_steps == 1:
+            (loss, (stats, accuracy)), grads = jax.value_and_grad(loss_fn, has_aux=True)(
+                params, stats, images, targets
+            )
+            return stats, grads, loss, accuracy
+        # Of each device's images the parts take every so many, so that none has to move.
+        parts = jax.tree.map(
+            lambda x: x.reshape(-1, accumulation_steps, *x.shape[1:]).swapaxes(0, 1),
+            (images, targets),
+        )
+        zero = jnp.zeros((), targets.dtype)
+        start = (stats, jax.tree.map(jnp.zeros_like, params), zero, zero)
+        (stats, *sums), _ = jax.lax.scan(functools.partial(part, params), start, parts)
+        return stats, *jax.tree.map(lambda x: x / accumulation_steps, sums)
+
+    if batch_stats == "per_device":
+        everywhere, split = PartitionSpec(), PartitionSpec("data")
+        local = whole
+
+        def whole(*args):
+            return jax.lax.pmean(local(*args), "data")
+
+        whole = jax.shard_map(
+            whole,
+            mesh=mesh,
+            in_specs=(everywhere, everywhere, split, split),
+            out_specs=everywhere,
+            check_vma=False,  # else the gradients of the parts would be added up one by one
+        )
 
     def train_step(state: TrainState, batch: dict[str, jax.Array]):
-        images = preprocess(jax.random.fold_in(key, state.step), batch["image"])
-        (loss, (logits, batch_stats)), grads = jax.value_and_grad(loss_fn, has_aux=True)(
-            state.params, state.batch_stats, images, batch["label"]
-        )
+        targets = jax.nn.one_hot(batch["label"], num_classes)
+        images, targets = augment(jax.random.fold_in(key, state.step), batch["image"], targets)
+        stats, grads, loss, accuracy = whole(state.params, state.batch_stats, images, targets)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        accuracy = (logits.argmax(axis=-1) == batch["label"]).mean()
-        state = TrainState(state.step + 1, params, batch_stats, opt_state)
-        return state, {"loss": loss, "accuracy": accuracy}
+        step = state.step + 1
+        ema = state.ema
+        if ema is not None:
+            decay = jnp.minimum(ema_decay, (1 + step) / (10 + step))
+            ema = optax.incremental_update(Average(params, stats), ema, 1 - decay)
+        metrics = {
+            "loss": loss,
+            "accuracy": accuracy,
+            "grad_norm": optax.tree.norm(grads),
+            "learning_rate": jnp.asarray(learning_rate_fn(state.step)),
+        }
+        return TrainState(step, params, stats, opt_state, ema), metrics
 
     return jax.jit(
         train_step,

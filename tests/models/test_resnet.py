@@ -102,3 +102,31 @@ def test_bfloat16_model_has_float32_logits_and_parameters():
     assert {m.dtype for m in maps} == {jnp.dtype("bfloat16")}
     assert logits.dtype == jnp.float32
     assert {leaf.dtype for leaf in jax.tree.leaves(nnx.state(model))} == {jnp.dtype("float32")}
+
+
+def test_rematerialisation_keeps_less_and_changes_nothing():
+    x = np.random.default_rng(0).normal(size=(4, 32, 32, 3)).astype(np.float32)
+    results, kept = [], []
+    for remat in (False, True):
+        model = randomized(lambda remat=remat: abstract_model("resnet26", width=8, remat=remat))
+        graphdef, *states = nnx.split(model, nnx.Param, nnx.BatchStat)
+        params, stats = map(nnx.to_pure_dict, states)
+
+        def loss(params, graphdef=graphdef, stats=stats):
+            model = nnx.merge(graphdef, params, stats)
+            return jnp.square(model(x)).mean(), nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))
+
+        _, backward, _ = jax.eval_shape(lambda p, f=loss: jax.vjp(f, p, has_aux=True), params)
+        sizes = [sum(leaf.size for leaf in jax.tree.leaves(t)) for t in (backward, params)]
+        kept.append(sizes[0] - sizes[1])
+        results.append(jax.jit(jax.value_and_grad(loss, has_aux=True))(params))
+    assert kept[1] < 0.6 * kept[0]
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5),
+        *(jax.tree.leaves(result) for result in results),
+    )
+
+
+def test_bad_rematerialisation():
+    with pytest.raises(ValueError, match="remat='yes' must be True or False"):
+        abstract_model("resnet14", remat="yes")

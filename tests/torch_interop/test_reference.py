@@ -173,17 +173,18 @@ def test_a_training_step_equals_pytorch(dtype, tolerance):
     with jax.enable_x64(dtype == np.float64):
         model = from_torch(start)
         optimizer = create_optimizer(
-            learning_rate=rate,
-            momentum=0.9,
-            nesterov=True,
-            weight_decay=decay,
-            warmup_epochs=0,
-            steps_per_epoch=1,
-            total_steps=10,
+            lambda step: rate, momentum=0.9, nesterov=True, weight_decay=decay
         )
         mesh = data_mesh(jax.devices()[:1])
         step = make_train_step(
-            model, optimizer, preprocess=lambda key, x: x, key=jax.random.key(0), mesh=mesh
+            model,
+            optimizer,
+            lambda step: rate,
+            num_classes=model.config.num_classes,
+            augment=lambda key, images, targets: (images, targets),
+            normalize=lambda images: images,
+            key=jax.random.key(0),
+            mesh=mesh,
         )
         state = jax.device_put(create_state(from_torch(start), optimizer), replicated(mesh))
         state, metrics = step(state, {"image": images, "label": labels.astype(np.int32)})

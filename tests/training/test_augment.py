@@ -2,7 +2,14 @@ import jax
 import numpy as np
 import pytest
 
-from slimconv_jax.training.augment import augment, normalize, random_crop, random_flip
+from slimconv_jax.training.augment import (
+    augment,
+    cutmix,
+    mixup,
+    normalize,
+    random_crop,
+    random_flip,
+)
 
 
 def test_normalize():
@@ -30,16 +37,95 @@ def test_half_of_the_images_are_mirrored():
     mirrored = (flipped == images[:, :, ::-1]).all(axis=(1, 2, 3))
     assert ((flipped == images).all(axis=(1, 2, 3)) ^ mirrored).all()
     assert 440 < mirrored.sum() < 560
-    np.testing.assert_array_equal(augment(jax.random.key(0), images), images)
-    both = np.asarray(augment(jax.random.key(0), images, crop_padding=1, flip=True))
+    targets = np.eye(4)[np.arange(1000) % 4]
+    both, same = augment(jax.random.key(0), images, targets, crop_padding=1, flip=True)
+    both = np.asarray(both)
     assert len({image.tobytes() for image in both}) == 2 * 9  # nine crops, both ways
-    with pytest.raises(ValueError, match="flip=1 must be True or False"):
-        augment(jax.random.key(0), images, flip=1)
+    assert both.dtype == np.uint8
+    np.testing.assert_array_equal(same, targets)
 
 
 def test_no_padding_is_no_change():
     images = np.random.default_rng(0).integers(0, 256, (3, 4, 4, 3), dtype=np.uint8)
-    np.testing.assert_array_equal(augment(jax.random.key(0), images), images)
+    targets = np.eye(3)
+    same, same_targets = augment(jax.random.key(0), images, targets)
+    np.testing.assert_array_equal(same, images)
+    np.testing.assert_array_equal(same_targets, targets)
+
+
+def mixing_data():
+    images = np.random.default_rng(0).integers(0, 256, (4, 16, 12, 3), dtype=np.uint8)
+    return images, np.eye(4, dtype=np.float32)
+
+
+def test_mixup_blends_neighbours_with_one_share_of_the_beta_distribution():
+    images, targets = mixing_data()
+    shares = []
+    for seed in range(300):
+        mixed, mixed_targets = mixup(jax.random.key(seed), images, targets, alpha=0.4)
+        share = float(mixed_targets[0, 0])
+        shares.append(share)
+        if seed < 3:
+            blend = share * images.astype(float) + (1 - share) * np.roll(images, 1, 0).astype(float)
+            np.testing.assert_allclose(mixed, blend, rtol=1e-4, atol=1e-3)
+            expected = share * targets + (1 - share) * np.roll(targets, 1, 0)
+            np.testing.assert_allclose(mixed_targets, expected, rtol=1e-6)
+    # Beta(a, a) has the mean 1/2 and the variance 1 / (4 (2a + 1)).
+    assert abs(np.mean(shares) - 0.5) < 0.08
+    assert abs(np.var(shares) - 1 / (4 * 1.8)) < 0.03
+
+
+def test_cutmix_pastes_rectangles_and_counts_their_area():
+    images, targets = mixing_data()
+    images = images // 2 + np.array([0, 128, 0, 128], np.uint8)[:, None, None, None]
+    shares, sizes = [], set()
+    for seed in range(300):
+        mixed, mixed_targets = cutmix(jax.random.key(seed), images, targets, alpha=1.0)
+        assert mixed.dtype == np.uint8
+        pasted = np.asarray(mixed != images).all(axis=-1)
+        assert (pasted == pasted[0]).all()
+        rows, columns = pasted[0].any(axis=1), pasted[0].any(axis=0)
+        assert (pasted[0] == rows[:, None] & columns).all()
+        for line in (rows, columns):  # a rectangle in one piece
+            assert np.abs(np.diff(np.pad(line, 1).astype(int))).sum() <= 2
+        from_neighbour = np.roll(images, 1, axis=0)
+        expected = np.where(pasted[..., None], from_neighbour, images)
+        np.testing.assert_array_equal(mixed, expected)
+        share = 1 - pasted[0].mean()
+        expected = share * targets[1] + (1 - share) * targets[0]
+        np.testing.assert_allclose(mixed_targets[1], expected, atol=1e-6)
+        shares.append(share)
+        sizes.add((rows.sum(), columns.sum()))
+    # Uniform shares, less what lies beyond the border.
+    assert 0.5 < np.mean(shares) < 0.75 and len(sizes) > 50
+
+
+def test_with_both_each_batch_is_mixed_in_one_way():
+    images, targets = mixing_data()
+    options = {"mixup_alpha": 1.0, "cutmix_alpha": 1.0}
+    mix = jax.jit(lambda key: augment(key, images, targets, **options))
+    kinds = []
+    for seed in range(60):
+        mixed, mixed_targets = mix(jax.random.key(seed))
+        np.testing.assert_allclose(mixed_targets.sum(axis=1), 1, rtol=1e-6)
+        whole = (np.asarray(mixed) == images) | (np.asarray(mixed) == np.roll(images, 1, 0))
+        kinds.append(bool(whole.all()))
+    assert 15 < sum(kinds) < 45
+    mixed, _ = augment(jax.random.key(0), images, targets, cutmix_alpha=1.0)
+    assert mixed.dtype == np.uint8  # for cutmix alone, what the model sees stays exact
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"flip": 1}, "flip=1 must be True or False"),
+        ({"mixup_alpha": -0.1}, "mixup_alpha=-0.1 must be a number >= 0"),
+        ({"cutmix_alpha": "1"}, "cutmix_alpha='1' must be a number >= 0"),
+    ],
+)
+def test_bad_options(options, message):
+    with pytest.raises(ValueError, match=message):
+        augment(jax.random.key(0), *mixing_data(), **options)
 
 
 @pytest.mark.parametrize(

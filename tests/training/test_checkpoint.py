@@ -1,16 +1,29 @@
-import contextlib
+import gc
 import json
+import resource
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils import epath
 from ml_collections import ConfigDict
 
-from slimconv_jax.training.checkpoint import checkpoint_manager, claim_workdir, restore, save
-from slimconv_jax.training.step import TrainState, data_mesh, replicated
+from slimconv_jax.saving import list_checkpoints
+from slimconv_jax.training.checkpoint import Checkpoints, claim_workdir, newest_intact
+from slimconv_jax.training.step import Average, TrainState, data_mesh, replicated
 
 CONFIG = ConfigDict({"seed": 0, "model": {"k": "4/3", "dilation": (True, False)}})
+
+
+# After a failure Orbax leaves event loops that complain when they are collected.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+
+@pytest.fixture(autouse=True)
+def collect():
+    yield
+    gc.collect()
 
 
 def test_a_directory_is_claimed_and_claimed_again(tmp_path):
@@ -70,23 +83,126 @@ def test_a_claimed_directory_that_became_unwritable_is_refused(tmp_path):
         claim_workdir(tmp_path, CONFIG)
 
 
-def test_a_state_comes_back_as_it_was(tmp_path):
-    sharding = replicated(data_mesh())
+def make_state(ema=False):
+    params = {"stages": {0: {"kernel": jnp.arange(6.0).reshape(2, 3)}}}
+    batch_stats = {"mean": jnp.array([0.1, 1e-30])}
     state = TrainState(
         jnp.int32(3),
-        {"stages": {0: {"kernel": jnp.arange(6.0).reshape(2, 3)}}},
-        {"mean": jnp.array([0.1, 1e-30])},
+        params,
+        batch_stats,
         ({"trace": jnp.ones(2, jnp.bfloat16)}, ()),
+        jax.tree.map(lambda x: x + 1, Average(params, batch_stats)) if ema else None,
     )
-    state = jax.device_put(state, sharding)
-    with contextlib.closing(checkpoint_manager(tmp_path, to_keep=2)) as manager:
-        for step in (1, 2, 3):
-            save(manager, step, state)
-    with contextlib.closing(checkpoint_manager(tmp_path, to_keep=2)) as manager:
-        assert sorted(manager.all_steps()) == [2, 3]
+    return jax.device_put(state, replicated(data_mesh()))
+
+
+def save_steps(workdir, *steps, to_keep=2, best=None, state=None):
+    with Checkpoints(epath.Path(workdir), to_keep=to_keep) as checkpoints:
+        for step in steps:
+            if best is not None and step >= best:
+                checkpoints.best_step = best
+            checkpoints.save(step, make_state() if state is None else state)
+
+
+def steps_in(workdir):
+    return [int(path.name) for path in list_checkpoints(epath.Path(workdir))]
+
+
+@pytest.mark.parametrize("ema", [False, True])
+def test_a_state_comes_back_as_it_was(tmp_path, ema):
+    state = make_state(ema)
+    save_steps(tmp_path, 1, 2, 3, state=state)
+    assert steps_in(tmp_path) == [2, 3]
+    assert newest_intact(epath.Path(tmp_path)) == 3
+    with Checkpoints(epath.Path(tmp_path), to_keep=2) as checkpoints:
         like = jax.eval_shape(lambda: state)
-        restored = restore(manager, 3, like=like, sharding=sharding)
+        restored = checkpoints.restore(3, like=like, sharding=replicated(data_mesh()))
     assert jax.tree.structure(restored) == jax.tree.structure(state)
     for a, b in zip(jax.tree.leaves(restored), jax.tree.leaves(state), strict=True):
         assert (a.dtype, a.sharding) == (b.dtype, b.sharding)
         np.testing.assert_array_equal(a, b)
+
+
+def test_the_newest_and_the_best_are_kept(tmp_path):
+    save_steps(tmp_path, 4, 8, 12, 16, 20, best=8)
+    assert steps_in(tmp_path) == [8, 16, 20]
+
+
+def test_no_checkpoint_yet(tmp_path):
+    assert newest_intact(epath.Path(tmp_path)) == 0
+
+
+def biggest_file(directory):
+    files = [path for path in directory.rglob("*") if path.is_file()]
+    return max(files, key=lambda path: path.stat().st_size)
+
+
+def truncate(directory):
+    file = biggest_file(directory / "model")
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+def flip(directory):
+    file = biggest_file(directory / "optimizer")
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+DAMAGES = {
+    "truncated": truncate,
+    "flipped": flip,
+    "lost": lambda directory: biggest_file(directory / "model").unlink(),
+    "unsealed": lambda directory: (directory / "checksums.json").unlink(),
+    "nonsense": lambda directory: (directory / "checksums.json").write_text("[1"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_makes_way_for_the_one_before(tmp_path, capsys, damage):
+    save_steps(tmp_path, 5, 50)
+    DAMAGES[damage](tmp_path / "checkpoints" / "50")
+    assert newest_intact(epath.Path(tmp_path)) == 5
+    printed = capsys.readouterr().out
+    assert printed.startswith("warning: ") and "damaged" in printed
+    assert steps_in(tmp_path) == [5]
+    assert (tmp_path / "damaged-checkpoint-50" / "model").is_dir()
+    save_steps(tmp_path, 50)  # its place is free
+    DAMAGES[damage](tmp_path / "checkpoints" / "50")
+    assert newest_intact(epath.Path(tmp_path)) == 5
+
+
+def test_if_all_are_damaged_nothing_is_touched(tmp_path):
+    save_steps(tmp_path, 5, 50)
+    for step in (5, 50):
+        flip(tmp_path / "checkpoints" / str(step))
+    with pytest.raises(ValueError, match=r"no checkpoint in .* can be used: .*50/.*; .*5/.*anew"):
+        newest_intact(epath.Path(tmp_path))
+    assert steps_in(tmp_path) == [5, 50]
+
+
+def test_a_state_of_something_else_is_refused(tmp_path):
+    save_steps(tmp_path, 5)
+    other = make_state()._replace(batch_stats={"mean": jnp.zeros(3)})
+    for like in (other, make_state(ema=True)):
+        with (
+            Checkpoints(epath.Path(tmp_path), to_keep=2) as checkpoints,
+            pytest.raises(ValueError, match=r"cannot read the checkpoint of step 5, or it is of"),
+        ):
+            checkpoints.restore(5, like=like, sharding=replicated(data_mesh()))
+
+
+def test_a_full_disk_is_a_sentence_and_loses_nothing(tmp_path):
+    # Files of more than 4 MB cannot be written, which is how a full disk looks from here.
+    big = make_state()._replace(params={"kernel": jnp.arange(4e6)})
+    save_steps(tmp_path, 5)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4_000_000, limits[1]))
+    try:
+        with pytest.raises(ValueError, match="cannot write the checkpoint of step 10 in"):
+            save_steps(tmp_path, 10, state=big)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert newest_intact(epath.Path(tmp_path)) == 5
+    save_steps(tmp_path, 10, state=big)
+    assert steps_in(tmp_path) == [5, 10]

@@ -28,7 +28,13 @@ def test_the_configs_are_right(module):
         ("loader.threads", 3, "^config.loader has no key 'threads'"),
         ("model.rngs", 3, "^config.model has no key 'rngs'"),
         ("optimizer.total_steps", 3, "^config.optimizer has no key 'total_steps'"),
-        ("batch_size", 100, "batch_size=100 does not divide over 8 devices.*multiple of 8"),
+        ("batch_size", 100, "batch_size=100 does not divide over 8 devices; .*multiple of 8"),
+        ("step.accumulation_steps", 3, "64 does not divide over 8 devices, each in 3 parts; .* 24"),
+        ("step.accumulation_steps", 0, "accumulation_steps=0 must be an integer >= 1"),
+        ("step.mesh", 3, "^config.step has no key 'mesh'"),
+        ("optimizer.learning_rate_fn", 3, "^config.optimizer has no key 'learning_rate_fn'"),
+        ("init_from", 3, "init_from=3 must be a path or None"),
+        ("profile_steps", -1, "profile_steps=-1 must be an integer >= 0"),
         ("seed", 2**32, r"seed=4294967296 must be less than 2\*\*32"),
         ("batch_size", 0, "batch_size=0 must be an integer >= 1"),
         ("batch_size", 8.0, "batch_size=8.0 must be an integer >= 1"),
@@ -47,7 +53,9 @@ def test_bad_configs(config, key, value, message):
         check_config(config, num_devices=8)
 
 
-@pytest.mark.parametrize("key", ["seed", "model", "optimizer.momentum", "model.name"])
+@pytest.mark.parametrize(
+    "key", ["seed", "init_from", "model", "optimizer.learning_rate", "model.name"]
+)
 def test_missing_keys(config, key):
     *sections, key = key.split(".")
     where = config

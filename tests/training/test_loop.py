@@ -47,6 +47,8 @@ def test_a_run_leaves_its_config_metrics_and_checkpoints(run):
         "model.json",
         "checkpoints",
         "metrics.jsonl",
+        "tensorboard",
+        "curves.png",
     }
     assert {path.name for path in (workdir / "checkpoints").iterdir()} == {"22", "45"}
     tests = metrics(workdir, "test")
@@ -208,4 +210,4 @@ def test_photos_with_an_unreadable_one_among_them(tmp_path, capsys):
     assert result["examples"] == 2
     printed = capsys.readouterr().out
     assert "left out, since they cannot be decoded: " in printed
-    assert "16 training images streamed from the host, 2 classes" in printed
+    assert "16 training images streamed from the host, 2 test images, 2 classes" in printed

@@ -3,45 +3,155 @@ import numpy as np
 import optax
 import pytest
 
-from slimconv_jax.training.optimizer import create_optimizer
+from slimconv_jax.training.optimizer import create_optimizer, create_schedule
 
-SETTINGS = {
-    "learning_rate": 0.1,
-    "momentum": 0.9,
-    "nesterov": True,
-    "weight_decay": 0.01,
-    "warmup_epochs": 2.0,
-    "steps_per_epoch": 2.5,
-    "total_steps": 20,
+RUN = {"batch_size": 64, "steps_per_epoch": 2.5, "total_steps": 20}
+
+
+def rates(**settings):
+    schedule = create_schedule(**RUN | settings)
+    return np.array([float(schedule(step)) for step in range(20)])
+
+
+def cosine(steps):
+    return (1 + np.cos(np.pi * np.arange(steps) / steps)) / 2
+
+
+def test_cosine_after_a_warmup():
+    # 2 epochs are 5 steps of linear warm-up; the other 15 are the cosine.
+    expected = np.concatenate([np.arange(5) / 5, cosine(15)])
+    np.testing.assert_allclose(rates(learning_rate=0.3, warmup_epochs=2), 0.3 * expected, rtol=1e-5)
+    np.testing.assert_allclose(rates(learning_rate=0.3), 0.3 * cosine(20), rtol=1e-5)
+
+
+def test_steps_down_at_milestones_that_count_from_the_beginning():
+    settings = {"schedule": "multistep", "milestones": (4, 6), "decay_factor": 0.2}
+    expected = np.repeat([1, 0.2, 0.04], [10, 5, 5])  # epochs of 2.5 steps
+    np.testing.assert_allclose(rates(learning_rate=1.0, **settings), expected, rtol=1e-6)
+    expected = expected * np.minimum(np.arange(20) / 5, 1)
+    warm = rates(learning_rate=1.0, warmup_epochs=2, **settings)
+    np.testing.assert_allclose(warm, expected, rtol=1e-6)
+
+
+def test_a_constant_rate_scaled_with_the_batch():
+    settings = {"learning_rate": 0.1, "schedule": "constant"}
+    np.testing.assert_allclose(rates(**settings), 0.1)
+    np.testing.assert_allclose(rates(**settings, base_batch_size=256), 0.025)
+    np.testing.assert_allclose(rates(**settings, base_batch_size=32), 0.2)
+
+
+def sgd(p, g, rate, decay, memory, step):
+    g = g + decay * p
+    memory["trace"] = 0.8 * memory.get("trace", 0) + g
+    return p - rate * (g + 0.8 * memory["trace"])
+
+
+def adam(g, memory, step, eps):
+    memory["m"] = 0.7 * memory.get("m", 0) + 0.3 * g
+    memory["v"] = 0.95 * memory.get("v", 0) + 0.05 * g**2
+    m, v = memory["m"] / (1 - 0.7 ** (step + 1)), memory["v"] / (1 - 0.95 ** (step + 1))
+    return m / (np.sqrt(v) + eps)
+
+
+def adamw(p, g, rate, decay, memory, step):
+    return p - rate * (adam(g, memory, step, 1e-3) + decay * p)
+
+
+def lamb(p, g, rate, decay, memory, step):
+    update = adam(g, memory, step, 1e-3) + decay * p
+    return p - rate * np.linalg.norm(p) / np.linalg.norm(update) * update
+
+
+def lars(p, g, rate, decay, memory, step):
+    update = g + decay * p
+    if p.ndim > 1:
+        update = 0.01 * np.linalg.norm(p) / (np.linalg.norm(update) + 1e-3) * update
+    memory["trace"] = 0.8 * memory.get("trace", 0) + rate * update
+    return p - memory["trace"]
+
+
+ADAM = {"b1": 0.7, "b2": 0.95, "eps": 1e-3}
+CASES = {
+    "sgd": (sgd, {"momentum": 0.8, "nesterov": True}),
+    "adamw": (adamw, ADAM),
+    "lamb": (lamb, ADAM),
+    "lars": (lars, {"momentum": 0.8, "eps": 1e-3, "trust_coefficient": 0.01}),
 }
 
 
-def test_updates_are_those_of_sgd_written_out():
-    optimizer = create_optimizer(**SETTINGS)
+@pytest.mark.parametrize("weight_decay_on", ["kernels", "all"])
+@pytest.mark.parametrize("name", CASES)
+def test_updates_are_those_of_the_papers_written_out(name, weight_decay_on):
+    if (name, weight_decay_on) == ("lars", "all"):
+        pytest.skip("then LARS adapts the rate of all parameters; the reference knows kernels only")
+    reference, options = CASES[name]
+    schedule = create_schedule(learning_rate=0.1, warmup_epochs=2, **RUN)
+    optimizer = create_optimizer(
+        schedule, name=name, weight_decay=0.02, weight_decay_on=weight_decay_on, **options
+    )
     params = {"kernel": jnp.array([[1.0, -2.0]]), "bias": jnp.array([3.0])}
     state = optimizer.init(params)
-    expected = {name: np.array(value, np.float64) for name, value in params.items()}
-    trace = {name: 0.0 for name in params}
+    expected = {key: np.array(value, np.float64) for key, value in params.items()}
+    memory = {key: {} for key in params}
     rng = np.random.default_rng(0)
     for step in range(20):
-        grads = {name: rng.normal(size=value.shape) for name, value in params.items()}
+        grads = {key: rng.normal(size=value.shape) for key, value in params.items()}
         updates, state = optimizer.update(
-            {name: jnp.asarray(grad, jnp.float32) for name, grad in grads.items()}, state, params
+            {key: jnp.asarray(grad, jnp.float32) for key, grad in grads.items()}, state, params
         )
         params = optax.apply_updates(params, updates)
-        # 5 steps of linear warm-up, then a cosine over the other 15.
-        rate = 0.1 * (step / 5 if step < 5 else (1 + np.cos(np.pi * (step - 5) / 15)) / 2)
-        for name, grad in grads.items():
-            decay = 0.01 if name == "kernel" else 0.0
-            grad = grad + decay * expected[name]
-            trace[name] = 0.9 * trace[name] + grad
-            expected[name] = expected[name] - rate * (grad + 0.9 * trace[name])
-    for name in params:
-        np.testing.assert_allclose(params[name], expected[name], rtol=1e-5)
+        for key, grad in grads.items():
+            decay = 0.02 if key == "kernel" or weight_decay_on == "all" else 0.0
+            rate = float(schedule(step))
+            expected[key] = reference(expected[key], grad, rate, decay, memory[key], step)
+    for key in params:
+        np.testing.assert_allclose(params[key], expected[key], rtol=2e-5)
 
 
-@pytest.mark.parametrize("name", ["learning_rate", "momentum", "weight_decay", "warmup_epochs"])
-@pytest.mark.parametrize("value", [-0.1, float("nan"), "0.1"])
-def test_bad_numbers(name, value):
-    with pytest.raises(ValueError, match=f"{name}=.* must be a number >= 0"):
-        create_optimizer(**SETTINGS | {name: value})
+def test_a_long_gradient_is_shortened_before_weight_decay():
+    schedule = create_schedule(learning_rate=1.0, schedule="constant", **RUN)
+    optimizer = create_optimizer(schedule, momentum=0.0, weight_decay=0.5, clip_norm=1.0)
+    params = {"kernel": jnp.array([[2.0, 0.0]])}
+    for gradient, clipped in (([[3.0, 4.0]], [[0.6, 0.8]]), ([[0.3, 0.4]], [[0.3, 0.4]])):
+        state = optimizer.init(params)
+        updates, _ = optimizer.update({"kernel": jnp.array(gradient)}, state, params)
+        np.testing.assert_allclose(updates["kernel"], -np.array(clipped) - [[1, 0]], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"learning_rate": -0.1}, "learning_rate=-0.1 must be a number >= 0"),
+        ({"learning_rate": "0.1"}, "learning_rate='0.1' must be a number >= 0"),
+        ({"warmup_epochs": float("nan")}, "warmup_epochs=nan must be a number"),
+        ({"decay_factor": -1}, "decay_factor=-1 must be"),
+        ({"base_batch_size": 0}, "base_batch_size=0 must be"),
+        ({"schedule": "linear"}, "'linear' must be one of 'constant', 'cosine', 'multistep'"),
+        ({"schedule": "multistep"}, "needs some"),
+        ({"milestones": (3,)}, r"milestones=\(3,\) with schedule='cosine'"),
+        ({"schedule": "multistep", "milestones": (6, 3)}, "milestone=3 must be a number >= 6"),
+        ({"schedule": "multistep", "milestones": "3"}, "milestones='3' must be a list"),
+    ],
+)
+def test_bad_schedules(settings, message):
+    with pytest.raises(ValueError, match=message):
+        rates(**{"learning_rate": 0.1} | settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"name": "adam"}, "name='adam' must be one of 'sgd', 'adamw', 'lars', 'lamb'"),
+        ({"weight_decay": -1}, "weight_decay=-1 must be a number >= 0"),
+        ({"weight_decay_on": "biases"}, "'biases' must be 'kernels' or 'all'"),
+        ({"clip_norm": -1}, "clip_norm=-1 must be"),
+        ({"momentum": 1.0}, "momentum=1.0 must be a number >= 0 and < 1"),
+        ({"nesterov": 1}, "nesterov=1 must be True or False"),
+        ({"b1": 0.5}, "sgd has no b1; it has momentum, nesterov"),
+        ({"name": "adamw", "momentum": 0.9}, "adamw has no momentum; it has b1, b2, eps"),
+        ({"name": "lamb", "eps": float("inf")}, "eps=inf must be a number"),
+    ],
+)
+def test_bad_optimizers(settings, message):
+    with pytest.raises(ValueError, match=message):
+        create_optimizer(lambda step: 0.1, **settings)

@@ -1,15 +1,19 @@
 import json
+import struct
 
 import jax.numpy as jnp
+import PIL.Image
 import pytest
 from etils import epath
+from tensorboardX.proto import event_pb2
 
-from slimconv_jax.training.report import MAX_PENDING, Reporter, read_metrics
+from slimconv_jax.training.report import Reporter, best_evaluation, read_metrics
 
 
 def reporter(workdir, first_step=0):
     return Reporter(
         epath.Path(workdir),
+        title="a model",
         first_step=first_step,
         total_steps=10,
         steps_per_epoch=2.5,
@@ -20,15 +24,12 @@ def reporter(workdir, first_step=0):
 
 
 def metrics(step):
-    return {"loss": jnp.float32(step), "accuracy": jnp.float32(0.5)}
+    values = {"loss": step, "accuracy": 0.5, "grad_norm": 2.0, "learning_rate": 0.1}
+    return {key: jnp.float32(value) for key, value in values.items()}
 
 
-TOTALS = {
-    "loss": jnp.float32(6),
-    "top1": jnp.int32(2),
-    "top5": jnp.int32(3),
-    "examples": jnp.int32(4),
-}
+def result(top1=0.5, loss=1.5):
+    return {"loss": loss, "top1": top1, "top5": 0.75, "correct": 2, "correct_top5": 3}
 
 
 def test_lines_average_over_the_steps_since_the_last_one(tmp_path, capsys):
@@ -36,30 +37,56 @@ def test_lines_average_over_the_steps_since_the_last_one(tmp_path, capsys):
         for step in range(1, 11):
             report.train_step(step, metrics(step), 0.0)
             if step == 5:
-                report.test(step, TOTALS)
+                report.test(step, {"test": result(), "test_ema": result(0.25)})
     lines = read_metrics(epath.Path(tmp_path))
     assert [(line["split"], line["step"], line["loss"]) for line in lines] == [
         ("train", 4, 2.5),
         ("train", 5, 5.0),
         ("test", 5, 1.5),
+        ("test_ema", 5, 1.5),
         ("train", 8, 7.0),
         ("train", 10, 9.5),
     ]
     assert lines[0]["epoch"] == 1.6
     assert all(line["images_per_second"] > 0 for line in lines if line["split"] == "train")
-    assert report.evaluation == {
-        "step": 5,
-        "split": "test",
-        "loss": 1.5,
-        "top1": 0.5,
-        "top5": 0.75,
-        "correct": 2,
-        "correct_top5": 3,
-        "examples": 4,
-    }
+    assert lines[2] == {"epoch": 2.0, "step": 5, "split": "test", **result()}
+    assert lines == report.lines
     printed = capsys.readouterr().out.splitlines()
-    assert len(printed) == 5  # no terminal: no bar, but lines
-    assert printed[2] == "step  5/10  epoch 2.0  test  loss 1.5000  top-1 50.00%  top-5 75.00%"
+    assert len(printed) == 6  # no terminal: no bar, but lines
+    assert printed[2] == "step  5/10  epoch 2.0  test     loss 1.5000  top-1 50.00%  top-5 75.00%"
+    assert printed[3] == "step  5/10  epoch 2.0  averaged loss 1.5000  top-1 25.00%  top-5 75.00%"
+    with PIL.Image.open(tmp_path / "curves.png") as picture:
+        assert picture.size == (1320, 480)
+
+
+def test_tensorboard_gets_the_same_numbers_and_forgets_what_was_not_saved(tmp_path):
+    for first_step, loss in ((0, 1), (5, 100)):  # killed after step 8, continued after step 5
+        with reporter(tmp_path, first_step) as report:
+            for step in range(first_step + 1, 9):
+                report.train_step(step, metrics(loss * step), 0.0)
+            report.test(8, {"test": result()})
+    files = sorted((tmp_path / "tensorboard").iterdir(), key=lambda path: path.suffix)
+    events = [event for file in files for event in read_events(file)]
+    values = {}
+    for event in events:
+        if event.HasField("session_log"):  # TensorBoard drops what it has from there on
+            assert event.step == 6
+            values = {key: value for key, value in values.items() if key[1] < event.step}
+        for value in event.summary.value:
+            values[value.tag, event.step] = value.simple_value
+    assert values["train/loss", 4] == 2.5 and values["train/loss", 5] == 5.0
+    assert values["train/loss", 8] == 700.0
+    assert values["test/top1", 8] == 0.5
+    assert {tag for tag, _ in values} >= {"train/learning_rate", "train/images_per_second"}
+
+
+def read_events(file):
+    """The events of a TensorBoard file: length, its checksum, an event, its checksum, and so on."""
+    content = file.read_bytes()
+    while content:
+        (length,) = struct.unpack("<Q", content[:8])
+        yield event_pb2.Event.FromString(content[12 : 12 + length])
+        content = content[12 + length + 4 :]
 
 
 def test_a_run_that_continues_keeps_only_what_its_checkpoint_knows(tmp_path):
@@ -80,15 +107,49 @@ def test_a_run_that_continues_keeps_only_what_its_checkpoint_knows(tmp_path):
     ]
 
 
-def test_what_goes_wrong_in_the_thread_is_raised_and_nobody_hangs(tmp_path):
+@pytest.mark.parametrize("name", ["loss", "grad_norm"])
+def test_training_that_diverges_ends_with_the_step(tmp_path, name):
     def calls():
         with reporter(tmp_path) as report:
-            report._file.close()  # as good as a full disk: writing fails
-            for _ in range(10 * MAX_PENDING):
-                report.test(1, TOTALS)
+            for step in range(1, 11):
+                value = {name: jnp.float32("nan")} if step >= 3 else {}
+                report.train_step(step, metrics(step) | value, 0.0)
 
-    with pytest.raises(ValueError, match="closed file"):
+    with pytest.raises(ValueError, match=rf"the {name} is nan at step 3: .* diverged; .* kept in"):
         calls()
+
+
+def test_an_evaluation_that_is_not_finite_ends_the_run_too(tmp_path):
+    with reporter(tmp_path) as report:
+        report.train_step(1, metrics(1), 0.0)
+        with pytest.raises(ValueError, match="the test loss is inf at step 1"):
+            report.test(1, {"test": result(loss=float("inf"))})
+    assert read_metrics(epath.Path(tmp_path)) == []
+
+
+@pytest.mark.parametrize("what", ["metrics.jsonl", "curves.png.part"])
+def test_files_that_cannot_be_written_are_a_sentence_and_nobody_hangs(tmp_path, what):
+    def calls():
+        with reporter(tmp_path) as report:
+            (tmp_path / what).unlink(missing_ok=True)
+            (tmp_path / what).mkdir()  # stands in the way even of root
+            for step in range(1, 11):
+                report.train_step(step, metrics(step), 0.0)
+                report.test(step, {"test": result()})
+
+    with pytest.raises(ValueError, match=f"^cannot write to {tmp_path}: "):
+        calls()
+
+
+def test_the_best_evaluation():
+    def line(step, split, top1, loss=1.0):
+        return {"step": step, "split": split, "top1": top1, "loss": loss}
+
+    tests = [line(1, "test", 0.5), line(2, "test", 0.7), line(3, "test", 0.7), line(4, "train", 1)]
+    assert best_evaluation([]) is None
+    assert best_evaluation(tests)["step"] == 2
+    assert best_evaluation([*tests, line(5, "test", 0.7, 0.9)])["step"] == 5
+    assert best_evaluation([*tests, line(1, "test_ema", 0.1)])["split"] == "test_ema"
 
 
 def test_no_metrics_yet(tmp_path):

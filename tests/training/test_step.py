@@ -1,76 +1,129 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 from flax import nnx
 from randomize import randomized
 
+from slimconv_jax.models.layers import ConvBN
 from slimconv_jax.models.zoo import abstract_model
 from slimconv_jax.training.augment import augment
-from slimconv_jax.training.step import create_state, data_mesh, make_train_step, replicated
+from slimconv_jax.training.step import (
+    Average,
+    create_state,
+    data_mesh,
+    make_train_step,
+    replicated,
+)
+
+OPTIMIZER = optax.sgd(0.1, momentum=0.9)
 
 
-def small_model():
-    return randomized(lambda: abstract_model("resnet14", width=4, num_classes=3, stem="cifar"))
+class Tiny(nnx.Module):
+    """A convolution with batch norm, and a classifier of three classes: compiles in no time."""
+
+    def __init__(self, *, dtype=None, rngs):
+        self.conv = ConvBN(3, 8, 3, strides=2, dtype=dtype, rngs=rngs)
+        self.classifier = nnx.Linear(8, 3, rngs=rngs)
+
+    def __call__(self, x):
+        return self.classifier(nnx.relu(self.conv(x)).mean(axis=(1, 2)).astype(x.dtype))
 
 
-def prepare(key, images):
-    return images / 255.0 + 0.01 * jax.random.normal(key, images.shape)
+def tiny_model(param_dtype=np.float32):
+    return randomized(lambda: Tiny(rngs=nnx.Rngs(0)), param_dtype)
+
+
+def small_model(param_dtype=np.float32, **options):
+    options = {"name": "resnet14", "width": 4, "num_classes": 3, "stem": "cifar"} | options
+    return randomized(lambda: abstract_model(**options), param_dtype)
+
+
+def make_batch(size=16, pixels=8, seed=0):
+    rng = np.random.default_rng(seed)
+    return {
+        "image": rng.integers(0, 256, (size, pixels, pixels, 3), dtype=np.uint8),
+        "label": rng.integers(0, 3, size).astype(np.int32),
+    }
+
+
+def build(model, optimizer=OPTIMIZER, *, devices=8, ema=False, **options):
+    """A step and the state it begins with."""
+    mesh = data_mesh(jax.devices()[:devices])
+    options = {"augment": lambda key, images, targets: (images, targets)} | options
+    step = make_train_step(
+        model,
+        optimizer,
+        lambda step: 0.1 / (1 + step),
+        num_classes=3,
+        normalize=lambda images: images / 255.0,
+        key=jax.random.key(5),
+        mesh=mesh,
+        **options,
+    )
+    state = jax.tree.map(jnp.copy, create_state(model, optimizer, ema=ema))  # will be donated
+    return step, jax.device_put(state, replicated(mesh))
+
+
+def assert_close(actual, expected, **tolerance):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **tolerance), actual, expected)
+
+
+def reference_gradients(model, images, targets, *, training=True):
+    """Loss, logits, gradients, and batch statistics afterwards, in Flax's object style."""
+    model = nnx.clone(model)
+    model.train() if training else model.eval()
+
+    @nnx.jit
+    def gradients(model, images, targets):
+        def loss_fn(model):
+            logits = model(images)
+            return -(jax.nn.log_softmax(logits) * targets).sum(-1).mean(), logits
+
+        return nnx.value_and_grad(loss_fn, has_aux=True)(model)
+
+    (loss, logits), grads = gradients(model, images, targets)
+    stats = nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))
+    return loss, logits, nnx.to_pure_dict(grads), stats
 
 
 def test_a_step_is_what_its_parts_say():
-    model = small_model()
-    rng = np.random.default_rng(0)
-    batch = {
-        "image": rng.integers(0, 256, (16, 8, 8, 3), dtype=np.uint8),
-        "label": rng.integers(0, 3, 16).astype(np.int32),
-    }
-    mesh = data_mesh()
-    optimizer = optax.sgd(0.1, momentum=0.9)
-    step = make_train_step(model, optimizer, preprocess=prepare, key=jax.random.key(5), mesh=mesh)
+    model, batch = tiny_model(), make_batch()
 
-    # The same in Flax's object style, on one device, without donation.
-    images = prepare(jax.random.fold_in(jax.random.key(5), 0), batch["image"])
-    reference = nnx.clone(model)
-    reference.train()
+    def noise(key, images, targets):
+        return images + 2.55 * jax.random.normal(key, images.shape), jnp.roll(targets, 1, axis=0)
 
-    @nnx.jit
-    def reference_step(reference, images, labels):
-        def loss_fn(reference):
-            logits = reference(images)
-            one_hot = jax.nn.one_hot(labels, 3)
-            return -(jax.nn.log_softmax(logits) * one_hot).sum(-1).mean(), logits
-
-        (loss, logits), grads = nnx.value_and_grad(loss_fn, has_aux=True)(reference)
-        params = nnx.state(reference, nnx.Param)
-        nnx.update(reference, jax.tree.map(lambda p, g: p - 0.1 * g, params, grads))
-        return loss, logits
-
-    loss, logits = reference_step(reference, images, batch["label"])
-
-    state = jax.device_put(create_state(model, optimizer), replicated(mesh))
+    step, state = build(model, augment=noise, label_smoothing=0.3)
     state, metrics = step(state, batch)
+
+    targets = np.eye(3)[np.roll(batch["label"], 1)]
+    images, _ = noise(jax.random.fold_in(jax.random.key(5), 0), batch["image"], targets)
+    loss, logits, grads, stats = reference_gradients(model, images / 255, 0.7 * targets + 0.1)
     np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-5)
-    assert metrics["accuracy"] == np.mean(np.argmax(logits, -1) == batch["label"])
-    assert state.step == 1
-    for kind, tree in ((nnx.Param, state.params), (nnx.BatchStat, state.batch_stats)):
-        expected = nnx.to_pure_dict(nnx.state(reference, kind))
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), tree, expected)
+    assert metrics["accuracy"] == np.mean(np.argmax(logits, -1) == np.roll(batch["label"], 1))
+    norm = np.sqrt(sum(np.square(grad).sum() for grad in jax.tree.leaves(grads)))
+    np.testing.assert_allclose(metrics["grad_norm"], norm, rtol=1e-4)
+    assert metrics["learning_rate"] == np.float32(0.1)
+    assert state.step == 1 and state.ema is None
+    params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    assert_close(state.params, jax.tree.map(lambda p, g: p - 0.1 * g, params, grads), atol=2e-5)
+    assert_close(state.batch_stats, stats, atol=2e-5)
+    _, metrics = step(state, batch)
+    np.testing.assert_allclose(metrics["learning_rate"], 0.05)
 
 
 def test_steps_compile_once_and_leave_no_host_work_behind():
-    model = small_model()
-    mesh = data_mesh()
-    optimizer = optax.sgd(0.1)
-    step = make_train_step(model, optimizer, preprocess=prepare, key=jax.random.key(0), mesh=mesh)
+    step, state = build(tiny_model(), ema=True, ema_decay=0.9)
     batch = {"image": jnp.zeros((8, 8, 8, 3), jnp.uint8), "label": jnp.zeros(8, jnp.int32)}
-    state = jax.device_put(create_state(model, optimizer), replicated(mesh))
     for _ in range(3):
         previous = state
         state, metrics = step(state, batch)
     assert step._cache_size() == 1
     # The loop hands over plain dicts of arrays, and their memory is used again.
-    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(previous.params))
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves((previous.params, previous.ema)))
     assert type(state.params) is dict
     assert metrics["loss"].sharding.is_fully_replicated
 
@@ -78,33 +131,142 @@ def test_steps_compile_once_and_leave_no_host_work_behind():
 def test_the_number_of_devices_does_not_change_the_numbers():
     # In float64, where rounding cannot hide a difference in what is computed: batch
     # statistics, gradients and random numbers of 20 steps.
-    rng = np.random.default_rng(0)
-    batches = [
-        {
-            "image": rng.integers(0, 256, (16, 32, 32, 3), dtype=np.uint8),
-            "label": rng.integers(0, 3, 16).astype(np.int32),
-        }
-        for _ in range(20)
-    ]
+    changes = functools.partial(augment, crop_padding=4, flip=True, mixup_alpha=1, cutmix_alpha=1)
+    batches = [make_batch(16, 32, seed) for seed in range(20)]
     losses = []
     with jax.enable_x64(True):
         for devices in (1, 8):
-            model = randomized(
-                lambda: abstract_model("sc_resnet14", width=8, num_classes=3), np.float64
-            )
-            mesh = data_mesh(jax.devices()[:devices])
+            model = small_model(np.float64, name="sc_resnet14", width=8, stem="imagenet")
             optimizer = optax.sgd(0.02, momentum=0.9, nesterov=True)
-            step = make_train_step(
-                model,
-                optimizer,
-                preprocess=lambda key, images: augment(key, images, crop_padding=4) / 255.0,
-                key=jax.random.key(0),
-                mesh=mesh,
-            )
-            state = jax.device_put(create_state(model, optimizer), replicated(mesh))
+            step, state = build(model, optimizer, devices=devices, augment=changes)
             losses.append([])
             for batch in batches:
                 state, metrics = step(state, batch)
                 losses[-1].append(float(metrics["loss"]))
     assert losses[0][-1] != losses[0][0]
     np.testing.assert_allclose(losses[0], losses[1], atol=1e-9)
+
+
+def test_accumulation_equals_one_batch_where_batch_statistics_do_not_enter():
+    model, batch = tiny_model(), make_batch(64)
+    states, metrics = [], []
+    for parts in (1, 4):
+        step, state = build(model, devices=4, batch_stats="frozen", accumulation_steps=parts)
+        for _ in range(2):
+            state, last = step(state, batch)
+        states.append(state)
+        metrics.append(last)
+    assert_close(states[1], states[0], atol=1e-6, rtol=1e-6)
+    assert_close(metrics[1], metrics[0], rtol=1e-6)
+    # Frozen statistics are those that normalise, and stay.
+    stats = nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))
+    assert_close(states[0].batch_stats, stats, rtol=0)
+    step, state = build(model, batch_stats="frozen")
+    _, last = step(state, batch)
+    images, targets = batch["image"] / 255, np.eye(3)[batch["label"]]
+    loss, *_ = reference_gradients(model, images, targets, training=False)
+    np.testing.assert_allclose(last["loss"], loss, rtol=1e-5)
+
+
+@pytest.mark.parametrize("how", ["accumulation", "per_device"])
+def test_statistics_of_parts_of_a_batch(how):
+    # In float64. With accumulation, part i has every fourth image from the i-th on; with
+    # statistics per device, a device has consecutive images.
+    with jax.enable_x64(True):
+        model, batch = tiny_model(np.float64), make_batch(32)
+        images, targets = batch["image"] / 255, np.eye(3)[batch["label"]]
+        if how == "accumulation":
+            step, state = build(model, devices=2, accumulation_steps=4)
+            parts = [slice(i, None, 4) for i in range(4)]
+        else:
+            step, state = build(model, devices=4, batch_stats="per_device")
+            parts = [slice(8 * i, 8 * i + 8) for i in range(4)]
+        state, metrics = step(state, batch)
+
+        losses, gradients, statistics = [], [], []
+        reference = nnx.clone(model)
+        for part in parts:
+            loss, _, grads, stats = reference_gradients(reference, images[part], targets[part])
+            losses.append(loss)
+            gradients.append(grads)
+            statistics.append(stats)
+            if how == "accumulation":  # one after the other
+                nnx.update(reference, stats)
+        mean = jax.tree.map(lambda *grads: np.mean(grads, axis=0), *gradients)
+        params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+        expected = jax.tree.map(lambda p, g: p - 0.1 * g, params, mean)
+        np.testing.assert_allclose(metrics["loss"], np.mean(losses))
+        assert_close(state.params, expected, atol=1e-10)
+        if how == "accumulation":
+            assert_close(state.batch_stats, statistics[-1], atol=1e-10)
+        else:
+            means = jax.tree.map(lambda *stats: np.mean(stats, axis=0), *statistics)
+            assert_close(state.batch_stats, means, atol=1e-10)
+
+
+def test_both_kinds_of_parts_together():
+    with jax.enable_x64(True):
+        model, batch = tiny_model(np.float64), make_batch(32)
+        options = {"batch_stats": "per_device", "accumulation_steps": 2}
+        step, state = build(model, devices=2, **options)
+        state, _ = step(state, batch)
+        images, targets = batch["image"] / 255, np.eye(3)[batch["label"]]
+        gradients = [
+            reference_gradients(model, images[part], targets[part])[2]
+            for part in (slice(0, 16, 2), slice(1, 16, 2), slice(16, 32, 2), slice(17, 32, 2))
+        ]
+        mean = jax.tree.map(lambda *grads: np.mean(grads, axis=0), *gradients)
+        params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+        expected = jax.tree.map(lambda p, g: p - 0.1 * g, params, mean)
+        assert_close(state.params, expected, atol=1e-10)
+
+
+def test_the_moving_average():
+    step, state = build(tiny_model(), ema=True, ema_decay=0.25)
+    expected = jax.tree.map(np.array, state.ema)
+    assert_close(expected, Average(state.params, state.batch_stats), rtol=0)
+    for count in range(1, 5):
+        state, _ = step(state, make_batch(seed=count))
+        decay = min(0.25, (1 + count) / (10 + count))  # 2/11, 3/12, then 0.25
+        now = Average(state.params, state.batch_stats)
+        expected = jax.tree.map(
+            lambda e, n, decay=decay: decay * e + (1 - decay) * np.asarray(n), expected, now
+        )
+    assert_close(state.ema, expected, rtol=1e-5, atol=1e-6)
+    assert not np.allclose(state.ema.params["classifier"]["bias"], now.params["classifier"]["bias"])
+
+
+def test_bfloat16_is_for_the_computation_only():
+    model = small_model(name="sc_resnet14", width=8, dtype="bfloat16")
+    step, state = build(model, ema=True, ema_decay=0.9)
+    program = str(jax.make_jaxpr(step)(state, make_batch()))
+    convolutions = [line for line in program.splitlines() if "= conv_general_dilated" in line]
+    assert len(convolutions) > 30  # forward and backward
+    assert all(":bf16[" in line for line in convolutions)
+    state, metrics = jax.eval_shape(step, state, make_batch())
+    dtypes = {leaf.dtype for leaf in jax.tree.leaves((state, metrics))}
+    assert dtypes == {np.dtype("float32"), np.dtype("int32")}
+
+
+def test_bfloat16_gives_nearly_the_same():
+    losses = []
+    for dtype in (None, "bfloat16"):
+        model = randomized(lambda dtype=dtype: Tiny(dtype=dtype, rngs=nnx.Rngs(0)))
+        step, state = build(model)
+        losses.append(float(step(state, make_batch())[1]["loss"]))
+    assert losses[0] != losses[1]
+    np.testing.assert_allclose(*losses, rtol=0.01)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"label_smoothing": 1.0}, "label_smoothing=1.0 must be a number >= 0 and < 1"),
+        ({"accumulation_steps": 0}, "accumulation_steps=0 must be an integer >= 1"),
+        ({"ema_decay": 1}, "ema_decay=1 must be a number >= 0 and < 1"),
+        ({"batch_stats": "local"}, "'local' must be one of 'global', 'per_device', 'frozen'"),
+    ],
+)
+def test_bad_settings(options, message):
+    with pytest.raises(ValueError, match=message):
+        build(tiny_model(), **options)

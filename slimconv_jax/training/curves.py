@@ -1,0 +1,44 @@
+"""The picture of a run: loss and accuracy over the epochs."""
+
+import io
+from collections.abc import Sequence
+
+CURVES = {"train": "training", "test": "test", "test_ema": "test, averaged weights"}
+
+
+def draw_curves(lines: Sequence[dict], title: str) -> bytes:
+    """Loss and accuracy of a run, as a PNG.
+
+    Args:
+      lines: of metrics.jsonl.
+      title: of the picture.
+    """
+    from matplotlib.figure import Figure  # takes a while, and training starts without it
+
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    figure.suptitle(title)
+    loss, accuracy = figure.subplots(1, 2)
+    for color, (split, label) in enumerate(CURVES.items()):
+        here = [line for line in lines if line["split"] == split]
+        epochs = [line["epoch"] for line in here]
+        style = {"color": f"C{color}", "label": label}
+        if split == "train":
+            style |= {"linewidth": 1, "alpha": 0.7}
+        else:
+            style |= {"marker": ".", "zorder": 3}
+        if here:
+            loss.plot(epochs, [line["loss"] for line in here], **style)
+            key = "accuracy" if split == "train" else "top1"
+            accuracy.plot(epochs, [100 * line[key] for line in here], **style)
+    loss.set(xlabel="epoch", ylabel="loss")
+    losses = [line["loss"] for line in lines if line["loss"] > 0]
+    if losses and max(losses) > 20 * min(losses):
+        loss.set_yscale("log")
+    accuracy.set(xlabel="epoch", ylabel="top-1 accuracy in %")
+    for axes in (loss, accuracy):
+        axes.grid(alpha=0.3)
+        axes.set_xlim(left=0)
+        axes.legend()
+    png = io.BytesIO()
+    figure.savefig(png, dpi=120)
+    return png.getvalue()

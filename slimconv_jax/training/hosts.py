@@ -1,0 +1,99 @@
+"""Several processes, on one or many hosts, as one training run."""
+
+import importlib.util
+import os
+from collections.abc import Callable
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from slimconv_jax.console import console
+from slimconv_jax.errors import InputError
+
+
+def initialize(
+    coordinator_address: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+) -> None:
+    """Connects this process with the others, if there are any; before anything else of JAX.
+
+    Processes that SLURM or a TPU pod started find each other. Only the first one prints.
+
+    Args:
+      coordinator_address: "HOST:PORT" of the first process, the same for all. Give all three
+        where nothing is found by itself, or none.
+      num_processes: how many processes there are.
+      process_id: which one this is, from 0.
+
+    Raises:
+      ValueError: if the arguments do not fit together, or the others are not there in time.
+    """
+    given = (coordinator_address, num_processes, process_id)
+    if any(value is not None for value in given) and None in given:
+        raise InputError(
+            "of --coordinator_address, --num_processes and --process_id give all three, or none"
+        )
+    options = {}
+    if None not in given:
+        if ":" not in coordinator_address:
+            raise InputError(f"--coordinator_address={coordinator_address} must be HOST:PORT")
+        if not 0 <= process_id < num_processes:
+            raise InputError(
+                f"--process_id={process_id} must be from 0 to {num_processes - 1}, one less than "
+                "--num_processes"
+            )
+        options = dict(
+            coordinator_address=coordinator_address,
+            num_processes=num_processes,
+            process_id=process_id,
+            cluster_detection_method="deactivate",
+        )
+    elif int(os.environ.get("SLURM_NTASKS", "1")) > 1 and "SLURM_STEP_NODELIST" in os.environ:
+        options = {"cluster_detection_method": "slurm"}
+    elif importlib.util.find_spec("libtpu") is None:
+        return
+    # What CPUs talk to each other with; it does not concern other devices.
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    try:
+        jax.distributed.initialize(**options, heartbeat_timeout_seconds=60)
+    except ValueError as error:
+        if options or "coordinator_address" not in str(error):
+            raise InputError(f"the processes cannot be connected: {error}") from None
+        return  # a single TPU host
+    except RuntimeError as error:  # others did not come, the address is taken, ...
+        line = str(error).splitlines()[0]
+        raise InputError(f"the processes cannot be connected: {line}") from None
+    console.quiet = jax.process_index() > 0
+
+
+def on_first(function: Callable[[], int | None]) -> int | None:
+    """What a function returns that only the first process calls, on all of them.
+
+    Raises:
+      ValueError: on the first process as the function does, on the others to say that it did.
+    """
+    if jax.process_count() == 1:
+        return function()
+    result, failure = None, None
+    if jax.process_index() == 0:
+        try:
+            result = function()
+        except Exception as error:
+            failure = error
+    message = np.array([failure is not None, result or 0], np.int32)
+    failed, number = multihost_utils.broadcast_one_to_all(message).tolist()
+    if failure is not None:
+        raise failure
+    if failed:
+        raise InputError("stopped, since the first process cannot go on; it says why")
+    return number
+
+
+def is_lost_contact(error: Exception) -> bool:
+    """Whether an error of JAX's runtime means that another process is gone."""
+    if jax.process_count() == 1:
+        return False
+    signs = ("Gloo", "NCCL", "UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED", "heartbeat", "barrier")
+    return any(sign in str(error) for sign in signs)

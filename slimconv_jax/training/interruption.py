@@ -1,0 +1,70 @@
+"""SIGTERM and Ctrl-C as a question that the loop asks after each step."""
+
+import os
+import signal
+import threading
+
+import jax
+from jax.experimental import multihost_utils
+
+
+class RunInterruptedError(Exception):
+    """A run was asked to stop, and its state is saved.
+
+    Args:
+      name: "SIGTERM" or "Ctrl-C".
+      step: the step that is saved.
+
+    Attributes:
+      status: the exit status that shells expect.
+    """
+
+    def __init__(self, name: str, step: int):
+        super().__init__(f"stopped by {name}; step {step} is saved, the same command continues")
+        self.status = 130 if name == "Ctrl-C" else 143
+
+
+class StopSignal:
+    """Holds back SIGTERM and the first Ctrl-C while a run goes on.
+
+    Use as a context manager. A second signal has its usual effect, at once. With several
+    processes a signal to any of them stops all at the same step: JAX's preemption service, which
+    holds SIGTERM, agrees on one.
+
+    Attributes:
+      name: what was received, "SIGTERM" or "Ctrl-C"; None as long as `requested` is false.
+    """
+
+    def __init__(self):
+        self.name: str | None = None
+        self._received: str | None = None
+        self._previous = {}
+        self._together = jax.process_count() > 1
+        self._asked = 0
+
+    def __enter__(self) -> "StopSignal":
+        if threading.current_thread() is threading.main_thread():  # only there it is possible
+            for number in (signal.SIGINT,) if self._together else (signal.SIGINT, signal.SIGTERM):
+                self._previous[number] = signal.signal(number, self._receive)
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number: int, frame) -> None:
+        self.__exit__()
+        self._received = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
+        if self._together:
+            os.kill(os.getpid(), signal.SIGTERM)  # for JAX, which tells the others
+
+    def requested(self) -> bool:
+        """Whether to save and stop now; all processes must ask equally often."""
+        if self.name is None:
+            self._asked += 1
+            if self._together:
+                if multihost_utils.reached_preemption_sync_point(self._asked):
+                    self.name = self._received or "SIGTERM"
+            else:
+                self.name = self._received
+        return self.name is not None
