@@ -1,4 +1,4 @@
-"""Trains a model as a config file says.
+r"""Trains a model as a config file says.
 
     python train.py --config configs/digits.py [--workdir DIR] [--config.KEY=VALUE ...]
 
@@ -10,7 +10,7 @@ the same command again continues.
 On several hosts run it on each, with the same work directory. SLURM and TPU pods are detected;
 elsewhere say who is who:
 
-    python train.py --config CONFIG --workdir DIR \\
+    python train.py --config CONFIG --workdir DIR \
         --coordinator_address=HOST:PORT --num_processes=N --process_id=I
 """
 

@@ -1,11 +1,20 @@
 """The command line of train.py, each time in a process of its own."""
 
+import itertools
 import json
 import os
+import random
+import re
+import shlex
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from image_files import encode, smooth, write_tfds
 
@@ -17,6 +26,30 @@ def run(*arguments, cwd=ROOT, **environment):
     env = os.environ | {"XLA_FLAGS": ""} | environment
     env.pop("JAX_COMPILATION_CACHE_DIR", None)  # to see where it is by default
     return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=env)
+
+
+def start(*arguments):
+    """A run in the background, whose output can be read line by line."""
+    command = [sys.executable, str(ROOT / "train.py"), *map(str, arguments)]
+    env = os.environ | {"XLA_FLAGS": ""}
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT, env=env
+    )
+
+
+def checkpoint(workdir, step):
+    """The model and optimiser of a checkpoint, as NumPy arrays."""
+    items = [
+        ocp.StandardCheckpointer().restore(workdir / "checkpoints" / str(step) / item)
+        for item in ("model", "optimizer")
+    ]
+    return {jax.tree_util.keystr(k): np.asarray(v) for k, v in jax.tree.leaves_with_path(items)}
+
+
+def assert_equal(a, b):
+    assert a.keys() == b.keys() and len(a) > 100
+    for key in a:
+        np.testing.assert_array_equal(a[key], b[key], err_msg=key)
 
 
 CONFIG = f"--config={ROOT / 'configs' / 'digits.py'}"
@@ -73,7 +106,7 @@ def test_a_run_from_the_command_line(tmp_path):
     done = run(CONFIG, *settings, cwd=tmp_path, XDG_CACHE_HOME=str(cache))
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
-    assert "of 360 images" in done.stdout.splitlines()[-1]
+    assert "of 360 images" in done.stdout.splitlines()[-4]
     workdir = tmp_path / "runs" / "digits"
     assert json.loads((workdir / "config.json").read_text())["model"]["k"] == "2"
     assert len(list((cache / "slimconv_jax").iterdir())) > 10  # compiled programs
@@ -96,10 +129,74 @@ def test_training_on_a_tfds_data_set_imports_no_tensorflow(tmp_path):
         "config.batch_size, config.num_epochs = 16, 1\n"
         f"train(config, {str(tmp_path / 'run')!r})\n"
         "assert 'tensorflow_datasets' in sys.modules\n"
-        "assert not {'tensorflow', 'torch', 'matplotlib'} & sys.modules.keys()\n"
+        "assert not {'tensorflow', 'torch'} & sys.modules.keys()\n"
     )
     env = os.environ | {"XLA_FLAGS": "", "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr
-    assert "20 training images kept on the devices, 3 classes" in done.stdout
-    assert "of 5 images" in done.stdout.splitlines()[-1]
+    assert "20 training images kept on the devices, 5 test images, 3 classes" in done.stdout
+    assert "of 5 images" in done.stdout.splitlines()[-4]
+
+
+SMALL = (CONFIG, "--config.model.width=8", "--config.num_epochs=4", "--config.eval_every_epochs=1")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("runs") / "uninterrupted"
+    process = start(*SMALL, "--workdir", workdir)
+    output = process.communicate(timeout=300)[0]
+    assert process.returncode == 0, output
+    return workdir
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_the_next_start_continues(tmp_path, uninterrupted, number):
+    process = start(*SMALL, "--workdir", tmp_path)
+    lines = list(itertools.takewhile(lambda line: "test  " not in line, process.stdout))
+    process.send_signal(number)
+    output = process.communicate(timeout=60)[0]
+    name, status = {signal.SIGTERM: ("SIGTERM", 143), signal.SIGINT: ("Ctrl-C", 130)}[number]
+    assert process.returncode == status, (lines, output)
+    last = output.splitlines()[-1]
+    step = re.fullmatch(f"stopped by {name}; step (.*) is saved, the same command continues", last)[
+        1
+    ]
+    assert 22 <= int(step) < 90
+    assert (tmp_path / "checkpoints" / step).is_dir()
+    process = start(*SMALL, "--workdir", tmp_path)
+    output = process.communicate(timeout=300)[0]
+    assert process.returncode == 0, output
+    assert f"continuing {tmp_path} after step {step}\n" in output
+    assert_equal(checkpoint(tmp_path, 90), checkpoint(uninterrupted, 90))
+
+
+@pytest.mark.slow
+def test_a_run_killed_ten_times_ends_with_the_same_bits(tmp_path, uninterrupted):
+    rng = random.Random(0)
+    for _ in range(10):
+        process = start(*SMALL, "--workdir", tmp_path)
+        for line in process.stdout:
+            if line.startswith("start "):
+                break
+        time.sleep(rng.uniform(0, 12))
+        process.kill()
+        process.communicate()
+    process = start(*SMALL, "--workdir", tmp_path)
+    output = process.communicate(timeout=300)[0]
+    assert process.returncode == 0, output
+    assert_equal(checkpoint(tmp_path, 90), checkpoint(uninterrupted, 90))
+
+
+def test_a_full_disk_is_a_sentence_and_loses_nothing(tmp_path):
+    # Larger files than so many blocks cannot be written, as on a full disk.
+    command = [sys.executable, str(ROOT / "train.py"), *SMALL, f"--workdir={tmp_path / 'run'}"]
+    for blocks, message in ((120, "cannot write the checkpoint of step 22"), (0, "cannot write")):
+        limited = f"ulimit -f {blocks}; exec {shlex.join(command)}"
+        env = os.environ | {"XLA_FLAGS": "", "JAX_ENABLE_COMPILATION_CACHE": "false"}
+        done = subprocess.run(
+            ["bash", "-c", limited], capture_output=True, text=True, cwd=ROOT, env=env
+        )
+        assert done.returncode == 1
+        assert message in done.stderr.splitlines()[-1]
+        assert "Traceback" not in done.stderr + done.stdout

@@ -1,5 +1,6 @@
 """Several processes, on one or many hosts, as one training run."""
 
+import faulthandler
 import importlib.util
 import os
 from collections.abc import Callable
@@ -66,6 +67,9 @@ def initialize(
         line = str(error).splitlines()[0]
         raise InputError(f"the processes cannot be connected: {line}") from None
     console.quiet = jax.process_index() > 0
+    # JAX aborts a process whose first one is gone, and says so; what Python's fault handler would
+    # print of all threads after that hides it.
+    faulthandler.disable()
 
 
 def on_first(function: Callable[[], int | None]) -> int | None:
@@ -95,5 +99,5 @@ def is_lost_contact(error: Exception) -> bool:
     """Whether an error of JAX's runtime means that another process is gone."""
     if jax.process_count() == 1:
         return False
-    signs = ("Gloo", "NCCL", "UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED", "heartbeat", "barrier")
-    return any(sign in str(error) for sign in signs)
+    signs = ("gloo", "nccl", "unavailable", "deadline_exceeded", "aborted", "heartbeat", "barrier")
+    return any(sign in str(error).lower() for sign in signs)

@@ -21,7 +21,7 @@ from slimconv_jax.models.complexity import count_macs, count_params
 from slimconv_jax.models.resnet import ResNet
 from slimconv_jax.models.zoo import abstract_model, create_model
 from slimconv_jax.models.zoo import describe as describe_model
-from slimconv_jax.saving import CHECKPOINTS, describe_workdir, load_model
+from slimconv_jax.saving import CHECKPOINTS, describe_workdir, list_checkpoints, load_model
 from slimconv_jax.training.augment import augment, normalize
 from slimconv_jax.training.checkpoint import Checkpoints, claim_workdir, newest_intact
 from slimconv_jax.training.config import arguments, check_config
@@ -138,6 +138,13 @@ def train(
         "preprocessing": {"image_size": transform.image_size, **config.normalize.to_dict()},
     }
 
+    starting, words = None, f"continuing {workdir}"
+    if not list_checkpoints(workdir):
+        starting = create_model(rngs=nnx.Rngs(params_key), **model_args)
+        words = "from scratch"
+        if config.init_from:
+            words = _initialize(starting, config.init_from)
+
     def claim() -> int:
         claim_workdir(workdir, config)
         describe_workdir(model, workdir, info)
@@ -160,7 +167,8 @@ def train(
         f"data     {len(train_data)} training images {train_data.where}, {len(test_source)} test "
         f"images, {len(class_names)} classes\n"
         f"devices  {mesh.size} x {mesh.devices.flat[0].device_kind}{processes}\n"
-        f"steps    {total_steps} of {config.batch_size} images, {config.num_epochs} epochs"
+        f"steps    {total_steps} of {config.batch_size} images, {config.num_epochs} epochs\n"
+        f"start    {words}{f' after step {first_step}' if first_step else ''}"
     )
 
     everywhere = replicated(mesh)
@@ -169,12 +177,8 @@ def train(
         if first_step:
             like = abstract_state(model, optimizer, ema=use_ema)
             state = checkpoints.restore(first_step, like=like, sharding=everywhere)
-            say(f"start    continuing {workdir} after step {first_step}")
         else:
-            new_model = create_model(rngs=nnx.Rngs(params_key), **model_args)
-            if config.init_from:
-                say(f"start    {_initialize(new_model, config.init_from)}")
-            state = jax.device_put(create_state(new_model, optimizer, ema=use_ema), everywhere)
+            state = jax.device_put(create_state(starting, optimizer, ema=use_ema), everywhere)
         reporter = stack.enter_context(
             Reporter(
                 workdir,
@@ -192,9 +196,9 @@ def train(
         )
         stop = stack.enter_context(StopSignal())
 
-        def until_stop(batches: Iterable) -> Iterator:
+        def until_stop(step: int, batches: Iterable) -> Iterator:
             for batch in batches:
-                if stop.requested():
+                if stop.requested(step):
                     return
                 yield batch
 
@@ -206,10 +210,10 @@ def train(
                 models["test_ema"] = state.ema
             results = {}
             for name, (params, batch_stats) in models.items():
-                batches = until_stop(test_data.eval_batches(config.eval_batch_size))
+                batches = until_stop(step, test_data.eval_batches(config.eval_batch_size))
                 totals = evaluate(params, batch_stats, batches)
                 results[name] = summarize({key: total.item() for key, total in totals.items()})
-            if not stop.requested():
+            if not stop.requested(step):
                 reporter.test(step, results)
 
         def keep_best() -> None:
@@ -217,7 +221,7 @@ def train(
                 checkpoints.best_step = best["step"]
 
         def stop_if_requested(step: int) -> None:
-            if stop.requested():
+            if stop.requested(step):
                 checkpoints.wait()
                 raise RunInterruptedError(stop.name, step)
 
@@ -242,7 +246,7 @@ def train(
             if step in eval_steps:
                 test(step, state)
                 keep_best()
-            if stop.requested() or step in eval_steps:
+            if stop.requested(step) or step in eval_steps:
                 reporter.wait()  # so that nothing is saved that is not finite
                 checkpoints.save(step, state)
             stop_if_requested(step)
@@ -253,13 +257,13 @@ def train(
     lines = reporter.lines
     last = {line["split"]: line for line in lines if line["split"] != "train"}
     best = best_evaluation(lines)
-    say(f"finished in {_duration(time.perf_counter() - start)}: {describe(last['test'])}")
+    say(f"finished in {_duration(time.perf_counter() - start)}\ntest     {describe(last['test'])}")
     if use_ema:
-        say(f"averaged weights: {describe(last['test_ema'])}")
+        say(f"averaged {describe(last['test_ema'])}")
+    ema = " --ema" if best["split"] == "test_ema" else ""
     say(
         f"best     {describe(best)}, after epoch {best['epoch']:.1f}:\n"
-        f"         python -m slimconv_jax evaluate {workdir} --checkpoint {best['step']}"
-        f"{' --ema' if use_ema else ''}\n"
+        f"         python -m slimconv_jax evaluate {workdir} --checkpoint {best['step']}{ema}\n"
         f"files    {workdir}: {CHECKPOINTS}/, metrics.jsonl, curves.png, tensorboard/"
     )
     return last["test"]
@@ -281,7 +285,7 @@ def _initialize(model: ResNet, path: str) -> str:
             f"config.init_from={path!r} is {describe_model(other.config)}, which is not the "
             f"architecture of config.model, {describe_model(model.config)}"
         )
-    said = f"with the weights of {path}"
+    said = f"from the weights of {path}"
     if other.config.num_classes != model.config.num_classes:
         other.classifier = model.classifier
         said += (

@@ -4,8 +4,10 @@ import json
 import math
 import os
 import queue
+import sys
 import threading
 import time
+import types
 from collections.abc import Collection, Mapping, Sequence
 
 import jax
@@ -46,14 +48,9 @@ def read_metrics(workdir: epath.Path) -> list[dict]:
 
 
 def best_evaluation(lines: Sequence[dict]) -> dict | None:
-    """The best of the evaluations in `metrics.jsonl`, the first of equals; None without any.
-
-    Those of the averaged weights, where there are any: who trains with them wants to use them.
-    """
-    for split in ("test_ema", "test"):
-        if tests := [line for line in lines if line["split"] == split]:
-            return max(tests, key=lambda line: (line["top1"], -line["loss"]))
-    return None
+    """The best of the evaluations in `metrics.jsonl`, the first of equals; None without any."""
+    tests = [line for line in lines if line["split"] != "train"]
+    return max(tests, key=lambda line: (line["top1"], -line["loss"]), default=None)
 
 
 class Reporter:
@@ -116,10 +113,8 @@ class Reporter:
         self.lines = [line for line in read_metrics(workdir) if line["step"] <= first_step]
         self._writer = None
         if jax.process_index() == 0:
-            from tensorboardX import SummaryWriter
-
             self._rewrite()
-            self._writer = SummaryWriter(
+            self._writer = _import_tensorboardx().SummaryWriter(
                 os.fspath(workdir / "tensorboard"),
                 purge_step=first_step + 1 if first_step else None,  # of a run that went on
                 flush_secs=10,
@@ -280,6 +275,19 @@ class Reporter:
         epoch = step / self._steps_per_epoch
         width = len(str(self._total_steps))
         say(f"step {step:>{width}}/{self._total_steps}  epoch {epoch:.1f}  {text}")
+
+
+def _import_tensorboardx() -> types.ModuleType:
+    """TensorboardX, without PyTorch, which takes seconds, and which it would use if it is there."""
+    hidden = "torch" not in sys.modules
+    if hidden:
+        sys.modules["torch"] = None
+    try:
+        import tensorboardX
+    finally:
+        if hidden:
+            del sys.modules["torch"]
+    return tensorboardX
 
 
 def _replace(file: epath.Path, content: bytes) -> None:

@@ -1,18 +1,13 @@
 import pytest
 from ml_collections import ConfigDict
 
-from configs import cifar100_small, digits, image_folder
+from configs import digits
 from slimconv_jax.training.config import check_config
 
 
 @pytest.fixture
 def config():
     return digits.get_config()
-
-
-@pytest.mark.parametrize("module", [digits, cifar100_small, image_folder])
-def test_the_configs_are_right(module):
-    check_config(module.get_config(), num_devices=8)
 
 
 @pytest.mark.parametrize(

@@ -1,16 +1,22 @@
 """Whole runs on the digits, with a narrow model and two epochs of 22 or 23 steps."""
 
 import json
+import os
 import shutil
 
 import jax
+import numpy as np
+import orbax.checkpoint as ocp
 import pytest
+from flax import nnx
 from image_files import encode, smooth, write_folder
+from randomize import randomized
 
 from configs import digits
 from slimconv_jax.data.sources import load_source
 from slimconv_jax.evaluation import evaluate_saved
-from slimconv_jax.saving import load_model, read_info
+from slimconv_jax.models.zoo import abstract_model, create_model
+from slimconv_jax.saving import load_model, read_info, save_model
 from slimconv_jax.training.loop import train
 
 
@@ -21,7 +27,25 @@ def small_config():
     config.num_epochs = 2
     config.eval_every_epochs = 1
     config.log_every_steps = 10
+    config.step.ema_decay = 0.9
     return config
+
+
+def saved_state(workdir, step):
+    """All that a checkpoint has, by name."""
+    state = {}
+    for item in ("model", "optimizer", "ema"):
+        with ocp.StandardCheckpointer() as checkpointer:
+            tree = checkpointer.restore(workdir / "checkpoints" / str(step) / item)
+        for path, leaf in jax.tree.leaves_with_path(tree):
+            state[item + jax.tree_util.keystr(path)] = np.asarray(leaf)
+    return state
+
+
+def assert_same_state(a, b):
+    assert a.keys() == b.keys() and len(a) > 100
+    for key in a:
+        np.testing.assert_array_equal(a[key], b[key], err_msg=key)
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +62,13 @@ def metrics(workdir, split):
         line.pop("images_per_second", None)
         line.pop("data_wait", None)
     return [line for line in lines if line["split"] == split]
+
+
+DAMAGE = {
+    # As after a kill between the two checkpoints: metrics went on, the checkpoint did not.
+    "killed": lambda newest: shutil.rmtree(newest),
+    "truncated": lambda newest: os.truncate(max(newest.rglob("d/*"), key=os.path.getsize), 100),
+}
 
 
 def test_a_run_leaves_its_config_metrics_and_checkpoints(run):
@@ -80,15 +111,18 @@ def test_one_device_and_eight_give_the_same_losses(tmp_path):
     assert losses[0] == pytest.approx(losses[1], abs=1e-4)
 
 
-def test_an_interrupted_run_continues_to_the_same_result(run, tmp_path, capsys):
-    # As after a kill between the two checkpoints: metrics went on, the checkpoint did not.
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_an_interrupted_run_continues_to_the_same_result(run, tmp_path, capsys, damage):
     workdir, result = run
     copy = shutil.copytree(workdir, tmp_path / "copy")
-    shutil.rmtree(copy / "checkpoints" / "45")
+    DAMAGE[damage](copy / "checkpoints" / "45")
     assert train(small_config(), copy) == result
-    assert "continuing" in capsys.readouterr().out
-    for split in ("train", "test"):
+    printed = capsys.readouterr().out
+    assert f"continuing {copy} after step 22" in printed
+    assert ("warning: " in printed) == (damage == "truncated")
+    for split in ("train", "test", "test_ema"):
         assert metrics(copy, split) == metrics(workdir, split)
+    assert_same_state(saved_state(copy, 45), saved_state(workdir, 45))
 
 
 def test_a_complete_run_says_so_and_changes_nothing(run, capsys):
@@ -108,8 +142,8 @@ def test_an_evaluation_that_an_interruption_took_is_made_up_for(run, tmp_path, s
     if step == 22:
         shutil.rmtree(copy / "checkpoints" / "45")
     lines = (copy / "metrics.jsonl").read_text().splitlines(keepends=True)
-    kept = [line for line in lines if f'"step": {step}, "split": "test"' not in line]
-    assert len(kept) == len(lines) - 1
+    kept = [line for line in lines if f'"step": {step}, "split": "test' not in line]
+    assert len(kept) == len(lines) - 2
     (copy / "metrics.jsonl").write_text("".join(kept))
     assert train(small_config(), copy) == result
     assert metrics(copy, "test") == metrics(workdir, "test")
@@ -130,6 +164,8 @@ def test_an_evaluation_that_an_interruption_took_is_made_up_for(run, tmp_path, s
         ("augment", "crop_padding", -1, "crop_padding=-1"),
         ("normalize", "std", (1, 1, 0), "must be three numbers each"),
         ("optimizer", "learning_rate", -1.0, "learning_rate=-1.0"),
+        ("optimizer", "name", "adamw", "adamw has no momentum"),
+        ("step", "ema_decay", 1.5, "ema_decay=1.5 must be a number >= 0 and < 1"),
     ],
 )
 def test_a_bad_config_does_not_claim_the_work_directory(tmp_path, section, key, value, message):
@@ -211,3 +247,86 @@ def test_photos_with_an_unreadable_one_among_them(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "left out, since they cannot be decoded: " in printed
     assert "16 training images streamed from the host, 2 test images, 2 classes" in printed
+
+
+def classifier_of(model):
+    return {name: np.asarray(getattr(model.classifier, name)[...]) for name in ("kernel", "bias")}
+
+
+def test_a_run_starts_from_a_saved_model_with_a_new_classifier(tmp_path, capsys):
+    saved = randomized(lambda: abstract_model("sc_resnet14", width=8, num_classes=4))
+    save_model(saved, tmp_path / "saved")
+    config = small_config()
+    config.init_from = str(tmp_path / "saved")
+    config.num_epochs = 1
+    config.optimizer.learning_rate = 0.0  # so that what it starts from is what it ends with
+    config.step = {"batch_stats": "frozen"}
+    train(config, tmp_path / "run")
+    printed = capsys.readouterr().out
+    words = "but a new classifier of 10 classes in place of its 4"
+    assert f"start    from the weights of {tmp_path / 'saved'}, {words}" in printed
+    trained = load_model(tmp_path / "run")
+    scratch = create_model("sc_resnet14", width=8, num_classes=10, rngs=nnx.Rngs(params_key(0)))
+    for name, value in classifier_of(scratch).items():
+        np.testing.assert_array_equal(classifier_of(trained)[name], value)
+    trained.classifier = saved.classifier
+    for kind in (nnx.Param, nnx.BatchStat):
+        states = [nnx.to_pure_dict(nnx.state(model, kind)) for model in (trained, saved)]
+        jax.tree.map(np.testing.assert_array_equal, *states)
+
+    # A run is a saved model as well, and with the same classes its classifier is kept.
+    config.init_from = str(tmp_path / "run")
+    train(config, tmp_path / "next")
+    printed = capsys.readouterr().out
+    assert "a new classifier" not in printed
+    for name, value in classifier_of(scratch).items():
+        np.testing.assert_array_equal(classifier_of(load_model(tmp_path / "next"))[name], value)
+
+
+def params_key(seed):
+    return jax.random.split(jax.random.key(seed))[0]
+
+
+def test_another_architecture_to_start_from_is_refused_and_claims_nothing(tmp_path):
+    save_model(randomized(lambda: abstract_model("sc_resnet14", k=2, width=8)), tmp_path / "saved")
+    config = small_config()
+    for path, message in (
+        (tmp_path / "saved", r"is sc_resnet14, k=2, 1000 classes, width 8, which is not .*k=4/3"),
+        (tmp_path / "none", "there is no directory"),
+    ):
+        config.init_from = str(path)
+        with pytest.raises(ValueError, match=message):
+            train(config, tmp_path / "run")
+        assert not (tmp_path / "run").exists()
+
+
+def test_a_run_that_diverges_keeps_its_checkpoints(tmp_path):
+    config = small_config()
+    del config.optimizer["warmup_epochs"]
+    config.optimizer.update(schedule="multistep", milestones=(1.2,), decay_factor=1e30)
+    with pytest.raises(ValueError, match=r"is (nan|inf) at step 2\d: the training diverged"):
+        train(config, tmp_path)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["22"]
+    assert load_model(tmp_path, ema=True).config.width == 8
+
+
+def test_averaged_weights_and_older_checkpoints_can_be_loaded(run):
+    workdir, result = run
+    test = load_source("digits", "test")
+    (averaged,) = (line for line in metrics(workdir, "test_ema") if line["step"] == 22)
+    again = evaluate_saved(workdir, test, batch_size=256, checkpoint=22, ema=True)
+    assert again["correct"] == averaged["correct"] != result["correct"]
+    with pytest.raises(ValueError, match="has no checkpoint of step 30; it has those of 22, 45"):
+        load_model(workdir, checkpoint=30)
+
+
+def test_a_profile(tmp_path, capsys):
+    config = small_config()
+    config.num_epochs = 1
+    config.step.ema_decay = 0.0
+    config.profile_steps = 2
+    train(config, tmp_path)
+    assert f"profile of steps 6 to 7: {tmp_path / 'profile'}" in capsys.readouterr().out
+    assert any((tmp_path / "profile").rglob("*.xplane.pb"))
+    with pytest.raises(ValueError, match="has no moving average"):
+        load_model(tmp_path, ema=True)

@@ -149,7 +149,8 @@ def test_the_best_evaluation():
     assert best_evaluation([]) is None
     assert best_evaluation(tests)["step"] == 2
     assert best_evaluation([*tests, line(5, "test", 0.7, 0.9)])["step"] == 5
-    assert best_evaluation([*tests, line(1, "test_ema", 0.1)])["split"] == "test_ema"
+    assert best_evaluation([*tests, line(1, "test_ema", 0.8)])["split"] == "test_ema"
+    assert best_evaluation([*tests, line(1, "test_ema", 0.1)])["step"] == 2
 
 
 def test_no_metrics_yet(tmp_path):
