@@ -97,6 +97,7 @@ def main(argv: list[str]) -> int | None:
     if len(argv) > 1:
         raise app.UsageError(f"what is {argv[1]!r}? Options begin with --")
     signal.signal(signal.SIGTERM, _raise_keyboard_interrupt)
+    sys.unraisablehook = _report_unraisable
     config = flags.FLAGS["config"]
     workdir = _WORKDIR.value or f"runs/{Path(config.config_filename).stem}"
     try:
@@ -127,6 +128,12 @@ def main(argv: list[str]) -> int | None:
 
 def _raise_keyboard_interrupt(*_) -> None:
     raise KeyboardInterrupt
+
+
+def _report_unraisable(unraisable) -> None:
+    # When a checkpoint cannot be written, which Orbax raises, what it has under way says this too.
+    if str(unraisable.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(unraisable)
 
 
 def _stop(message: object, status: int) -> int:
