@@ -23,11 +23,11 @@ from pathlib import Path
 
 import jax
 from absl import app, flags, logging
-from etils import epath
 from ml_collections import ConfigDict, config_flags
 
 from slimconv_jax.compilation_cache import enable_compilation_cache
 from slimconv_jax.errors import InputError
+from slimconv_jax.saving import absolute, list_checkpoints
 from slimconv_jax.training.config import unknown_key
 from slimconv_jax.training.hosts import initialize, is_lost_contact
 from slimconv_jax.training.interruption import RunInterruptedError
@@ -109,10 +109,9 @@ def main(argv: list[str]) -> int | None:
     except RunInterruptedError as error:
         return _stop(error, error.status)
     except KeyboardInterrupt:
-        saved = any(epath.Path(workdir).expanduser().glob("checkpoints/[0-9]*"))
-        what = (
-            "the same command continues from the last checkpoint" if saved else "nothing was saved"
-        )
+        what = "nothing was saved"
+        if list_checkpoints(absolute(workdir)):
+            what = "the same command continues from the last checkpoint"
         return _stop(f"interrupted; {what}", 130)
     except Exception as error:
         if not is_lost_contact(error):

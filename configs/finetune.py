@@ -51,7 +51,7 @@ def get_config() -> ConfigDict:
     config.optimizer.name = "sgd"
     config.optimizer.momentum = 0.9
     config.optimizer.weight_decay = 1e-4
-    config.optimizer.clip_norm = 1.0
+    config.optimizer.clip_norm = config_dict.placeholder(float)  # 1.0, say, if it diverges
     config.optimizer.learning_rate = 0.01
     config.optimizer.base_batch_size = 32
     config.optimizer.schedule = "cosine"  # down to 0

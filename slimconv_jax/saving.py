@@ -13,6 +13,7 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import json
+import os
 import uuid
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -130,17 +131,15 @@ def read_info(path: epath.PathLike) -> dict[str, Any]:
     Raises:
       ValueError: if there is no such file, or it is damaged.
     """
-    description = _read_description(_absolute(path))
+    description = _read_description(absolute(path))
     info = {key: value for key, value in description.items() if key not in _NOT_INFO}
     names = info.get("class_names", [])
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise InputError(
-            f"{_absolute(path) / _DESCRIPTION} is damaged: class_names is no list of names"
+            f"{absolute(path) / _DESCRIPTION} is damaged: class_names is no list of names"
         )
     if not isinstance(info.get("preprocessing", {}), dict):
-        raise InputError(
-            f"{_absolute(path) / _DESCRIPTION} is damaged: preprocessing is no section"
-        )
+        raise InputError(f"{absolute(path) / _DESCRIPTION} is damaged: preprocessing is no section")
     return info
 
 
@@ -150,7 +149,7 @@ def read_run_dataset(path: epath.PathLike) -> dict[str, Any]:
     Raises:
       ValueError: if the file is damaged.
     """
-    file = _absolute(path) / "config.json"
+    file = absolute(path) / "config.json"
     try:
         config = json.loads(file.read_text()) if file.exists() else {}
         return dict(config.get("dataset", {}))
@@ -209,7 +208,7 @@ def load_model(
       ValueError: if there is no complete model.
     """
     dtype = as_dtype(dtype)
-    directory = _absolute(path)
+    directory = absolute(path)
     description = _read_description(directory)
     try:
         fields = {
@@ -265,7 +264,7 @@ def check_destination(path: epath.PathLike, *, overwrite: bool) -> None:
     Raises:
       ValueError: as `save_model`.
     """
-    directory = _absolute(path)
+    directory = absolute(path)
     if directory.exists():
         if not overwrite:
             raise InputError(
@@ -289,7 +288,7 @@ def check_destination(path: epath.PathLike, *, overwrite: bool) -> None:
 def _new_directory(path: epath.PathLike, *, overwrite: bool) -> Iterator[epath.Path]:
     """A directory that gets its name when it is complete, and is deleted if that fails."""
     check_destination(path, overwrite=overwrite)
-    directory = _absolute(path)
+    directory = absolute(path)
     hidden = directory.parent / f".slimconv_jax-{uuid.uuid4().hex[:8]}"
     part, old = hidden / "new", hidden / "old"
     try:
@@ -348,7 +347,10 @@ def _verify(directory: epath.Path, files: Mapping[str, str]) -> None:
             raise InputError(f"{directory / name} is damaged: its SHA-256 is not the one written")
 
 
-def _absolute(path: epath.PathLike) -> epath.Path:
+def absolute(path: epath.PathLike) -> epath.Path:
+    """A path that does not depend on the working directory, as Orbax needs it."""
+    if "://" in os.fspath(path):  # which `resolve` would take for a relative one
+        return epath.Path(path)
     return epath.Path(path).expanduser().resolve()
 
 

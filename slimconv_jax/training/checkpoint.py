@@ -11,7 +11,13 @@ from etils import epath
 
 from slimconv_jax.console import say
 from slimconv_jax.errors import InputError
-from slimconv_jax.saving import CHECKPOINTS, list_checkpoints, verify_checksums, write_checksums
+from slimconv_jax.saving import (
+    CHECKPOINTS,
+    absolute,
+    list_checkpoints,
+    verify_checksums,
+    write_checksums,
+)
 from slimconv_jax.training.step import Average, TrainState
 
 NOT_COMPARED = (
@@ -38,7 +44,7 @@ def claim_workdir(workdir: epath.PathLike, config: ml_collections.ConfigDict) ->
     Raises:
       ValueError: if the directory cannot be written, or belongs to another experiment.
     """
-    path = epath.Path(workdir).expanduser().absolute()
+    path = absolute(workdir)
     text = config.to_json_best_effort(indent=2, sort_keys=True) + "\n"
     file = path / "config.json"
     try:

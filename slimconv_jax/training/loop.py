@@ -21,7 +21,13 @@ from slimconv_jax.models.complexity import count_macs, count_params
 from slimconv_jax.models.resnet import ResNet
 from slimconv_jax.models.zoo import abstract_model, create_model
 from slimconv_jax.models.zoo import describe as describe_model
-from slimconv_jax.saving import CHECKPOINTS, describe_workdir, list_checkpoints, load_model
+from slimconv_jax.saving import (
+    CHECKPOINTS,
+    absolute,
+    describe_workdir,
+    list_checkpoints,
+    load_model,
+)
 from slimconv_jax.training.augment import augment, normalize
 from slimconv_jax.training.checkpoint import Checkpoints, claim_workdir, newest_intact
 from slimconv_jax.training.config import arguments, check_config
@@ -132,7 +138,7 @@ def train(
     height, width, _ = train_data.image_shape
     macs = count_macs(model, height)
 
-    workdir = epath.Path(workdir).expanduser().absolute()
+    workdir = absolute(workdir)
     info = {
         "class_names": list(class_names),
         "preprocessing": {"image_size": transform.image_size, **config.normalize.to_dict()},
