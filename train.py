@@ -96,7 +96,7 @@ def _check_overrides(argv: list[str]) -> None:
 def main(argv: list[str]) -> int | None:
     if len(argv) > 1:
         raise app.UsageError(f"what is {argv[1]!r}? Options begin with --")
-    signal.signal(signal.SIGTERM, _raise_keyboard_interrupt)
+    signal.signal(signal.SIGTERM, _terminate)
     sys.unraisablehook = _report_unraisable
     config = flags.FLAGS["config"]
     workdir = _WORKDIR.value or f"runs/{Path(config.config_filename).stem}"
@@ -107,12 +107,14 @@ def main(argv: list[str]) -> int | None:
     except InputError as error:
         return _stop(f"error: {error}", 1)
     except RunInterruptedError as error:
+        if jax.distributed.is_initialized():
+            jax.distributed.shutdown()  # all stop together, and none is to be missed
         return _stop(error, error.status)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         what = "nothing was saved"
         if list_checkpoints(absolute(workdir)):
             what = "the same command continues from the last checkpoint"
-        return _stop(f"interrupted; {what}", 130)
+        return _stop(f"interrupted; {what}", 143 if isinstance(error, _Terminated) else 130)
     except Exception as error:
         if not is_lost_contact(error):
             raise
@@ -125,8 +127,12 @@ def main(argv: list[str]) -> int | None:
     return 0
 
 
-def _raise_keyboard_interrupt(*_) -> None:
-    raise KeyboardInterrupt
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM, as Ctrl-C."""
+
+
+def _terminate(*_) -> None:
+    raise _Terminated
 
 
 def _report_unraisable(unraisable) -> None:

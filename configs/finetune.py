@@ -9,7 +9,7 @@ new one for your classes; all else starts from the converted weights, and batch 
 statistics of its training, since those of small batches of few photos are worse. Training takes
 random crops, resized to 224x224 pixels; testing resizes the shorter side to 256 and takes the
 central 224. For models of another name or k set config.model; without init_from this trains from
-scratch, which takes far more epochs and photos, and --config.step.batch_stats=global.
+scratch, which takes far more epochs and photos, and --config.step.batch_norm=global.
 """
 
 from ml_collections import ConfigDict, config_dict
@@ -59,7 +59,7 @@ def get_config() -> ConfigDict:
 
     config.step = ConfigDict()
     config.step.label_smoothing = 0.1
-    config.step.batch_stats = "frozen"
+    config.step.batch_norm = "frozen"
     config.step.ema_decay = 0.0
 
     config.eval_every_epochs = 1  # a checkpoint goes with every evaluation

@@ -59,7 +59,9 @@ def get_config() -> ConfigDict:
     config.optimizer.decay_factor = 0.1
 
     config.step = ConfigDict()
+    config.step.label_smoothing = 0.0
     config.step.accumulation_steps = 1
+    config.step.batch_norm = "global"  # over all devices; or "per_device"
     config.step.ema_decay = 0.0
 
     config.eval_every_epochs = 1  # a checkpoint goes with every evaluation

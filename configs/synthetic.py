@@ -46,7 +46,7 @@ def get_config() -> ConfigDict:
 
     config.step = ConfigDict()
     config.step.accumulation_steps = 1
-    config.step.batch_stats = "global"
+    config.step.batch_norm = "global"
     config.step.ema_decay = 0.0
 
     config.eval_every_epochs = 20

@@ -118,11 +118,16 @@ def describe_workdir(model: ResNet, workdir: epath.Path, info: Mapping[str, Any]
             )
     text = json.dumps(_describe(model, CHECKPOINTS, info), indent=2) + "\n"
     try:
-        part = workdir / f"{_DESCRIPTION}.part"
-        part.write_text(text)
-        part.replace(file)
+        replace_file(file, text.encode())
     except OSError as error:
         raise InputError(f"cannot write {file}: {error}") from None
+
+
+def replace_file(file: epath.Path, content: bytes) -> None:
+    """Writes a file that is never there in part."""
+    part = file.with_name(f"{file.name}.part")
+    part.write_bytes(content)
+    part.replace(file)
 
 
 def read_info(path: epath.PathLike) -> dict[str, Any]:
@@ -382,11 +387,15 @@ def list_checkpoints(workdir: epath.Path) -> list[epath.Path]:
     directory = workdir / CHECKPOINTS
     if not directory.exists():
         return []
-    # Names of those that are being written are more than a number.
-    return sorted(
-        (path for path in directory.iterdir() if path.name.isdigit()),
-        key=lambda path: int(path.name),
+    # The name of one that is being written is more than a number, but in object stores, where a
+    # file tells that it is complete.
+    is_store = "://" in os.fspath(directory)
+    complete = (
+        path
+        for path in directory.iterdir()
+        if path.name.isdigit() and (not is_store or (path / "commit_success.txt").exists())
     )
+    return sorted(complete, key=lambda path: int(path.name))
 
 
 def _choose_checkpoint(workdir: epath.Path, step: int | None) -> epath.Path:

@@ -2,7 +2,7 @@
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import jax
 import ml_collections
@@ -18,7 +18,7 @@ from slimconv_jax.saving import (
     verify_checksums,
     write_checksums,
 )
-from slimconv_jax.training.step import Average, TrainState
+from slimconv_jax.training.step import EMA, TrainState
 
 NOT_COMPARED = (
     "checkpoints_to_keep",
@@ -102,28 +102,27 @@ class Checkpoints:
     Args:
       workdir: has them in `checkpoints/`.
       to_keep: how many of the newest are kept.
-
-    Attributes:
-      best_step: the step whose checkpoint is kept beside the newest; may be changed.
     """
 
     def __init__(self, workdir: epath.Path, *, to_keep: int):
         self._directory = workdir / CHECKPOINTS
-        self.best_step: int | None = None
+        self._best = _Best()
         self._saving: int | None = None
         keep = ocp.checkpoint_managers
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=keep.AnyPreservationPolicy([keep.LatestN(to_keep), _Best(self)]),
+            preservation_policy=keep.AnyPreservationPolicy([keep.LatestN(to_keep), self._best]),
             cleanup_tmp_directories=True,
             async_options=ocp.options.AsyncOptions(post_finalization_callback=self._seal),
         )
         with self._explained("open the checkpoints"):
-            self._manager = ocp.CheckpointManager(self._directory, options=options)
+            self._manager = _Manager(self._directory, options=options)
 
     def __enter__(self) -> "Checkpoints":
         return self
 
     def __exit__(self, kind, error, traceback) -> None:
+        if kind is not None and issubclass(kind, KeyboardInterrupt):
+            return  # whoever says stop twice does not want to wait
         try:
             self.wait()
             self._manager.close()
@@ -131,17 +130,22 @@ class Checkpoints:
             if kind is None:  # else the run has ended for another reason already
                 raise
 
-    def save(self, step: int, state: TrainState) -> None:
+    def save(self, step: int, state: TrainState, *, best: Sequence[int] = ()) -> None:
         """Begins to save a state; it may be donated as soon as this returns.
 
         The model is an item of its own, so that `load_model` needs to know nothing of
         optimisers; so is the moving average, if there is one.
 
+        Args:
+          step: steps done.
+          state: after them.
+          best: steps, the best first, of which the first that has a checkpoint keeps it.
+
         Raises:
           ValueError: if this or the one before cannot be written.
         """
         self.wait()
-        self._saving = step
+        self._saving, self._best.ranking = step, best
         items = {name: ocp.args.StandardSave(tree) for name, tree in _items(state).items()}
         with self._explained(f"write the checkpoint of step {step}"):
             self._manager.save(step, args=ocp.args.Composite(**items))
@@ -169,7 +173,7 @@ class Checkpoints:
         items = {name: ocp.args.StandardRestore(tree) for name, tree in _items(abstract).items()}
         with self._explained(f"read the checkpoint of step {step}, or it is of another config"):
             restored = self._manager.restore(step, args=ocp.args.Composite(**items))
-        ema = Average(**restored["ema"]) if like.ema is not None else None
+        ema = EMA(**restored["ema"]) if like.ema is not None else None
         return TrainState(**restored["model"], **restored["optimizer"], ema=ema)
 
     def _seal(self) -> None:
@@ -192,14 +196,21 @@ class Checkpoints:
             ) from error
 
 
-class _Best:
-    """Orbax's policy that keeps `best_step`."""
+class _Manager(ocp.CheckpointManager):
+    def reached_preemption(self, step: int) -> bool:
+        """Leaves the question to `StopSignal`: JAX takes the last number that it was asked with."""
+        return False
 
-    def __init__(self, checkpoints: Checkpoints):
-        self._checkpoints = checkpoints
+
+class _Best:
+    """The policy that keeps the first step of a ranking that has a checkpoint."""
+
+    ranking: Sequence[int] = ()
 
     def should_preserve(self, checkpoints, *, context) -> list[bool]:
-        return [checkpoint.step == self._checkpoints.best_step for checkpoint in checkpoints]
+        steps = [checkpoint.step for checkpoint in checkpoints]
+        best = next((step for step in self.ranking if step in steps), None)
+        return [step == best for step in steps]
 
 
 def _items(state: TrainState) -> dict[str, dict]:

@@ -58,7 +58,9 @@ def initialize(
     # What CPUs talk to each other with; it does not concern other devices.
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     try:
-        jax.distributed.initialize(**options, heartbeat_timeout_seconds=60)
+        jax.distributed.initialize(
+            **options, heartbeat_timeout_seconds=60, shutdown_timeout_seconds=30
+        )
     except ValueError as error:
         if options or "coordinator_address" not in str(error):
             raise InputError(f"the processes cannot be connected: {error}") from None

@@ -28,8 +28,8 @@ class StopSignal:
     """Holds back SIGTERM and the first Ctrl-C while a run goes on.
 
     Use as a context manager. A second signal has its usual effect, at once. With several
-    processes a signal to any of them stops all at the same step, one or two seconds later: JAX's
-    preemption service, which holds SIGTERM, agrees on one.
+    processes a signal to any of them stops all at the same point, one or two seconds later: JAX's
+    preemption service agrees on one. There JAX holds back every SIGTERM.
 
     Attributes:
       name: what was received, "SIGTERM" or "Ctrl-C"; None as long as `requested` is false.
@@ -40,7 +40,7 @@ class StopSignal:
         self._received: str | None = None
         self._previous = {}
         self._together = jax.process_count() > 1
-        self._asked: int | None = None
+        self._asked = 0
 
     def __enter__(self) -> "StopSignal":
         if threading.current_thread() is threading.main_thread():  # only there it is possible
@@ -58,18 +58,12 @@ class StopSignal:
         if self._together:
             os.kill(os.getpid(), signal.SIGTERM)  # for JAX, which tells the others
 
-    def requested(self, step: int) -> bool:
-        """Whether to save and stop now.
-
-        Args:
-          step: the training step. All processes must ask at each; asked more than once at a step,
-            several processes only learn what they were told at first.
-        """
+    def requested(self) -> bool:
+        """Whether to save and stop now; all processes must ask equally often."""
         if self.name is None and not self._together:
             self.name = self._received
-        elif self.name is None and step != self._asked:
-            # By the step, as Orbax asks too, and nothing else, since the last number counts.
-            self._asked = step
-            if multihost_utils.reached_preemption_sync_point(step):
+        elif self.name is None:
+            self._asked += 1  # from 1 on without a gap, since JAX names the next number
+            if multihost_utils.reached_preemption_sync_point(self._asked):
                 self.name = self._received or "SIGTERM"
         return self.name is not None

@@ -38,9 +38,9 @@ from slimconv_jax.training.optimizer import create_optimizer, create_schedule
 from slimconv_jax.training.profiling import Profiler
 from slimconv_jax.training.report import (
     Reporter,
-    best_evaluation,
     describe,
     describe_skipped,
+    rank_evaluations,
     read_metrics,
 )
 from slimconv_jax.training.step import (
@@ -179,6 +179,7 @@ def train(
 
     everywhere = replicated(mesh)
     with contextlib.ExitStack() as stack:
+        stop = stack.enter_context(StopSignal())  # first, so that the last save is waited for
         checkpoints = stack.enter_context(Checkpoints(workdir, to_keep=config.checkpoints_to_keep))
         if first_step:
             like = abstract_state(model, optimizer, ema=use_ema)
@@ -200,11 +201,10 @@ def train(
         profiler = stack.enter_context(
             Profiler(workdir, first_step=first_step, num_steps=config.profile_steps)
         )
-        stop = stack.enter_context(StopSignal())
 
-        def until_stop(step: int, batches: Iterable) -> Iterator:
+        def until_stop(batches: Iterable) -> Iterator:
             for batch in batches:
-                if stop.requested(step):
+                if stop.requested():
                     return
                 yield batch
 
@@ -216,25 +216,16 @@ def train(
                 models["test_ema"] = state.ema
             results = {}
             for name, (params, batch_stats) in models.items():
-                batches = until_stop(step, test_data.eval_batches(config.eval_batch_size))
+                batches = until_stop(test_data.eval_batches(config.eval_batch_size))
                 totals = evaluate(params, batch_stats, batches)
                 results[name] = summarize({key: total.item() for key, total in totals.items()})
-            if not stop.requested(step):
+            if not stop.requested():
                 reporter.test(step, results)
 
-        def keep_best() -> None:
-            if best := best_evaluation(reporter.lines):
-                checkpoints.best_step = best["step"]
-
-        def stop_if_requested(step: int) -> None:
-            if stop.requested(step):
-                checkpoints.wait()
-                raise RunInterruptedError(stop.name, step)
-
-        keep_best()
         if first_step in eval_steps and (first_step, "test") not in tests:
             test(first_step, state)  # what an interruption prevented
-            stop_if_requested(first_step)
+            if stop.name:
+                raise RunInterruptedError(stop.name, first_step)
         batches = train_data.train_batches(
             config.batch_size, seed=config.seed, first_step=first_step
         )
@@ -251,18 +242,23 @@ def train(
             reporter.train_step(step, metrics, data_seconds)
             if step in eval_steps:
                 test(step, state)
-                keep_best()
-            if stop.requested(step) or step in eval_steps:
-                reporter.wait()  # so that nothing is saved that is not finite
-                checkpoints.save(step, state)
-            stop_if_requested(step)
+            stopping = stop.requested()
+            if stopping or step in eval_steps:
+                reporter.stop(step)  # now all is known to be finite
+                best = [line["step"] for line in rank_evaluations(reporter.lines)]
+                checkpoints.save(step, state, best=best)
+            if stopping:
+                checkpoints.wait()
+                raise RunInterruptedError(stop.name, step)
+        checkpoints.wait()
 
     for data in (train_data, test_data):
         if data.skipped:
             say(describe_skipped(data.skipped))
     lines = reporter.lines
     last = {line["split"]: line for line in lines if line["split"] != "train"}
-    best = best_evaluation(lines)
+    kept = {int(path.name) for path in list_checkpoints(workdir)}
+    best = next(line for line in rank_evaluations(lines) if line["step"] in kept)
     say(f"finished in {_duration(time.perf_counter() - start)}\ntest     {describe(last['test'])}")
     if use_ema:
         say(f"averaged {describe(last['test_ema'])}")

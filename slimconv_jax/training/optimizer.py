@@ -81,10 +81,11 @@ def create_schedule(
     if schedule == "cosine":
         decay = optax.cosine_decay_schedule(learning_rate, rest)
     else:
-        decay = optax.piecewise_constant_schedule(
-            learning_rate,
-            {round(m * steps_per_epoch) - warmup_steps: decay_factor for m in milestones},
-        )
+        factors = {}
+        for milestone in milestones:
+            step = round(milestone * steps_per_epoch) - warmup_steps
+            factors[step] = factors.get(step, 1.0) * decay_factor
+        decay = optax.piecewise_constant_schedule(learning_rate, factors)
     warmup = optax.linear_schedule(0.0, learning_rate, warmup_steps)
     return optax.join_schedules([warmup, decay], [warmup_steps])
 

@@ -1,14 +1,13 @@
 """What is told of a run: a progress bar, or lines on a plain log, and files in its directory."""
 
+import contextlib
 import json
 import math
 import os
 import queue
-import sys
 import threading
 import time
-import types
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import jax
 import rich.progress
@@ -16,7 +15,9 @@ from etils import epath
 
 from slimconv_jax.console import console, say
 from slimconv_jax.errors import InputError
+from slimconv_jax.saving import replace_file
 from slimconv_jax.training.curves import draw_curves
+from slimconv_jax.training.tensorboard import EventWriter
 
 
 def describe(result: dict) -> str:
@@ -47,10 +48,10 @@ def read_metrics(workdir: epath.Path) -> list[dict]:
     return metrics
 
 
-def best_evaluation(lines: Sequence[dict]) -> dict | None:
-    """The best of the evaluations in `metrics.jsonl`, the first of equals; None without any."""
+def rank_evaluations(lines: Sequence[dict]) -> list[dict]:
+    """The evaluations in `metrics.jsonl`, the best first, and of equals the first."""
     tests = [line for line in lines if line["split"] != "train"]
-    return max(tests, key=lambda line: (line["top1"], -line["loss"]), default=None)
+    return sorted(tests, key=lambda line: (-line["top1"], line["loss"]))
 
 
 class Reporter:
@@ -113,13 +114,9 @@ class Reporter:
         self.lines = [line for line in read_metrics(workdir) if line["step"] <= first_step]
         self._writer = None
         if jax.process_index() == 0:
-            self._rewrite()
-            self._writer = _import_tensorboardx().SummaryWriter(
-                os.fspath(workdir / "tensorboard"),
-                purge_step=first_step + 1 if first_step else None,  # of a run that went on
-                flush_secs=10,
-                filename_suffix=f".{first_step}",
-            )
+            with _writing(workdir):
+                self._rewrite()
+                self._writer = EventWriter(workdir / "tensorboard", first_step=first_step)
 
         self._bar = rich.progress.Progress(
             rich.progress.SpinnerColumn(),
@@ -149,8 +146,13 @@ class Reporter:
         self._pending.put(None)
         self._thread.join()
         self._bar.stop()
-        if self._writer:
-            self._writer.close()
+        try:
+            if self._writer:
+                with _writing(self._workdir):
+                    self._writer.close()
+        except InputError:
+            if kind is None and self._error is None:  # else there is a reason already
+                raise
         if kind is None and self._error:
             raise self._error
 
@@ -177,8 +179,10 @@ class Reporter:
         for split, result in results.items():
             if not math.isfinite(result["loss"]):
                 raise _diverged(f"{split} loss", result["loss"], step, self._workdir)
-            line = {"step": step, "split": split, **result}
-            self._append(line)
+        lines = [{"step": step, "split": split, **result} for split, result in results.items()]
+        self._append(*lines)
+        for line in lines:
+            split = line["split"]
             name = "test     " if split == "test" else "averaged "
             text = "loss {loss:.4f}  top-1 {top1:.2%}  top-5 {top5:.2%}".format(**line)
             self._print(step, name + text)
@@ -196,8 +200,6 @@ class Reporter:
                     report(*arguments)
             except InputError as error:
                 self._error = error
-            except OSError as error:
-                self._error = InputError(f"cannot write to {self._workdir}: {error}")
             except Exception as error:
                 self._error = error
             finally:
@@ -220,56 +222,70 @@ class Reporter:
         self._last_arrival = now
         self._window.append(metrics)
 
-        means = {
-            key: sum(metrics[key] for metrics in self._window) / len(self._window)
-            for key in metrics
-        }
-        images = self._window_steps_timed * self._batch_size
-        if images:
-            means["images_per_second"] = images / self._window_seconds
-            means["data_wait"] = self._window_data_seconds / self._window_seconds
+        means = self._means()
         text = "loss {loss:.4f}  accuracy {accuracy:.1%}".format(**means)
-        if images:
+        if "data_wait" in means:
             text += "  {images_per_second:,.0f} images/s".format(**means)
             if means["data_wait"] >= 0.01:
                 text += "  {data_wait:.0%} waiting for data".format(**means)
         self._bar.update(self._task, description="training", completed=step, metrics=text)
 
         if step % self._log_every_steps == 0 or step in self._eval_steps:
-            self._append({"step": step, "split": "train", **means})
+            self._end_window(step, means)
             if not console.is_terminal:
                 self._print(step, f"train    {text}")
-            self._begin_window()
+
+    def stop(self, step: int) -> None:
+        """Takes notice that the run is to be continued after a step that has no line yet."""
+        self.wait()
+        if self._window:
+            self._end_window(step, self._means())
+
+    def _means(self) -> dict[str, float]:
+        """What is known of the steps since the last line."""
+        means = {
+            key: sum(metrics[key] for metrics in self._window) / len(self._window)
+            for key in self._window[0]
+        }
+        if images := self._window_steps_timed * self._batch_size:
+            means["images_per_second"] = images / self._window_seconds
+            means["data_wait"] = self._window_data_seconds / self._window_seconds
+        return means
+
+    def _end_window(self, step: int, means: dict[str, float]) -> None:
+        self._append({"step": step, "split": "train", **means})
+        self._begin_window()
 
     def _begin_window(self) -> None:
         self._window = []
         self._window_steps_timed = 0
         self._window_seconds = self._window_data_seconds = 0.0
 
-    def _append(self, line: dict) -> None:
-        line = {"epoch": round(line["step"] / self._steps_per_epoch, 3), **line}
-        self.lines.append(line)
+    def _append(self, *lines: dict) -> None:
+        lines = [
+            {"epoch": round(line["step"] / self._steps_per_epoch, 3), **line} for line in lines
+        ]
+        self.lines += lines
         if self._writer is None:
             return
-        try:
+        with _writing(self._workdir):
             if "://" in os.fspath(self._workdir):  # object stores cannot append
                 self._rewrite()
             else:
                 with (self._workdir / "metrics.jsonl").open("a") as file:
-                    file.write(json.dumps(line) + "\n")
-        except OSError as error:
-            raise InputError(f"cannot write to {self._workdir}: {error}") from None
-        for key, value in line.items():
-            if key not in ("epoch", "step", "split"):
-                self._writer.add_scalar(f"{line['split']}/{key}", value, line["step"])
+                    file.write("".join(json.dumps(line) + "\n" for line in lines))
+            for line in lines:
+                scalars = {k: v for k, v in line.items() if k not in ("epoch", "step", "split")}
+                self._writer.add_scalars(line["split"], scalars, line["step"])
 
     def _rewrite(self) -> None:
         text = "".join(json.dumps(line) + "\n" for line in self.lines)
-        _replace(self._workdir / "metrics.jsonl", text.encode())
+        replace_file(self._workdir / "metrics.jsonl", text.encode())
 
     def _draw(self) -> None:
         if self._writer:
-            _replace(self._workdir / "curves.png", draw_curves(self.lines, self._title))
+            with _writing(self._workdir):
+                replace_file(self._workdir / "curves.png", draw_curves(self.lines, self._title))
 
     def _print(self, step: int, text: str) -> None:
         epoch = step / self._steps_per_epoch
@@ -277,24 +293,12 @@ class Reporter:
         say(f"step {step:>{width}}/{self._total_steps}  epoch {epoch:.1f}  {text}")
 
 
-def _import_tensorboardx() -> types.ModuleType:
-    """TensorboardX, without PyTorch, which takes seconds, and which it would use if it is there."""
-    hidden = "torch" not in sys.modules
-    if hidden:
-        sys.modules["torch"] = None
+@contextlib.contextmanager
+def _writing(workdir: epath.Path) -> Iterator[None]:
     try:
-        import tensorboardX
-    finally:
-        if hidden:
-            del sys.modules["torch"]
-    return tensorboardX
-
-
-def _replace(file: epath.Path, content: bytes) -> None:
-    """Writes a file that is never there in part."""
-    part = file.with_name(f"{file.name}.part")
-    part.write_bytes(content)
-    part.replace(file)
+        yield
+    except OSError as error:
+        raise InputError(f"cannot write to {workdir}: {error}") from None
 
 
 def _diverged(name: str, value: float, step: int, workdir: epath.Path) -> InputError:

@@ -16,10 +16,10 @@ from slimconv_jax.errors import InputError, require_integer, require_number
 PyTree = Any
 Metrics = dict[str, jax.Array]
 
-BATCH_STATS = ("global", "per_device", "frozen")
+BATCH_NORM = ("global", "per_device", "frozen")
 
 
-class Average(NamedTuple):
+class EMA(NamedTuple):
     """An exponential moving average of what a model is made of."""
 
     params: PyTree
@@ -41,7 +41,7 @@ class TrainState(NamedTuple):
     params: PyTree
     batch_stats: PyTree
     opt_state: PyTree
-    ema: Average | None = None
+    ema: EMA | None = None
 
 
 def data_mesh(devices: list[jax.Device] | None = None) -> jax.sharding.Mesh:
@@ -75,7 +75,7 @@ def create_state(
       ema: whether there is to be a moving average, which begins as a copy of the model.
     """
     params, batch_stats = _variables(model)
-    average = jax.tree.map(jnp.copy, Average(params, batch_stats)) if ema else None
+    average = jax.tree.map(jnp.copy, EMA(params, batch_stats)) if ema else None
     return TrainState(jnp.int32(0), params, batch_stats, optimizer.init(params), average)
 
 
@@ -85,7 +85,7 @@ def abstract_state(
     """The shapes and dtypes of `create_state`, for a model that may be abstract itself."""
     params, batch_stats = _variables(model)
     opt_state = jax.eval_shape(optimizer.init, params)
-    average = Average(params, batch_stats) if ema else None
+    average = EMA(params, batch_stats) if ema else None
     return TrainState(jax.ShapeDtypeStruct((), jnp.int32), params, batch_stats, opt_state, average)
 
 
@@ -105,7 +105,7 @@ def make_train_step(
     mesh: jax.sharding.Mesh,
     label_smoothing: float = 0.0,
     accumulation_steps: int = 1,
-    batch_stats: str = "global",
+    batch_norm: str = "global",
     ema_decay: float = 0.0,
 ) -> Callable[[TrainState, dict[str, jax.Array]], tuple[TrainState, Metrics]]:
     """The compiled step, `state, metrics = step(state, batch)`; the last four arguments are the
@@ -114,7 +114,7 @@ def make_train_step(
     The old state's memory is reused for the new one. The batch is split over the devices of
     the mesh, and everything is computed as on one device that had the whole batch: gradient,
     batch statistics and random numbers do not depend on the number of devices (with
-    `batch_stats="per_device"`, all but the statistics).
+    `batch_norm="per_device"`, all but the statistics).
 
     Args:
       model: gives the structure of the computation; its arrays are not used.
@@ -129,7 +129,7 @@ def make_train_step(
       accumulation_steps: in how many parts the batch is computed, one after the other, which
         takes less memory. The gradient is the mean of theirs; batch statistics are those of
         each part. Part i has every `accumulation_steps`-th image from the i-th on.
-      batch_stats: what batch norm normalises with: "global", the statistics of the whole batch
+      batch_norm: what it normalises with: "global", the statistics of the whole batch
         on all devices; "per_device", of each device's share, without communication within the
         model, so that the numbers depend on how many devices there are (the running averages
         are means over the devices); "frozen", the running averages, which stay as they are.
@@ -148,11 +148,11 @@ def make_train_step(
     require_number("step: label_smoothing", label_smoothing, least=0, below=1)
     require_integer("step: accumulation_steps", accumulation_steps, 1)
     require_number("step: ema_decay", ema_decay, least=0, below=1)
-    if batch_stats not in BATCH_STATS:
+    if batch_norm not in BATCH_NORM:
         raise InputError(
-            f"step: batch_stats={batch_stats!r} must be one of {', '.join(map(repr, BATCH_STATS))}"
+            f"step: batch_norm={batch_norm!r} must be one of {', '.join(map(repr, BATCH_NORM))}"
         )
-    graphdef = nnx.graphdef(nnx.view(model, use_running_average=batch_stats == "frozen"))
+    graphdef = nnx.graphdef(nnx.view(model, use_running_average=batch_norm == "frozen"))
 
     def loss_fn(params, stats, images, targets):
         model = nnx.merge(graphdef, params, stats)
@@ -186,7 +186,7 @@ def make_train_step(
         (stats, *sums), _ = jax.lax.scan(functools.partial(part, params), start, parts)
         return stats, *jax.tree.map(lambda x: x / accumulation_steps, sums)
 
-    if batch_stats == "per_device":
+    if batch_norm == "per_device":
         everywhere, split = PartitionSpec(), PartitionSpec("data")
         local = whole
 
@@ -211,7 +211,7 @@ def make_train_step(
         ema = state.ema
         if ema is not None:
             decay = jnp.minimum(ema_decay, (1 + step) / (10 + step))
-            ema = optax.incremental_update(Average(params, stats), ema, 1 - decay)
+            ema = optax.incremental_update(EMA(params, stats), ema, 1 - decay)
         metrics = {
             "loss": loss,
             "accuracy": accuracy,

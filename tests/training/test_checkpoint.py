@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from slimconv_jax.saving import list_checkpoints
 from slimconv_jax.training.checkpoint import Checkpoints, claim_workdir, newest_intact
-from slimconv_jax.training.step import Average, TrainState, data_mesh, replicated
+from slimconv_jax.training.step import EMA, TrainState, data_mesh, replicated
 
 CONFIG = ConfigDict({"seed": 0, "model": {"k": "4/3", "dilation": (True, False)}})
 
@@ -91,17 +91,15 @@ def make_state(ema=False):
         params,
         batch_stats,
         ({"trace": jnp.ones(2, jnp.bfloat16)}, ()),
-        jax.tree.map(lambda x: x + 1, Average(params, batch_stats)) if ema else None,
+        jax.tree.map(lambda x: x + 1, EMA(params, batch_stats)) if ema else None,
     )
     return jax.device_put(state, replicated(data_mesh()))
 
 
-def save_steps(workdir, *steps, to_keep=2, best=None, state=None):
+def save_steps(workdir, *steps, to_keep=2, best=(), state=None):
     with Checkpoints(epath.Path(workdir), to_keep=to_keep) as checkpoints:
         for step in steps:
-            if best is not None and step >= best:
-                checkpoints.best_step = best
-            checkpoints.save(step, make_state() if state is None else state)
+            checkpoints.save(step, make_state() if state is None else state, best=best)
 
 
 def steps_in(workdir):
@@ -124,7 +122,7 @@ def test_a_state_comes_back_as_it_was(tmp_path, ema):
 
 
 def test_the_newest_and_the_best_are_kept(tmp_path):
-    save_steps(tmp_path, 4, 8, 12, 16, 20, best=8)
+    save_steps(tmp_path, 4, 8, 12, 16, 20, best=[7, 8, 4])  # there is none of step 7
     assert steps_in(tmp_path) == [8, 16, 20]
 
 

@@ -260,7 +260,7 @@ def test_a_run_starts_from_a_saved_model_with_a_new_classifier(tmp_path, capsys)
     config.init_from = str(tmp_path / "saved")
     config.num_epochs = 1
     config.optimizer.learning_rate = 0.0  # so that what it starts from is what it ends with
-    config.step = {"batch_stats": "frozen"}
+    config.step = {"batch_norm": "frozen"}
     train(config, tmp_path / "run")
     printed = capsys.readouterr().out
     words = "but a new classifier of 10 classes in place of its 4"

@@ -28,6 +28,8 @@ def test_steps_down_at_milestones_that_count_from_the_beginning():
     settings = {"schedule": "multistep", "milestones": (4, 6), "decay_factor": 0.2}
     expected = np.repeat([1, 0.2, 0.04], [10, 5, 5])  # epochs of 2.5 steps
     np.testing.assert_allclose(rates(learning_rate=1.0, **settings), expected, rtol=1e-6)
+    near = rates(learning_rate=1.0, **settings | {"milestones": (4, 4.1)})  # the same step
+    np.testing.assert_allclose(near, np.repeat([1, 0.04], 10), rtol=1e-6)
     expected = expected * np.minimum(np.arange(20) / 5, 1)
     warm = rates(learning_rate=1.0, warmup_epochs=2, **settings)
     np.testing.assert_allclose(warm, expected, rtol=1e-6)

@@ -1,4 +1,5 @@
 import json
+import resource
 import struct
 
 import jax.numpy as jnp
@@ -7,7 +8,7 @@ import pytest
 from etils import epath
 from tensorboardX.proto import event_pb2
 
-from slimconv_jax.training.report import Reporter, best_evaluation, read_metrics
+from slimconv_jax.training.report import Reporter, rank_evaluations, read_metrics
 
 
 def reporter(workdir, first_step=0):
@@ -141,16 +142,54 @@ def test_files_that_cannot_be_written_are_a_sentence_and_nobody_hangs(tmp_path, 
         calls()
 
 
+def test_a_full_disk_is_a_sentence_and_nobody_hangs(tmp_path):
+    # TensorBoard's file is the first to grow beyond what can be written.
+    def calls():
+        with reporter(tmp_path) as report:
+            for step in range(1, 11):
+                report.train_step(step, metrics(step), 0.0)
+                report.wait()
+                report.test(step, {"test": result()})
+
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(ValueError, match=f"^cannot write to {tmp_path}: .*too large"):
+            calls()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n' * 1000)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(ValueError, match=f"^cannot write to {tmp_path}: .*too large"):
+            reporter(tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_a_run_that_stops_between_lines_writes_one(tmp_path):
+    for first_step, last_step in ((0, 2), (2, 4)):
+        with reporter(tmp_path, first_step) as report:
+            for step in range(first_step + 1, last_step + 1):
+                report.train_step(step, metrics(step), 0.0)
+            report.stop(last_step)
+    lines = read_metrics(epath.Path(tmp_path))
+    assert [(line["step"], line["loss"]) for line in lines] == [(2, 1.5), (4, 3.5)]
+
+
 def test_the_best_evaluation():
     def line(step, split, top1, loss=1.0):
         return {"step": step, "split": split, "top1": top1, "loss": loss}
 
     tests = [line(1, "test", 0.5), line(2, "test", 0.7), line(3, "test", 0.7), line(4, "train", 1)]
-    assert best_evaluation([]) is None
-    assert best_evaluation(tests)["step"] == 2
-    assert best_evaluation([*tests, line(5, "test", 0.7, 0.9)])["step"] == 5
-    assert best_evaluation([*tests, line(1, "test_ema", 0.8)])["split"] == "test_ema"
-    assert best_evaluation([*tests, line(1, "test_ema", 0.1)])["step"] == 2
+
+    def steps(*lines):
+        return [line["step"] for line in rank_evaluations(lines)]
+
+    assert steps() == []
+    assert steps(*tests) == [2, 3, 1]
+    assert steps(*tests, line(5, "test", 0.7, 0.9)) == [5, 2, 3, 1]
+    assert steps(*tests, line(6, "test_ema", 0.8)) == [6, 2, 3, 1]
 
 
 def test_no_metrics_yet(tmp_path):

@@ -12,7 +12,7 @@ from slimconv_jax.models.layers import ConvBN
 from slimconv_jax.models.zoo import abstract_model
 from slimconv_jax.training.augment import augment
 from slimconv_jax.training.step import (
-    Average,
+    EMA,
     create_state,
     data_mesh,
     make_train_step,
@@ -151,7 +151,7 @@ def test_accumulation_equals_one_batch_where_batch_statistics_do_not_enter():
     model, batch = tiny_model(), make_batch(64)
     states, metrics = [], []
     for parts in (1, 4):
-        step, state = build(model, devices=4, batch_stats="frozen", accumulation_steps=parts)
+        step, state = build(model, devices=4, batch_norm="frozen", accumulation_steps=parts)
         for _ in range(2):
             state, last = step(state, batch)
         states.append(state)
@@ -161,7 +161,7 @@ def test_accumulation_equals_one_batch_where_batch_statistics_do_not_enter():
     # Frozen statistics are those that normalise, and stay.
     stats = nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))
     assert_close(states[0].batch_stats, stats, rtol=0)
-    step, state = build(model, batch_stats="frozen")
+    step, state = build(model, batch_norm="frozen")
     _, last = step(state, batch)
     images, targets = batch["image"] / 255, np.eye(3)[batch["label"]]
     loss, *_ = reference_gradients(model, images, targets, training=False)
@@ -179,7 +179,7 @@ def test_statistics_of_parts_of_a_batch(how):
             step, state = build(model, devices=2, accumulation_steps=4)
             parts = [slice(i, None, 4) for i in range(4)]
         else:
-            step, state = build(model, devices=4, batch_stats="per_device")
+            step, state = build(model, devices=4, batch_norm="per_device")
             parts = [slice(8 * i, 8 * i + 8) for i in range(4)]
         state, metrics = step(state, batch)
 
@@ -207,7 +207,7 @@ def test_statistics_of_parts_of_a_batch(how):
 def test_both_kinds_of_parts_together():
     with jax.enable_x64(True):
         model, batch = tiny_model(np.float64), make_batch(32)
-        options = {"batch_stats": "per_device", "accumulation_steps": 2}
+        options = {"batch_norm": "per_device", "accumulation_steps": 2}
         step, state = build(model, devices=2, **options)
         state, _ = step(state, batch)
         images, targets = batch["image"] / 255, np.eye(3)[batch["label"]]
@@ -224,11 +224,11 @@ def test_both_kinds_of_parts_together():
 def test_the_moving_average():
     step, state = build(tiny_model(), ema=True, ema_decay=0.25)
     expected = jax.tree.map(np.array, state.ema)
-    assert_close(expected, Average(state.params, state.batch_stats), rtol=0)
+    assert_close(expected, EMA(state.params, state.batch_stats), rtol=0)
     for count in range(1, 5):
         state, _ = step(state, make_batch(seed=count))
         decay = min(0.25, (1 + count) / (10 + count))  # 2/11, 3/12, then 0.25
-        now = Average(state.params, state.batch_stats)
+        now = EMA(state.params, state.batch_stats)
         expected = jax.tree.map(
             lambda e, n, decay=decay: decay * e + (1 - decay) * np.asarray(n), expected, now
         )
@@ -264,7 +264,7 @@ def test_bfloat16_gives_nearly_the_same():
         ({"label_smoothing": 1.0}, "label_smoothing=1.0 must be a number >= 0 and < 1"),
         ({"accumulation_steps": 0}, "accumulation_steps=0 must be an integer >= 1"),
         ({"ema_decay": 1}, "ema_decay=1 must be a number >= 0 and < 1"),
-        ({"batch_stats": "local"}, "'local' must be one of 'global', 'per_device', 'frozen'"),
+        ({"batch_norm": "local"}, "'local' must be one of 'global', 'per_device', 'frozen'"),
     ],
 )
 def test_bad_settings(options, message):

@@ -1,0 +1,65 @@
+"""Metrics as events for TensorBoard, which tensorboardX frames and this hands over at once.
+
+Its own `SummaryWriter` writes in a thread of its own: when that cannot write, everything waits
+for it, for ever.
+"""
+
+import os
+import sys
+import time
+import types
+from collections.abc import Mapping
+
+from etils import epath
+
+
+class EventWriter:
+    """Writes scalars to a new file in a directory.
+
+    Args:
+      directory: is created if it is not there.
+      first_step: what other files there say of later steps is to be forgotten.
+
+    Raises:
+      OSError: by all methods, if a file cannot be written.
+    """
+
+    def __init__(self, directory: epath.Path, *, first_step: int):
+        tensorboardx = _import_tensorboardx()
+        self._protos = tensorboardx.proto.event_pb2
+        self._scalar = tensorboardx.summary.scalar
+        directory.mkdir(parents=True, exist_ok=True)
+        self._file = tensorboardx.event_file_writer.EventsWriter(
+            os.fspath(directory / "events"), filename_suffix=f".{first_step}"
+        )
+        if first_step:
+            start = self._protos.SessionLog(status=self._protos.SessionLog.START)
+            self._write(step=first_step + 1, session_log=start)
+
+    def add_scalars(self, prefix: str, scalars: Mapping[str, float], step: int) -> None:
+        """Writes scalars of a step, as PREFIX/NAME."""
+        for name, value in scalars.items():
+            self._write(step=step, summary=self._scalar(f"{prefix}/{name}", value))
+        self._file.flush()
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
+
+    def _write(self, **fields) -> None:
+        self._file.write_event(self._protos.Event(wall_time=time.time(), **fields))
+
+
+def _import_tensorboardx() -> types.ModuleType:
+    """TensorboardX, without PyTorch, which takes seconds, and which it would use if it is there."""
+    hidden = "torch" not in sys.modules
+    if hidden:
+        sys.modules["torch"] = None
+    try:
+        import tensorboardX
+        import tensorboardX.event_file_writer
+        import tensorboardX.summary
+    finally:
+        if hidden:
+            del sys.modules["torch"]
+    return tensorboardX
