@@ -28,7 +28,7 @@ from ml_collections import ConfigDict, config_flags
 from slimconv_jax.compilation_cache import enable_compilation_cache
 from slimconv_jax.errors import InputError
 from slimconv_jax.saving import absolute, list_checkpoints
-from slimconv_jax.training.config import unknown_key
+from slimconv_jax.training.config import SECTIONS, section_keys, unknown_key
 from slimconv_jax.training.hosts import initialize, is_lost_contact
 from slimconv_jax.training.interruption import RunInterruptedError
 from slimconv_jax.training.loop import train
@@ -89,7 +89,12 @@ def _check_overrides(argv: list[str]) -> None:
             if not isinstance(section, ConfigDict):
                 raise InputError(f"{where} is a value, so there is no {name}")
             if key not in section:
-                raise InputError(unknown_key(where, key, section))
+                allowed = section_keys(where[7:]) if where[7:] in SECTIONS else section
+                if key in allowed:
+                    raise InputError(
+                        f"{where}.{key} is not set in {path}; to use it, add it to the file"
+                    )
+                raise InputError(unknown_key(where, key, allowed))
             section, where = section[key], f"{where}.{key}"
 
 

@@ -8,7 +8,7 @@ ROOT/train/CLASS/ and ROOT/val/CLASS/ hold the images, of any size. The classifi
 new one for your classes; all else starts from the converted weights, and batch norm keeps the
 statistics of its training, since those of small batches of few photos are worse. Training takes
 random crops, resized to 224x224 pixels; testing resizes the shorter side to 256 and takes the
-central 224. For models of another name or k set config.model; without init_from this trains from
+central 224. For models of another name, k, width or stem set config.model; without init_from this trains from
 scratch, which takes far more epochs and photos, and --config.step.batch_norm=global.
 """
 
@@ -23,6 +23,8 @@ def get_config() -> ConfigDict:
     config.model = ConfigDict()
     config.model.name = "sc_resnet50"
     config.model.k = "4/3"
+    config.model.width = 64
+    config.model.stem = "imagenet"
     config.model.dtype = config_dict.placeholder(str)  # "bfloat16" on accelerators
 
     config.dataset = ConfigDict()

@@ -6,8 +6,13 @@ import tempfile
 
 # Read by JAX when it starts, so before anything imports it.
 os.environ["JAX_PLATFORMS"] = os.environ.get("JAX_PLATFORMS", "cpu")
-os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+# The programs run for a moment and take long to compile, half as long without optimisation.
+os.environ["XLA_FLAGS"] = " ".join(
+    (
+        os.environ.get("XLA_FLAGS", ""),
+        "--xla_force_host_platform_device_count=8",
+        "--xla_backend_optimization_level=0",
+    )
 )
 
 # Many tests, in other processes too, run the same programs, which take long to compile.

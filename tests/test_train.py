@@ -20,10 +20,12 @@ from image_files import encode, smooth, write_tfds
 
 ROOT = Path(__file__).parents[1]
 
+FAST = "--xla_backend_optimization_level=0"  # compiles in half the time
+
 
 def run(*arguments, cwd=ROOT, **environment):
     command = [sys.executable, str(ROOT / "train.py"), *map(str, arguments)]
-    env = os.environ | {"XLA_FLAGS": ""} | environment
+    env = os.environ | {"XLA_FLAGS": FAST} | environment
     env.pop("JAX_COMPILATION_CACHE_DIR", None)  # to see where it is by default
     return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=env)
 
@@ -31,7 +33,7 @@ def run(*arguments, cwd=ROOT, **environment):
 def start(*arguments):
     """A run in the background, whose output can be read line by line."""
     command = [sys.executable, str(ROOT / "train.py"), *map(str, arguments)]
-    env = os.environ | {"XLA_FLAGS": ""}
+    env = os.environ | {"XLA_FLAGS": FAST}
     return subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT, env=env
     )
@@ -65,6 +67,14 @@ CONFIG = f"--config={ROOT / 'configs' / 'digits.py'}"
             "error: config has no key 'batch_sise' (did you mean 'batch_size'?)",
         ),
         ([CONFIG, "--config.model.kk", "3"], "error: config.model has no key 'kk'"),
+        (
+            [CONFIG, "--config.augment.mixup_alpha=0.2"],
+            "config.augment.mixup_alpha is not set in",
+        ),
+        (
+            [CONFIG, "--config.augment.mixup_alfa=0.2"],
+            "has no key 'mixup_alfa' (did you mean 'mixup_alpha'?)",
+        ),
         ([CONFIG, "--config.seed.x=3"], "error: config.seed is a value"),
         ([CONFIG, "--config.augment.crop_padding=-1", "--workdir", "config.x"], "crop_padding=-1"),
         ([f"--config={ROOT / 'README.md'}"], "error: the config file cannot be used"),
@@ -131,7 +141,7 @@ def test_training_on_a_tfds_data_set_imports_no_tensorflow(tmp_path):
         "assert 'tensorflow_datasets' in sys.modules\n"
         "assert not {'tensorflow', 'torch'} & sys.modules.keys()\n"
     )
-    env = os.environ | {"XLA_FLAGS": "", "PYTHONPATH": str(ROOT)}
+    env = os.environ | {"XLA_FLAGS": FAST, "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr
     assert "20 training images kept on the devices, 5 test images, 3 classes" in done.stdout
@@ -169,7 +179,7 @@ def test_a_signal_saves_and_the_next_start_continues(tmp_path, uninterrupted, nu
     process = start(*SMALL, "--workdir", tmp_path)
     output = process.communicate(timeout=300)[0]
     assert process.returncode == 0, output
-    assert f"continuing {tmp_path} after step {step}\n" in output
+    assert f"continuing {tmp_path} after step {step}; " in output
     assert_equal(checkpoint(tmp_path, 90), checkpoint(uninterrupted, 90))
     # The same metrics, but for one more line of the steps before the stop.
     lines, expected = (
@@ -205,8 +215,7 @@ def test_a_full_disk_is_a_sentence_and_loses_nothing(tmp_path):
     # Larger files than so many blocks cannot be written, as on a full disk.
     command = [sys.executable, str(ROOT / "train.py"), *SMALL, f"--workdir={tmp_path / 'run'}"]
     limited = f"ulimit -f 120; exec {shlex.join(command)}"
-    fast = "--xla_backend_optimization_level=0"
-    env = os.environ | {"XLA_FLAGS": fast, "JAX_ENABLE_COMPILATION_CACHE": "false"}
+    env = os.environ | {"XLA_FLAGS": FAST, "JAX_ENABLE_COMPILATION_CACHE": "false"}
     done = subprocess.run(
         ["bash", "-c", limited], capture_output=True, text=True, cwd=ROOT, env=env
     )

@@ -67,15 +67,10 @@ def check_config(config: ml_collections.ConfigDict, num_devices: int) -> None:
       ValueError: if a key is unknown or missing, or a number is out of range.
     """
     _check_keys("config", config, required=[*SECTIONS, *INTEGERS, "init_from"])
-    for section, (functions, not_keys) in SECTIONS.items():
+    for section in SECTIONS:
         if not isinstance(config[section], ml_collections.ConfigDict):
             raise InputError(f"config.{section} must be a section, that is a ConfigDict")
-        parameters = {
-            name: parameter
-            for function in functions
-            for name, parameter in inspect.signature(function).parameters.items()
-            if name not in not_keys
-        }
+        parameters = section_keys(section)
         required = [name for name, p in parameters.items() if p.default is p.empty]
         _check_keys(f"config.{section}", config[section], required, optional=parameters)
     for key, least in INTEGERS.items():
@@ -92,6 +87,17 @@ def check_config(config: ml_collections.ConfigDict, num_devices: int) -> None:
             f"config.batch_size={config.batch_size} does not divide over {num_devices} "
             f"devices{each}; it must be a multiple of {num_devices * parts}"
         )
+
+
+def section_keys(section: str) -> dict[str, inspect.Parameter]:
+    """The keys that a section may have."""
+    functions, not_keys = SECTIONS[section]
+    return {
+        name: parameter
+        for function in functions
+        for name, parameter in inspect.signature(function).parameters.items()
+        if name not in not_keys
+    }
 
 
 def arguments(section: ml_collections.ConfigDict, function: Callable) -> dict:

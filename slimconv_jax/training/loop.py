@@ -174,7 +174,7 @@ def train(
         f"images, {len(class_names)} classes\n"
         f"devices  {mesh.size} x {mesh.devices.flat[0].device_kind}{processes}\n"
         f"steps    {total_steps} of {config.batch_size} images, {config.num_epochs} epochs\n"
-        f"start    {words}{f' after step {first_step}' if first_step else ''}"
+        f"start    {words}{f' after step {first_step}' if first_step else ''}; compiling"
     )
 
     everywhere = replicated(mesh)
@@ -284,8 +284,8 @@ def _initialize(model: ResNet, path: str) -> str:
     same = {"num_classes": model.config.num_classes, "dilation": model.config.dilation}
     if dataclasses.replace(other.config, **same) != model.config:
         raise InputError(
-            f"config.init_from={path!r} is {describe_model(other.config)}, which is not the "
-            f"architecture of config.model, {describe_model(model.config)}"
+            f"config.init_from={path!r} is {describe_model(other.config)}, and config.model is "
+            f"{describe_model(model.config)}; they must be the same but for the classes"
         )
     said = f"from the weights of {path}"
     if other.config.num_classes != model.config.num_classes:

@@ -1,7 +1,6 @@
 """Several real processes on 127.0.0.1."""
 
 import itertools
-import json
 import os
 import signal
 import socket
@@ -44,8 +43,9 @@ def free_address():
 STEPS = """
 import functools, itertools, sys
 import jax, numpy as np, optax
+from flax import nnx
 from slimconv_jax.training.hosts import initialize
-address, count, index, output = sys.argv[1:]
+address, count, index, output, name = sys.argv[1:]
 if int(count) > 1:
     initialize(address, int(count), int(index))
 jax.config.update("jax_enable_x64", True)
@@ -53,6 +53,8 @@ from randomize import randomized
 from slimconv_jax.data.loader import load_dataset
 from slimconv_jax.data.sources import digits
 from slimconv_jax.data.transforms import Transform
+from slimconv_jax.models.layers import ConvBN
+from slimconv_jax.models.slimconv import SlimConv
 from slimconv_jax.models.zoo import abstract_model
 from slimconv_jax.training.augment import augment
 from slimconv_jax.training.step import (
@@ -63,15 +65,28 @@ mesh = data_mesh()
 dataset = load_dataset(
     digits("train"), Transform(), training=True, sharding=batch_sharded(mesh), on_device=False
 )
-model = randomized(
-    lambda: abstract_model("sc_resnet14", width=8, num_classes=10), np.float64
-)
+
+class Small(nnx.Module):
+    def __init__(self, rngs):
+        self.stem = ConvBN(3, 32, 3, strides=2, rngs=rngs)
+        self.unit = SlimConv(32, strides=2, rngs=rngs)
+        self.classifier = nnx.Linear(self.unit.out_features, 10, rngs=rngs)
+
+    def __call__(self, x):
+        x = nnx.relu(self.unit(nnx.relu(self.stem(x))))
+        return self.classifier(x.mean(axis=(1, 2)))
+
+def build():
+    if name == "small":
+        return Small(nnx.Rngs(0))
+    return abstract_model(name, width=8, num_classes=10)
+
+model = randomized(build, np.float64)
 optimizer = optax.sgd(0.02, momentum=0.9)
 step = make_train_step(
     model, optimizer, lambda step: 0.02, num_classes=10,
     augment=functools.partial(augment, crop_padding=2, mixup_alpha=0.2, cutmix_alpha=1.0),
     normalize=lambda images: images / 255.0, key=jax.random.key(1), mesh=mesh, ema_decay=0.9,
-    accumulation_steps=2,
 )
 state = jax.device_put(create_state(model, optimizer, ema=True), replicated(mesh))
 for batch in itertools.islice(dataset.train_batches(32, seed=0, first_step=0), 20):
@@ -82,16 +97,17 @@ if jax.process_index() == 0:
 """
 
 
-def test_the_layout_does_not_change_the_numbers(tmp_path):
+@pytest.mark.parametrize("model", ["small", pytest.param("sc_resnet14", marks=pytest.mark.slow)])
+def test_the_layout_does_not_change_the_numbers(tmp_path, model):
     # In float64, so that rounding cannot hide a difference in what is computed: real batches,
-    # accumulation, mixing, 20 steps, and then parameters, statistics and averages.
+    # mixing, 20 steps, and then parameters, statistics and averages.
     layouts = {"one": (1, 1), "eight": (1, 8), "two_by_two": (2, 2)}
     results = {}
     for name, (count, devices) in layouts.items():
         file = tmp_path / f"{name}.npz"
         address = free_address()
         processes = [
-            start(count, i, ["-c", STEPS, address, count, i, file], devices=devices)
+            start(count, i, ["-c", STEPS, address, count, i, file, model], devices=devices)
             for i in range(count)
         ]
         outputs = [process.communicate(timeout=300)[0] for process in processes]
@@ -135,44 +151,27 @@ def checkpoints(workdir):
     return sorted(int(path.name) for path in (workdir / "checkpoints").glob("[0-9]*[0-9]"))
 
 
-def test_runs_of_two_processes(tmp_path):
+def test_two_processes_stop_together_and_continue(tmp_path):
+    # Started by SLURM; one is told to stop, and both save the same step.
     workdir = tmp_path / "run"
-    # One is lost: the other ends in bounded time, with a sentence.
-    first, second = start_training(workdir)
-    read_until(first, "test  ")
-    read_until(first, "train  ")
-    second.kill()
-    output = first.communicate(timeout=150)[0]
-    second.communicate()
-    assert first.returncode == 1
-    assert "error: " in output and "Traceback" not in output
-    saved = checkpoints(workdir)
-    assert saved
-
-    # One is told to stop: both save the same step.
-    first, second = start_training(workdir)
+    first, second = start_training(workdir, slurm=True)
     read_until(first, "train  ")
     second.send_signal(signal.SIGINT)
     outputs = [process.communicate(timeout=60)[0] for process in (first, second)]
     assert [first.returncode, second.returncode] == [143, 130], outputs
     step = checkpoints(workdir)[-1]
-    assert step > saved[-1]
     for name, output in zip(("SIGTERM", "Ctrl-C"), outputs, strict=True):
         assert f"stopped by {name}; step {step} is saved, the same command continues" in output
+    assert "devices  " not in outputs[1]  # the first process alone reports
 
-    # Started by SLURM, the run continues; the first process alone reports. Told to stop before
-    # its first step, it does that one.
-    first, second = start_training(workdir, slurm=True)
+    # The run continues. Told to stop before its first step, it does that one.
+    first, second = start_training(workdir)
     read_until(first, f"continuing {workdir} after step {step}")
     first.send_signal(signal.SIGTERM)
     outputs = [process.communicate(timeout=120)[0] for process in (first, second)]
     assert (first.returncode, second.returncode) == (143, 143), outputs
     (step,) = {output.split("stopped by SIGTERM; step ")[1].split()[0] for output in outputs}
     assert step == str(checkpoints(workdir)[-1])
-    assert "devices  " not in outputs[1]
-    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    tests = [line["step"] for line in lines if line["split"] == "test"]
-    assert tests == sorted(set(tests))
 
     # What the first process refuses, the others leave too.
     refused = list(start_training(workdir, "--config.seed=3"))
@@ -180,6 +179,19 @@ def test_runs_of_two_processes(tmp_path):
     assert [process.returncode for process in refused] == [1, 1], outputs
     assert "another experiment: config.seed is 0 there and 3 here" in outputs[0]
     assert "stopped, since the first process cannot go on; it says why" in outputs[1]
+
+
+@pytest.mark.slow
+def test_a_lost_process_ends_the_other_in_bounded_time_with_a_sentence(tmp_path):
+    first, second = start_training(tmp_path)
+    read_until(first, "test  ")
+    read_until(first, "train  ")
+    second.kill()
+    output = first.communicate(timeout=150)[0]
+    second.communicate()
+    assert first.returncode == 1
+    assert "error: " in output and "Traceback" not in output
+    assert checkpoints(tmp_path)
 
 
 @pytest.mark.parametrize(
