@@ -8,8 +8,8 @@ ROOT/train/CLASS/ and ROOT/val/CLASS/ hold the images, of any size. The classifi
 new one for your classes; all else starts from the converted weights, and batch norm keeps the
 statistics of its training, since those of small batches of few photos are worse. Training takes
 random crops, resized to 224x224 pixels; testing resizes the shorter side to 256 and takes the
-central 224. For models of another name, k, width or stem set config.model; without init_from this trains from
-scratch, which takes far more epochs and photos, and --config.step.batch_norm=global.
+central 224. For models of another name, k, width or stem set config.model; without init_from this
+trains from scratch, which takes far more epochs and photos, and --config.step.batch_norm=global.
 """
 
 from ml_collections import ConfigDict, config_dict
