@@ -23,6 +23,11 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 
 
+def pytest_collection_modifyitems(items):
+    # The longest first, so that at the end no worker is left alone with them.
+    items.sort(key=lambda item: "test_hosts" not in item.nodeid)
+
+
 def pytest_unconfigure():
     if _cache is not None:  # else it belongs to someone else, or to the process that began it all
         shutil.rmtree(_cache, ignore_errors=True)
