@@ -210,7 +210,7 @@ def test_the_moving_average():
         expected = jax.tree.map(
             lambda e, n, decay=decay: decay * e + (1 - decay) * np.asarray(n), expected, now
         )
-    assert_close(state.ema, expected, rtol=1e-5, atol=1e-6)
+        assert_close(state.ema, expected, rtol=1e-5, atol=1e-6)
     assert not np.allclose(state.ema.params["classifier"]["bias"], now.params["classifier"]["bias"])
 
 
