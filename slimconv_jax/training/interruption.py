@@ -49,11 +49,15 @@ class StopSignal:
         return self
 
     def __exit__(self, *_) -> None:
+        self._let_go()
+
+    def _let_go(self) -> None:
+        """Gives signals their usual effect back."""
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
     def _receive(self, number: int, frame) -> None:
-        self.__exit__()
+        self._let_go()
         self._received = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
         if self._together:
             os.kill(os.getpid(), signal.SIGTERM)  # for JAX, which tells the others

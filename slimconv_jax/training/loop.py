@@ -244,7 +244,7 @@ def train(
                 test(step, state)
             stopping = stop.requested()
             if stopping or step in eval_steps:
-                reporter.stop(step)  # now all is known to be finite
+                reporter.flush(step)  # after which all is known to be finite
                 best = [line["step"] for line in rank_evaluations(reporter.lines)]
                 checkpoints.save(step, state, best=best)
             if stopping:

@@ -198,8 +198,6 @@ class Reporter:
             try:
                 if self._error is None:  # else only make room, so that nobody waits for ever
                     report(*arguments)
-            except InputError as error:
-                self._error = error
             except Exception as error:
                 self._error = error
             finally:
@@ -235,8 +233,8 @@ class Reporter:
             if not console.is_terminal:
                 self._print(step, f"train    {text}")
 
-    def stop(self, step: int) -> None:
-        """Takes notice that the run is to be continued after a step that has no line yet."""
+    def flush(self, step: int) -> None:
+        """Waits, and writes a line for the steps up to this one that have none yet."""
         self.wait()
         if self._window:
             self._end_window(step, self._means())

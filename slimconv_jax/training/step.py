@@ -1,6 +1,5 @@
 """One training step: a pure function from state and batch to state and metrics."""
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -162,20 +161,23 @@ def make_train_step(
         stats = nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))
         return loss.mean(), (stats, accuracy)
 
-    def part(params, carry, batch):
-        stats, *sums = carry
+    def part(params, stats, images, targets):
+        """The running averages after some images, their gradient, loss and accuracy."""
         (loss, (stats, accuracy)), grads = jax.value_and_grad(loss_fn, has_aux=True)(
-            params, stats, *batch
+            params, stats, images, targets
         )
-        return (stats, *jax.tree.map(jnp.add, tuple(sums), (grads, loss, accuracy))), None
+        return stats, grads, loss, accuracy
 
     def whole(params, stats, images, targets):
-        """Gradient, loss and accuracy of a batch, and the running averages after it."""
+        """The same of a batch, in as many parts as there are to be."""
         if accumulation_steps == 1:
-            (loss, (stats, accuracy)), grads = jax.value_and_grad(loss_fn, has_aux=True)(
-                params, stats, images, targets
-            )
-            return stats, grads, loss, accuracy
+            return part(params, stats, images, targets)
+
+        def add_part(carry, batch):
+            stats, *sums = carry
+            stats, *terms = part(params, stats, *batch)
+            return (stats, *jax.tree.map(jnp.add, sums, terms)), None
+
         # Of each device's images the parts take every so many, so that none has to move.
         parts = jax.tree.map(
             lambda x: x.reshape(-1, accumulation_steps, *x.shape[1:]).swapaxes(0, 1),
@@ -183,7 +185,7 @@ def make_train_step(
         )
         zero = jnp.zeros((), targets.dtype)
         start = (stats, jax.tree.map(jnp.zeros_like, params), zero, zero)
-        (stats, *sums), _ = jax.lax.scan(functools.partial(part, params), start, parts)
+        (stats, *sums), _ = jax.lax.scan(add_part, start, parts)
         return stats, *jax.tree.map(lambda x: x / accumulation_steps, sums)
 
     if batch_norm == "per_device":
@@ -198,7 +200,7 @@ def make_train_step(
             mesh=mesh,
             in_specs=(everywhere, everywhere, split, split),
             out_specs=everywhere,
-            check_vma=False,  # else the gradients of the parts would be added up one by one
+            check_vma=False,  # else JAX itself would add up the gradients, once for each part
         )
 
     def train_step(state: TrainState, batch: dict[str, jax.Array]):

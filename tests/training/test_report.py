@@ -172,7 +172,7 @@ def test_a_run_that_stops_between_lines_writes_one(tmp_path):
         with reporter(tmp_path, first_step) as report:
             for step in range(first_step + 1, last_step + 1):
                 report.train_step(step, metrics(step), 0.0)
-            report.stop(last_step)
+            report.flush(last_step)
     lines = read_metrics(epath.Path(tmp_path))
     assert [(line["step"], line["loss"]) for line in lines] == [(2, 1.5), (4, 3.5)]
 
