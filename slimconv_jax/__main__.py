@@ -1,4 +1,4 @@
-"""The command line beside train.py: what models there are, how good they are, and exports."""
+"""The command line beside train.py: models listed, evaluated, tried on images, and exported."""
 
 import argparse
 import inspect
@@ -67,8 +67,7 @@ def evaluate_command(args: argparse.Namespace) -> None:
     enable_compilation_cache()
     if args.json and (Path(args.json).is_dir() or not Path(args.json).absolute().parent.is_dir()):
         raise InputError(f"cannot write {args.json}: it is a directory, or lies in none")
-    changes = {key: value for key, value in vars(args).items() if key in PREPROCESSING}
-    preprocessing = preprocessing_of(read_info(args.model), **changes)
+    preprocessing = preprocessing_of(read_info(args.model), **_preprocessing_changes(args))
     options = {"name": args.data, "split": args.split or "test"}
     if args.data is None:
         options = read_run_dataset(args.model)
@@ -125,28 +124,96 @@ def _image_size(text: str) -> int | None:
     return None if text == "none" else int(text)
 
 
+def _preprocessing_changes(args: argparse.Namespace) -> dict:
+    return {key: value for key, value in vars(args).items() if key in PREPROCESSING}
+
+
+def predict_command(args: argparse.Namespace) -> None:
+    """Prints the likeliest classes of images."""
+    # Imported here since they take seconds.
+    from slimconv_jax.compilation_cache import enable_compilation_cache
+    from slimconv_jax.evaluation import preprocessing_of
+    from slimconv_jax.prediction import expand_paths, predict_saved
+    from slimconv_jax.saving import read_info
+
+    enable_compilation_cache()
+    preprocessing = preprocessing_of(read_info(args.model), **_preprocessing_changes(args))
+    images = expand_paths(args.images)
+    predictions = predict_saved(
+        args.model,
+        images,
+        batch_size=args.batch_size,
+        preprocessing=preprocessing,
+        dtype=args.dtype,
+        on_error=args.on_error,
+        checkpoint=args.checkpoint,
+        ema=args.ema,
+    )
+    if args.json:
+        report = [
+            {"image": image, "predictions": [guess._asdict() for guess in guesses]}
+            for image, guesses in predictions
+        ]
+        print(json.dumps(report, indent=2))
+        return
+    width = min(max(map(len, images)), 60)
+    for image, guesses in predictions:
+        rows = [f"{guess.probability:8.2%}  {guess.name}" for guess in guesses]
+        first, *others = rows or ["cannot be decoded"]
+        print(f"{image:{width}}  {first}", *(f"{'':{width}}  {row}" for row in others), sep="\n")
+
+
 def export_command(args: argparse.Namespace) -> None:
     """Writes a saved model in a format for other programs."""
     # Imported here since they take seconds.
-    from slimconv_jax.saving import load_model, read_info, save_model
+    from slimconv_jax.evaluation import preprocessing_of
+    from slimconv_jax.exporting import export_program
+    from slimconv_jax.saving import load_model, read_info, save_model, verify_weights
     from slimconv_jax.torch_interop.checkpoint_file import write_checkpoint
     from slimconv_jax.torch_interop.convert import to_torch
 
-    model = load_model(args.model, checkpoint=args.checkpoint, ema=args.ema)
-    if args.format != "torch":
-        info = read_info(args.model)
-        save_model(model, args.output, format=args.format, overwrite=args.overwrite, info=info)
-        print(
-            f"wrote {args.output}: {describe(model.config)}; in Python:\n"
-            f'  model = slimconv_jax.load_model("{args.output}")'
+    changes = _preprocessing_changes(args)
+    if args.format not in PROGRAM_USES and (args.input or changes):
+        raise InputError(
+            f"--input and --image-size are for {' and '.join(PROGRAM_USES)}; {args.format} takes "
+            "the weights alone"
         )
-        return
-    state_dict = to_torch(model)
-    write_checkpoint(state_dict, args.output, overwrite=args.overwrite)
-    print(
-        f"wrote {args.output}: {describe(model.config)}, {len(state_dict)} tensors; in PyTorch:\n"
-        f'  net.load_state_dict(torch.load("{args.output}"))'
-    )
+    model = load_model(args.model, checkpoint=args.checkpoint, ema=args.ema)
+    info = read_info(args.model)
+    what = f"{describe(model.config)}, read back and the same"
+    if args.format in PROGRAM_USES:
+        preprocessing = preprocessing_of(info, **changes)
+        print(f"{describe(model.config)}: exporting, then running what was exported", flush=True)
+        error = export_program(
+            model,
+            args.output,
+            format=args.format,
+            preprocessing=preprocessing,
+            input=args.input or "float",
+            overwrite=args.overwrite,
+        )
+        size = preprocessing.image_size
+        images = "uint8" if args.input == "uint8" else "normalised float32"
+        what = (
+            f"for {images} images (batch, {size}, {size}, 3); its logits at batch sizes 1 and 5 "
+            f"are the model's within {error:.1e} of the largest"
+        )
+        use = PROGRAM_USES[args.format].format(args.output)
+    elif args.format == "torch":
+        write_checkpoint(to_torch(model), args.output, overwrite=args.overwrite)
+        use = f'net.load_state_dict(torch.load("{args.output}"))'
+    else:
+        save_model(model, args.output, format=args.format, overwrite=args.overwrite, info=info)
+        verify_weights(model, args.output)
+        use = f'model = slimconv_jax.load_model("{args.output}")'
+    print(f"wrote {args.output}: {what}; in Python:\n  {use}")
+
+
+PROGRAM_USES = {
+    "stablehlo": 'jax.export.deserialize(bytearray(open("{}", "rb").read())).call(images)',
+    "onnx": 'onnxruntime.InferenceSession("{}").run(["logits"], {{"images": images}})[0]',
+}
+"""The formats of `export` that are programs, and how they are run."""
 
 
 SAVED_MODEL = "a directory of save_model or convert_weights.py, or the work directory of train.py"
@@ -165,6 +232,39 @@ def _add_saved_model(command: argparse.ArgumentParser) -> None:
         "--ema",
         action="store_true",
         help="of a work directory, the averaged weights (config.step.ema_decay)",
+    )
+
+
+def _add_inference(command: argparse.ArgumentParser) -> None:
+    """The arguments that say how images come to a model."""
+    add = command.add_argument
+    add("--batch-size", type=int, default=64, metavar="N", help="images at once (default: 64)")
+    add(
+        "--image-size",
+        type=_image_size,
+        default=argparse.SUPPRESS,
+        metavar="N",
+        help="pixels a "
+        "side: the central part after the shorter side is resized to 8/7 of that; none: images as "
+        "they are (default: what the model was trained with, else 224)",
+    )
+    for name, what in (("mean", "subtracted from"), ("std", "that then divides")):
+        add(
+            f"--{name}",
+            type=float,
+            nargs=3,
+            default=argparse.SUPPRESS,
+            metavar=("R", "G", "B"),
+            help=f"{what} each channel, of values up to 1 (default: what the model was trained "
+            "with, else ImageNet's)",
+        )
+    add("--dtype", help="of the computation, such as bfloat16 (default: float32)")
+    add(
+        "--on-error",
+        choices=["raise", "skip"],
+        default="raise",
+        help="for images that cannot be "
+        "decoded: stop, or leave them out and say so at the end (default: raise)",
     )
 
 
@@ -206,45 +306,47 @@ def main(argv: list[str] | None = None) -> int:
         help="image_folder: the directory of the splits; tfds: where TFDS keeps its data sets",
     )
     add("--split", help="default: that of the run in WORKDIR, else test")
-    add("--batch-size", type=int, default=64, metavar="N", help="images at once (default: 64)")
-    add(
-        "--image-size",
-        type=_image_size,
-        default=argparse.SUPPRESS,
-        metavar="N",
-        help="pixels a "
-        "side: the central part after the shorter side is resized to 8/7 of that; none: images as "
-        "they are (default: what the model was trained with, else 224)",
-    )
-    for name, what in (("mean", "subtracted from"), ("std", "that then divides")):
-        add(
-            f"--{name}",
-            type=float,
-            nargs=3,
-            default=argparse.SUPPRESS,
-            metavar=("R", "G", "B"),
-            help=f"{what} each channel, of values up to 1 (default: what the model was trained "
-            "with, else ImageNet's)",
-        )
-    add("--dtype", help="of the computation, such as bfloat16 (default: float32)")
-    add(
-        "--on-error",
-        choices=["raise", "skip"],
-        default="raise",
-        help="for images that cannot be "
-        "decoded: stop, or leave them out and say so at the end (default: raise)",
-    )
+    _add_inference(command)
     add("--json", metavar="FILE", help="write the figures here too")
+
+    command = commands.add_parser("predict", help="the likeliest classes of images")
+    command.set_defaults(run=predict_command)
+    _add_saved_model(command)
+    command.add_argument(
+        "images",
+        metavar="IMAGE",
+        nargs="+",
+        help="files, directories with all below, and patterns such as 'photos/**/*.jpg'",
+    )
+    _add_inference(command)
+    command.add_argument(
+        "--json", action="store_true", help="print a JSON list in place of the table"
+    )
 
     command = commands.add_parser("export", help="a saved model or training run, in another format")
     _add_saved_model(command)
     command.add_argument("output", metavar="OUT", help="the new file or directory")
     command.add_argument(
         "--format",
-        choices=["torch", "orbax", "safetensors"],
+        choices=[*PROGRAM_USES, "torch", "orbax", "safetensors"],
         required=True,
-        help="torch: a state dict with the names of the released files; orbax, safetensors: a "
-        "directory for load_model, with weights in that format",
+        help="stablehlo, onnx: a program from images to logits, of any batch size, with batch "
+        "norm folded; torch: a state dict with the names of the released files; orbax, "
+        "safetensors: a directory for load_model, with weights in that format",
+    )
+    command.add_argument(
+        "--input",
+        choices=["float", "uint8"],
+        help="what a program takes: float, images as the model takes them, normalised (default); "
+        "uint8, pixels, which it normalises itself",
+    )
+    command.add_argument(
+        "--image-size",
+        type=int,
+        default=argparse.SUPPRESS,
+        metavar="N",
+        help="pixels a side of a program's images (default: what the model was trained with, "
+        "else 224)",
     )
     command.add_argument("--overwrite", action="store_true", help="replace what is at OUT")
     command.set_defaults(run=export_command)

@@ -6,13 +6,18 @@ import rich.console
 import rich.progress
 
 console = rich.console.Console()
+_stderr_console = rich.console.Console(stderr=True)
 
 _SECONDS_BETWEEN_LINES = 10
 
 
 def say(text: str) -> None:
     """Prints a line to the person who watches, above the progress bar if there is one."""
-    console.print(text, highlight=False, markup=False, soft_wrap=True)
+    _print(console, text)
+
+
+def _print(to: rich.console.Console, text: str) -> None:
+    to.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 class Progress:
@@ -23,22 +28,24 @@ class Progress:
     Args:
       what: is done, such as "decoding".
       total: how many images there are to do.
+      stderr: whether to show it on standard error, for the sake of what is printed meanwhile.
 
     Attributes:
       done: how many are done.
     """
 
-    def __init__(self, what: str, total: int):
+    def __init__(self, what: str, total: int, *, stderr: bool = False):
         self._what, self._total, self.done = what, total, 0
+        self._console = _stderr_console if stderr else console
         self._bar = rich.progress.Progress(
             rich.progress.TextColumn("{task.description}"),
             rich.progress.BarColumn(),
             rich.progress.MofNCompleteColumn(),
             rich.progress.TextColumn("images"),
             rich.progress.TimeRemainingColumn(),
-            console=console,
+            console=self._console,
             transient=True,
-            disable=not console.is_terminal,
+            disable=not self._console.is_terminal,
         )
         self._task = self._bar.add_task(what, total=total)
         self._last_line = time.monotonic() - _SECONDS_BETWEEN_LINES + 2  # first after 2 s
@@ -56,6 +63,6 @@ class Progress:
         self._bar.advance(self._task, images)
         now = time.monotonic()
         due = now - self._last_line >= _SECONDS_BETWEEN_LINES
-        if not console.is_terminal and due and self.done < self._total:
+        if not self._console.is_terminal and due and self.done < self._total:
             self._last_line = now
-            say(f"{self._what}: {self.done} of {self._total} images")
+            _print(self._console, f"{self._what}: {self.done} of {self._total} images")

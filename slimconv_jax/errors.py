@@ -1,6 +1,8 @@
-"""The one exception that means "the input is wrong, not the program"."""
+"""The one exception that means "the input is wrong, not the program", and checks that raise it."""
 
+import importlib
 import math
+import types
 from numbers import Integral, Real
 
 
@@ -25,3 +27,23 @@ def require_number(name: str, value: object, *, least: float, below: float = mat
     if not is_number or not math.isfinite(value) or not least <= value < below:
         limit = "" if below == math.inf else f" and < {below}"
         raise InputError(f"{name}={value!r} must be a number >= {least}{limit}")
+
+
+def import_extra(module: str, *, extra: str, package: str | None = None) -> types.ModuleType:
+    """A module of an optional dependency.
+
+    Args:
+      module: what is imported.
+      extra: which of this package's extras has it.
+      package: what people call it, if not by the name of the module.
+
+    Raises:
+      ValueError: if it is not installed; the message has the command that installs it.
+    """
+    try:
+        return importlib.import_module(module)
+    except (ImportError, OSError):
+        raise InputError(
+            f"this needs {package or module}, which is not installed: pip install "
+            f"'slimconv_jax[{extra}]', or, in a clone, pip install -e '.[{extra}]'"
+        ) from None

@@ -154,6 +154,8 @@ def _empty_batch(
 
 def _match_classes(source: Source, class_names: Sequence[str] | None, num_classes: int) -> Source:
     """A source with the labels of a model."""
+    if not num_classes:
+        raise InputError("the model has no classifier, so there is nothing to evaluate")
     if class_names is not None and len(class_names) != num_classes:
         raise InputError(
             f"model.json is damaged: it names {len(class_names)} classes of {num_classes}"

@@ -16,6 +16,7 @@ import json
 import os
 import uuid
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -29,7 +30,7 @@ from slimconv_jax.errors import InputError
 from slimconv_jax.models.complexity import count_params
 from slimconv_jax.models.resnet import ResNet, ResNetConfig, as_dtype
 from slimconv_jax.models.slimconv import k_from_reduction
-from slimconv_jax.models.zoo import abstract_resnet, name_of
+from slimconv_jax.models.zoo import abstract_resnet, name_of, require_resnet
 
 PyTree = Any
 
@@ -66,8 +67,7 @@ def save_model(
       ValueError: if the directory exists (and is not to be overwritten, or is no model), cannot
         be written, or the model is none of ours.
     """
-    if not isinstance(model, ResNet):
-        raise InputError(f"save_model takes a slimconv_jax ResNet, not a {type(model).__name__}")
+    require_resnet(model, "save_model")
     if format not in FORMATS:
         raise InputError(f"format={format!r} must be one of {', '.join(map(repr, FORMATS))}")
     description = _describe(model, format, info)
@@ -121,6 +121,30 @@ def describe_workdir(model: ResNet, workdir: epath.Path, info: Mapping[str, Any]
         replace_file(file, text.encode())
     except OSError as error:
         raise InputError(f"cannot write {file}: {error}") from None
+
+
+@contextlib.contextmanager
+def new_file(path: os.PathLike | str, *, overwrite: bool) -> Iterator[Path]:
+    """A file that gets its name when it is complete, and is deleted if that fails.
+
+    Raises:
+      ValueError: if there is one already (that is not to be overwritten), or it cannot be
+        written.
+    """
+    path = Path(path)
+    if path.is_dir() or (path.exists() and not overwrite):
+        what = "it is a directory" if path.is_dir() else "--overwrite (overwrite=True) replaces it"
+        raise InputError(f"{path} exists already; {what}")
+    part = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        part.touch()  # tells before long work whether it can be
+        yield part
+        part.replace(path)
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror or error}") from None
+    finally:
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
 
 
 def replace_file(file: epath.Path, content: bytes) -> None:
@@ -261,6 +285,19 @@ def load_model(
         variable.set_value(jnp.asarray(arrays[name], variable.dtype))
     model.eval()
     return model
+
+
+def verify_weights(model: ResNet, path: epath.PathLike) -> None:
+    """Makes sure that a saved model has the weights of a model, to the last bit.
+
+    Raises:
+      ValueError: if it has not, or cannot be loaded.
+    """
+    expected, saved = _by_name(model), _by_name(load_model(path))
+    if expected.keys() != saved.keys() or not all(
+        np.array_equal(expected[name][...], saved[name][...], equal_nan=True) for name in expected
+    ):
+        raise InputError(f"{path} does not have the weights that were written")
 
 
 def check_destination(path: epath.PathLike, *, overwrite: bool) -> None:

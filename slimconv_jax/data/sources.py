@@ -187,7 +187,41 @@ class TfdsSource:
 _TFDS_TOOLS = "pip install tensorflow apache-beam mlcroissant"
 
 
-class ImageFolder:
+class ImageFiles:
+    """Image files, read as they are needed.
+
+    Args:
+      files: their paths.
+      labels: the class of each, indices into `class_names`; None for files without classes.
+      class_names: the name of each class.
+    """
+
+    def __init__(
+        self,
+        files: Sequence[str],
+        labels: Sequence[int] | None = None,
+        class_names: Sequence[str] = (),
+    ):
+        self._files = files
+        self._labels = [-1] * len(files) if labels is None else labels
+        self.class_names = tuple(class_names)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def __getitem__(self, index: int) -> Example:
+        try:
+            # Read whole, so without Python's buffer in between.
+            with open(self._files[index], "rb", buffering=0) as file:
+                return Example(file.read(), self._labels[index])
+        except OSError as error:
+            raise ImageError(f"cannot read {self._files[index]}: {error.strerror}") from None
+
+    def describe(self, index: int) -> str:
+        return os.fsencode(self._files[index]).decode(errors="backslashreplace")
+
+
+class ImageFolder(ImageFiles):
     """Image files in one directory per class, `ROOT/SPLIT/CLASS/*`; classes sorted by name.
 
     Files are those whose names end as images do, also in directories below that of the class;
@@ -211,31 +245,18 @@ class ImageFolder:
             raise InputError(
                 f"there is no directory {directory}; {root} has: {', '.join(splits) or 'none'}"
             )
-        self.class_names = tuple(_directories(directory))
-        if not self.class_names:
+        class_names = _directories(directory)
+        if not class_names:
             raise InputError(f"{directory} has no directories, one for each class, with images")
-        self._files, self._labels = [], []
-        for label, name in enumerate(self.class_names):
+        all_files, labels = [], []
+        for label, name in enumerate(class_names):
             files = list_images(directory / name)
             if not files:
                 suffixes = ", ".join(sorted(IMAGE_SUFFIXES))
                 raise InputError(f"the class {directory / name} has no images ({suffixes})")
-            self._files += files
-            self._labels += [label] * len(files)
-
-    def __len__(self) -> int:
-        return len(self._files)
-
-    def __getitem__(self, index: int) -> Example:
-        try:
-            # Read whole, so without Python's buffer in between.
-            with open(self._files[index], "rb", buffering=0) as file:
-                return Example(file.read(), self._labels[index])
-        except OSError as error:
-            raise ImageError(f"cannot read {self._files[index]}: {error.strerror}") from None
-
-    def describe(self, index: int) -> str:
-        return os.fsencode(self._files[index]).decode(errors="backslashreplace")
+            all_files += files
+            labels += [label] * len(files)
+        super().__init__(all_files, labels, class_names)
 
 
 def _directories(directory: Path) -> list[str]:

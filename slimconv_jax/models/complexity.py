@@ -4,7 +4,7 @@ import collections
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
-from slimconv_jax.errors import require_integer
+from slimconv_jax.errors import InputError, require_integer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +39,7 @@ def count_params(model: nnx.Module) -> int:
     return sum(math.prod(p.shape) for p in jax.tree.leaves(nnx.state(model, nnx.Param)))
 
 
-def count_macs(model: nnx.Module, image_size: int = 224) -> int:
+def count_macs(model: nnx.Module, image_size: int | Sequence[int] = 224) -> int:
     """Multiply-adds of one image through the model, in evaluation mode.
 
     Counted are the convolutions and matrix products (the papers' "FLOPs"), padding
@@ -47,16 +47,16 @@ def count_macs(model: nnx.Module, image_size: int = 224) -> int:
     `cond` all branches. Nothing is computed, and the model stays as it is.
 
     Args:
-      model: maps images (N, H, W, 3) to anything.
-      image_size: height and width of the image, in pixels.
+      model: maps images (N, H, W, C) to anything.
+      image_size: pixels a side of an image of three channels, or (H, W, C).
 
     Raises:
-      ValueError: if the image size is not a positive integer.
+      ValueError: if the image size is neither, or the model takes no such image.
     """
     return sum(macs for _, macs in _products(_trace(model, image_size).jaxpr))
 
 
-def layers(model: nnx.Module, image_size: int = 224) -> list[Layer]:
+def layers(model: nnx.Module, image_size: int | Sequence[int] = 224) -> list[Layer]:
     """The modules that a forward pass calls, in the order of the calls, whole before parts.
 
     The figures of a module include those of its parts. The first is the model itself,
@@ -70,13 +70,31 @@ def layers(model: nnx.Module, image_size: int = 224) -> list[Layer]:
     return [dataclasses.replace(row, macs=macs[_scope(index)]) for index, row in enumerate(rows)]
 
 
+def as_image_shape(image_size: int | Sequence[int]) -> tuple[int, int, int]:
+    """(H, W, C) of an image size as `count_macs` takes it.
+
+    Raises:
+      ValueError: if it is neither an integer nor three of them, or not positive.
+    """
+    if not isinstance(image_size, Sequence):
+        require_integer("image_size", image_size, 1)
+        return (image_size, image_size, 3)
+    if isinstance(image_size, str) or len(image_size) != 3:
+        raise InputError(
+            f"image_size={image_size!r} must be an integer, or height, width, channels"
+        )
+    for number in image_size:
+        require_integer("image_size: height, width and channels: each", number, 1)
+    return tuple(image_size)
+
+
 def _trace(
     model: nnx.Module,
-    image_size: int,
+    image_size: int | Sequence[int],
     forward: Callable[[nnx.Module, jax.Array], Any] = lambda model, x: model(x),
 ) -> ClosedJaxpr:
     """The program of a forward pass of one image, in evaluation mode."""
-    require_integer("image_size", image_size, 1)
+    image_shape = as_image_shape(image_size)
     graphdef, state = nnx.split(model)
 
     def run(state: nnx.State, x: jax.Array):
@@ -84,8 +102,14 @@ def _trace(
         copy.eval()
         return forward(copy, x)
 
-    image = jax.ShapeDtypeStruct((1, image_size, image_size, 3), jnp.float32)
-    return jax.make_jaxpr(run)(state, image)
+    image = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+    try:
+        return jax.make_jaxpr(run)(state, image)
+    except Exception as error:  # of the model, which may be anyone's
+        reason = str(error).strip().split("\n")[0]
+        raise InputError(
+            f"the model takes no image of {'x'.join(map(str, image_shape))}: {reason}"
+        ) from error
 
 
 def _products(

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from flax.typing import Dtype, Initializer
+from flax.typing import Dtype, Initializer, PaddingLike
 
 kaiming_normal = nnx.initializers.variance_scaling(2.0, "fan_out", "normal")
 """Normal with variance 2 / fan_out: PyTorch's `kaiming_normal_(mode="fan_out")`."""
@@ -73,15 +73,14 @@ class BatchNorm(nnx.BatchNorm):
 class ConvBN(nnx.Module):
     """A square convolution without bias, then batch norm; no activation.
 
-    The padding is symmetric, `kernel_dilation * (kernel_size - 1) / 2` on each side, as
-    in PyTorch; XLA's "SAME" pads unevenly at stride 2.
-
     Args:
       in_features: channels of the input.
       out_features: channels of the output.
       kernel_size: side of the kernel, odd.
       strides: one stride, or one for each of height and width.
       kernel_dilation: one dilation, or one for each of height and width.
+      padding: as `nnx.Conv` has it. None is symmetric, `kernel_dilation * (kernel_size - 1) / 2`
+        on each side, as in PyTorch; XLA's "SAME" pads unevenly at stride 2.
       feature_group_count: groups; must divide both channel counts.
       scale_init: initialiser of the batch norm's scale.
       dtype: dtype of the computation; inferred from input and parameters if None.
@@ -96,18 +95,21 @@ class ConvBN(nnx.Module):
         *,
         strides: int | Sequence[int] = 1,
         kernel_dilation: int | Sequence[int] = 1,
+        padding: PaddingLike | None = None,
         feature_group_count: int = 1,
         scale_init: Initializer = jax.nn.initializers.ones,
         dtype: Dtype | None = None,
         rngs: nnx.Rngs,
     ):
         dilation = tuple(np.broadcast_to(kernel_dilation, 2).tolist())
+        if padding is None:
+            padding = tuple((d * (kernel_size - 1) // 2,) * 2 for d in dilation)
         self.conv = nnx.Conv(
             in_features,
             out_features,
             (kernel_size, kernel_size),
             strides=strides,
-            padding=tuple((d * (kernel_size - 1) // 2,) * 2 for d in dilation),
+            padding=padding,
             kernel_dilation=dilation,
             feature_group_count=feature_group_count,
             use_bias=False,

@@ -17,7 +17,8 @@ from slimconv_jax.errors import InputError, require_integer
 from slimconv_jax.models.layers import ConvBN, uniform_fan_in
 from slimconv_jax.models.slimconv import SlimConv
 
-STEMS = ("imagenet", "cifar")
+STEMS = {"imagenet": 4, "cifar": 1}
+"""The stems, and the stride of the feature maps of the first stage with each."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +34,7 @@ class ResNetConfig:
         at the standard `width` of 64 (ResNeXt's "4d").
       reduction: r of every SlimConv; None for plain 3x3 convolutions.
       lower_groups: groups of SlimConv's lower 3x3 convolution; `groups` if None.
-      num_classes: outputs of the classifier.
+      num_classes: outputs of the classifier; 0 for none, which leaves the pooled features.
       width: channels of the stem and planes of the first stage; the stages have 1, 2, 4
         and 8 times as many planes.
       stem: "imagenet" (7x7 convolution at stride 2, 3x3 max pool at stride 2) or "cifar"
@@ -57,8 +58,8 @@ class ResNetConfig:
     dilation: tuple[bool, bool, bool] = (False, False, False)
 
     def __post_init__(self):
-        for name in ("num_classes", "width", "groups", "base_width"):
-            require_integer(name, getattr(self, name), 1)
+        for name, least in (("num_classes", 0), ("width", 1), ("groups", 1), ("base_width", 1)):
+            require_integer(name, getattr(self, name), least)
         if self.block not in BLOCKS:
             raise InputError(f"block={self.block!r} must be one of {', '.join(map(repr, BLOCKS))}")
         if self.block == "basic" and self.reduction is not None:
@@ -251,13 +252,16 @@ class ResNet(nnx.Module):
                 features = block_type.expansion * planes
             self.stages.append(blocks)
 
-        self.classifier = nnx.Linear(
-            features,
-            config.num_classes,
-            kernel_init=uniform_fan_in(features),
-            bias_init=uniform_fan_in(features),
-            rngs=rngs,
-        )
+        if not config.num_classes:
+            self.classifier = nnx.data(None)
+        else:
+            self.classifier = nnx.Linear(
+                features,
+                config.num_classes,
+                kernel_init=uniform_fan_in(features),
+                bias_init=uniform_fan_in(features),
+                rngs=rngs,
+            )
 
     def features(self, x: jax.Array) -> list[jax.Array]:
         """The output of each stage for images (N, H, W, 3), float and normalised.
@@ -268,6 +272,10 @@ class ResNet(nnx.Module):
         x = nnx.relu(self.stem(x))
         if self.config.stem == "imagenet":
             x = nnx.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
+        return self.stage_outputs(x)
+
+    def stage_outputs(self, x: jax.Array) -> list[jax.Array]:
+        """The output of each stage for the output (N, H, W, width) of the stem and its pool."""
         maps = []
         for blocks in self.stages:
             for block in blocks:
@@ -278,11 +286,12 @@ class ResNet(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Logits (N, num_classes) of images (N, H, W, 3), float and normalised.
 
-        At least float32, whatever the `dtype` of the computation.
+        Without classes, the pooled features (N, C). At least float32, whatever the `dtype` of
+        the computation.
         """
         return self.head(self.features(x)[-1])
 
     def head(self, x: jax.Array) -> jax.Array:
-        """Logits (N, num_classes) of the last feature map (N, H', W', C')."""
-        x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-        return self.classifier(x.mean(axis=(1, 2)))
+        """Logits (N, num_classes), or pooled features, of the last feature map (N, H', W', C')."""
+        x = x.astype(jnp.promote_types(x.dtype, jnp.float32)).mean(axis=(1, 2))
+        return x if self.classifier is None else self.classifier(x)

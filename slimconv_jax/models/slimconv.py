@@ -12,7 +12,7 @@ from numbers import Real
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from flax.typing import Dtype
+from flax.typing import Dtype, PaddingLike
 
 from slimconv_jax.errors import InputError, require_integer
 from slimconv_jax.models.layers import BatchNorm, ConvBN, kaiming_normal, uniform_fan_in
@@ -118,8 +118,8 @@ class SlimConv(nnx.Module):
        ReLU, then a 3x3 convolution b -> b on the lower one. Batch norm follows each.
     3. Fuse: upper, then lower, concatenated along channels. No activation: apply ReLU next.
 
-    Strides, dilation and groups belong to the two 3x3 convolutions, whose padding equals
-    the dilation. The gate pools the input before any stride.
+    Strides, dilation, padding and groups belong to the two 3x3 convolutions. The gate pools
+    the input before any stride.
 
     Args:
       in_features: channels C of the input, at least 2r. Where r does not divide C, the last
@@ -129,6 +129,7 @@ class SlimConv(nnx.Module):
       reduction: r >= 2, the reduction of the upper path; that of the lower one is 2r.
       strides: one stride, or one for each of height and width.
       kernel_dilation: one dilation, or one for each of height and width.
+      padding: as `nnx.Conv` has it; None is the dilation on each side, as in the paper.
       feature_group_count: groups of the upper 3x3 convolution; must divide a.
       lower_feature_group_count: groups of the lower one; must divide b. The same as
         `feature_group_count` if None.
@@ -154,6 +155,7 @@ class SlimConv(nnx.Module):
         reduction: int | None = None,
         strides: int | Sequence[int] = 1,
         kernel_dilation: int | Sequence[int] = 1,
+        padding: PaddingLike | None = None,
         feature_group_count: int = 1,
         lower_feature_group_count: int | None = None,
         squeeze_ratio: int = 32,
@@ -188,7 +190,12 @@ class SlimConv(nnx.Module):
 
         upper_features = in_features // reduction
         lower_features = in_features // (2 * reduction)
-        conv3x3 = {"strides": strides, "kernel_dilation": kernel_dilation, "dtype": dtype}
+        conv3x3 = {
+            "strides": strides,
+            "kernel_dilation": kernel_dilation,
+            "padding": padding,
+            "dtype": dtype,
+        }
         self.gate = Gate(in_features, squeeze_ratio=squeeze_ratio, dtype=dtype, rngs=rngs)
         self.upper = ConvBN(
             upper_features,

@@ -1,11 +1,12 @@
 """The named architectures, as rows of data, and the two functions that use them."""
 
+import contextlib
 import dataclasses
 import difflib
 import fnmatch
 import functools
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -89,7 +90,7 @@ def create_model(
       name: one of `list_models()`.
       k: compression ratio of every SlimConv, 2r/3 for an integer r >= 2, as a string
         ("8/3"), Fraction or number; None for the architecture's own. Sc models only.
-      num_classes: outputs of the classifier.
+      num_classes: outputs of the classifier; 0 for none, which leaves the pooled features.
       stem: "imagenet", or "cifar" for small images.
       width: channels of the stem and planes of the first stage, 64 in all published models.
       dilation: for each of stages 2, 3 and 4, whether dilation replaces its stride.
@@ -103,23 +104,47 @@ def create_model(
       ValueError: if the name is unknown, a value is not allowed, or the channels of the
         architecture do not divide by its groups at this k and width.
     """
+    architecture = {"num_classes": num_classes, "stem": stem, "width": width, "dilation": dilation}
+    config = resnet_config(name, k=k, **architecture)
+    options = {"zero_init_residual": zero_init_residual, "remat": remat, "dtype": dtype}
+    with _naming(name, config.reduction):
+        return ResNet(config, **options, rngs=rngs)
+
+
+def resnet_config(
+    name: str,
+    *,
+    k: CompressionRatio | None = None,
+    dilation: Sequence[bool] = (False, False, False),
+    **changes,
+) -> ResNetConfig:
+    """A named architecture, with changes; see `create_model`.
+
+    Args:
+      name: one of `list_models()`.
+      k: compression ratio of every SlimConv.
+      dilation: for each of stages 2, 3 and 4, whether dilation replaces its stride.
+      **changes: `num_classes`, `stem` and `width`.
+
+    Raises:
+      ValueError: if the name is unknown or a value is not allowed.
+    """
     if name not in ARCHITECTURES:
         raise unknown_model(name)
     config = ARCHITECTURES[name]
     if k is not None and config.reduction is None:
         raise InputError(f"{name} has no SlimConv, so it takes no k (k={k!r} was given)")
     reduction = config.reduction if k is None else reduction_from_k(k)
+    dilation = tuple(dilation) if isinstance(dilation, Sequence) else dilation
+    with _naming(name, reduction):
+        return dataclasses.replace(config, reduction=reduction, dilation=dilation, **changes)
+
+
+@contextlib.contextmanager
+def _naming(name: str, reduction: int | None) -> Iterator[None]:
+    """Says in an InputError which model it is about."""
     try:
-        config = dataclasses.replace(
-            config,
-            reduction=reduction,
-            num_classes=num_classes,
-            stem=stem,
-            width=width,
-            dilation=tuple(dilation) if isinstance(dilation, Sequence) else dilation,
-        )
-        options = {"zero_init_residual": zero_init_residual, "remat": remat, "dtype": dtype}
-        return ResNet(config, **options, rngs=rngs)
+        yield
     except InputError as error:
         at = f" at k={k_from_reduction(reduction)}" if reduction else ""
         raise InputError(f"{name}{at}: {error}") from None
@@ -130,25 +155,50 @@ def abstract_model(name: str, **overrides) -> ResNet:
 
     For counting. Arguments and errors are those of `create_model`, less `rngs`.
     """
-    return _abstract(functools.partial(create_model, name, **overrides))
+    return abstract(functools.partial(create_model, name, **overrides))
 
 
-def abstract_resnet(config: ResNetConfig, *, dtype: Dtype | None = None) -> ResNet:
+def abstract_resnet(
+    config: ResNetConfig, *, remat: bool = False, dtype: Dtype | None = None
+) -> ResNet:
     """`ResNet(config)` without the arrays, as the target of loaded weights."""
-    return nnx.merge(*_abstract_parts(config, as_dtype(dtype)))
+    return nnx.merge(*_abstract_parts(config, remat, as_dtype(dtype)))
 
 
 @functools.lru_cache(maxsize=8)
-def _abstract_parts(config: ResNetConfig, dtype: jnp.dtype | None) -> tuple:
-    graphdef, state = nnx.split(_abstract(functools.partial(ResNet, config, dtype=dtype)))
+def _abstract_parts(config: ResNetConfig, remat: bool, dtype: jnp.dtype | None) -> tuple:
+    build = functools.partial(ResNet, config, remat=remat, dtype=dtype)
+    graphdef, state = nnx.split(abstract(build))
     return graphdef, nnx.to_pure_dict(state)
 
 
-def _abstract(build: Callable[..., ResNet]) -> ResNet:
+def abstract(build: Callable[..., nnx.Module]) -> nnx.Module:
+    """What `build(rngs=...)` makes, with shapes and dtypes in place of arrays."""
     # One key for everything, since nothing is drawn. `nnx.Rngs` would count its keys inside
     # the traced program, with jax 0.10 at a cost quadratic in the depth (see BatchNorm).
     rngs = types.SimpleNamespace(params=lambda: jax.random.key(0))
     return nnx.eval_shape(lambda: build(rngs=rngs))
+
+
+def require_resnet(model: object, caller: str) -> None:
+    """Makes sure that a model is a ResNet of exactly the parameters that its `config` says.
+
+    Raises:
+      ValueError: if it is none, or was changed: batch norm folded, or SlimConv put into a part.
+    """
+    if not isinstance(model, ResNet):
+        raise InputError(f"{caller} takes a slimconv_jax ResNet, not a {type(model).__name__}")
+    kinds = (nnx.Param, nnx.BatchStat)
+    ours, expected = (
+        {path: variable.shape for path, variable in nnx.to_flat_state(nnx.state(m, kinds))}
+        for m in (model, abstract_resnet(model.config))
+    )
+    if ours != expected:
+        raise InputError(
+            f"{caller} takes a ResNet with the parameters of its architecture, "
+            f"{describe(model.config)}; this one was changed (batch norm folded, or SlimConv "
+            "in some of its blocks)"
+        )
 
 
 def name_of(config: ResNetConfig) -> str | None:
@@ -185,7 +235,7 @@ def describe(config: ResNetConfig) -> str:
     words = [name_of(config) or f"{config.block} blocks {config.blocks}, of no known name"]
     if config.reduction is not None:
         words.append(f"k={k_from_reduction(config.reduction)}")
-    words.append(f"{config.num_classes} classes")
+    words.append(f"{config.num_classes} classes" if config.num_classes else "no classifier")
     if config.stem != "imagenet":
         words.append(f"{config.stem} stem")
     if config.width != 64:

@@ -6,7 +6,6 @@ import os
 import re
 import struct
 import types
-import uuid
 import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -15,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from slimconv_jax.errors import InputError
+from slimconv_jax.errors import InputError, import_extra
+from slimconv_jax.saving import new_file
 
 USUAL_KEYS = (
     "state_dict",
@@ -41,14 +41,7 @@ def import_torch() -> types.ModuleType:
     Raises:
       ValueError: if PyTorch is not installed.
     """
-    try:
-        import torch
-    except (ImportError, OSError):
-        raise InputError(
-            "this needs PyTorch, which is not installed: pip install 'slimconv_jax[torch]', or, in "
-            "a clone, pip install -e '.[torch]'"
-        ) from None
-    return torch
+    return import_extra("torch", extra="torch", package="PyTorch")
 
 
 def read_checkpoint(
@@ -95,28 +88,25 @@ def write_checkpoint(
 ) -> None:
     """Writes a state dict as `torch.save` does, for `net.load_state_dict(torch.load(path))`.
 
-    The file appears complete or not at all.
+    The file appears complete, read back and compared, or not at all.
 
     Raises:
       ValueError: if PyTorch is not installed, or the file exists (and is not to be overwritten)
         or cannot be written.
     """
-    path = Path(path)
-    if path.is_dir() or (path.exists() and not overwrite):
-        what = "it is a directory" if path.is_dir() else "--overwrite (overwrite=True) replaces it"
-        raise InputError(f"{path} exists already; {what}")
     torch = import_torch()
-    part = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    try:
-        with open(part, "wb") as file:
-            torch.save({name: torch.tensor(array) for name, array in state_dict.items()}, file)
-        part.replace(path)
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror}") from None
-    except RuntimeError as error:  # PyTorch's, when the disk is full
-        raise InputError(f"cannot write {path}: {_first_line(error)}") from None
-    finally:
-        part.unlink(missing_ok=True)
+    with new_file(path, overwrite=overwrite) as part:
+        try:
+            with open(part, "wb") as file:
+                torch.save({name: torch.tensor(array) for name, array in state_dict.items()}, file)
+        except RuntimeError as error:  # PyTorch's, when the disk is full
+            raise InputError(f"cannot write {path}: {_first_line(error)}") from None
+        written, _, _ = read_checkpoint(part)
+        if written.keys() != state_dict.keys() or not all(
+            np.array_equal(written[name].numpy(), array, equal_nan=True)
+            for name, array in state_dict.items()
+        ):
+            raise InputError(f"cannot write {path}: what is read back is not what was written")
 
 
 def _state_dicts(content: Any, place: str = "", depth: int = 3) -> Iterator[tuple[str, dict]]:

@@ -21,6 +21,7 @@ from slimconv_jax.models.zoo import (
     abstract_resnet,
     describe,
     name_of,
+    require_resnet,
     unknown_model,
 )
 from slimconv_jax.torch_interop.architecture import read_architecture
@@ -113,10 +114,9 @@ def to_torch(model: ResNet) -> dict[str, np.ndarray]:
     without it, also where it is strict.
 
     Raises:
-      ValueError: if the model is no ResNet of this package.
+      ValueError: if the model is no ResNet of this package, or no longer one (`fold_batch_norm`).
     """
-    if not isinstance(model, ResNet):
-        raise InputError(f"to_torch takes a slimconv_jax ResNet, not a {type(model).__name__}")
+    require_resnet(model, "to_torch")
     return {
         name: entry.to_torch(np.asarray(entry.variable[...]))
         for name, entry in entries(model).items()

@@ -140,7 +140,7 @@ class ResNet(nn.Module):
                 blocks.append(block_type(channels, planes, *setting, config))
                 channels = blocks[-1].out_channels
             self.add_module(f"layer{stage + 1}", nn.Sequential(*blocks))
-        self.fc = nn.Linear(channels, config.num_classes)
+        self.fc = nn.Linear(channels, config.num_classes) if config.num_classes else nn.Identity()
 
     def activations(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
         """What comes out of the stem (before the pool), of each stage, and the logits."""

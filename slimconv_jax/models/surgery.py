@@ -1,0 +1,324 @@
+"""Models changed after they were made: SlimConv put in, batch norm folded, backbones taken out.
+
+Each function returns a new model and leaves the one that it is given as it is.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from fractions import Fraction
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from slimconv_jax.errors import InputError
+from slimconv_jax.models.complexity import as_image_shape, count_macs, count_params
+from slimconv_jax.models.layers import ConvBN, kaiming_normal
+from slimconv_jax.models.resnet import STEMS, Bottleneck, ResNet
+from slimconv_jax.models.slimconv import (
+    CompressionRatio,
+    Gate,
+    SlimConv,
+    k_from_reduction,
+    reduction_from_k,
+)
+from slimconv_jax.models.zoo import abstract_resnet, require_resnet
+
+Path = tuple[str | int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class SlimifyReport:
+    """What `slimify` did; `print` shows it as a table.
+
+    Attributes:
+      k: the compression ratio of the new SlimConvs.
+      replaced: the paths of the 3x3 convolutions that were replaced, and their channels in words.
+      left: the paths of those that could not be replaced, and the reasons.
+      params: parameters of the model before and after.
+      macs: multiply-adds of one image before and after; None if they were not counted.
+      image_shape: (H, W, C) of that image.
+    """
+
+    k: Fraction
+    replaced: dict[Path, str]
+    left: dict[Path, str]
+    params: tuple[int, int]
+    macs: tuple[int, int] | None
+    image_shape: tuple[int, int, int]
+
+    def __str__(self) -> str:
+        rows = self.replaced | {path: f"left: {why}" for path, why in self.left.items()}
+        names = {path: ".".join(map(str, path)) or "the model itself" for path in rows}
+        width = max(map(len, names.values()))
+        counts = {"parameters": self.params}
+        if self.macs is not None:
+            counts["multiply-adds of an image of {}x{}x{}".format(*self.image_shape)] = self.macs
+        return "\n".join(
+            [
+                f"{len(self.replaced)} of {len(rows)} 3x3 convolutions replaced, k={self.k}",
+                *(f"  {names[path]:{width}}  {what}" for path, what in rows.items()),
+                *(
+                    f"{what}: {before:,} before, {after:,} after ({after / before - 1:+.1%})"
+                    for what, (before, after) in counts.items()
+                ),
+            ]
+        )
+
+
+def slimify(
+    model: nnx.Module,
+    *,
+    k: CompressionRatio = "4/3",
+    where: Callable[[Path, nnx.Conv], bool] | None = None,
+    image_size: int | Sequence[int] | None = None,
+    rngs: nnx.Rngs | None = None,
+) -> tuple[nnx.Module, SlimifyReport]:
+    """Replaces the 3x3 convolutions of any NNX model by SlimConv.
+
+    In place of an `nnx.Conv` from C to D channels comes `nnx.Sequential` of SlimConv(C), ReLU and
+    a 1x1 convolution to D channels, which restores the width, so that the rest of the model still
+    fits. SlimConv gets the strides, padding, dilation and groups, the 1x1 convolution the bias,
+    both the dtype and precision. In the bottlenecks of this package's plain ResNets a 1x1
+    convolution follows anyway: there SlimConv replaces the convolution with its batch norm, and
+    the model becomes exactly its Sc counterpart. What is new has new parameters; everything else
+    is copied.
+
+    Args:
+      model: any NNX module; it stays as it is. The convolutions inside a SlimConv do not count.
+      k: compression ratio of SlimConv, 2r/3 for an integer r >= 2.
+      where: `where(path, conv)` says whether to replace a 3x3 convolution; the path has
+        the attribute names and indices that lead to it. None replaces all.
+      image_size: pixels a side, or (H, W, C), of the image for which the report counts
+        multiply-adds. None means 224x224x3, and no count if the model takes no such image.
+      rngs: source of the new parameters; `nnx.Rngs(0)` if None.
+
+    Returns:
+      The new model and a report. Left as they are, and listed in the report, are convolutions with
+      too few channels, with channels that do not divide by the groups, or with something that
+      SlimConv has not. The new layers are in evaluation mode if all batch norms of the model are.
+
+    Raises:
+      ValueError: if `k` is none, the model has no 3x3 convolution, `where` chooses none, or the
+        model takes no image of the `image_size`.
+    """
+    reduction = reduction_from_k(k)
+    _require_module(model, "slimify")
+    image_shape = as_image_shape(224 if image_size is None else image_size)
+    rngs = nnx.Rngs(0) if rngs is None else rngs
+    evaluating = _is_evaluating(model)
+    slim = nnx.clone(model)
+    # Known by their kernels, since `recursive_map` copies modules, but not variables.
+    of_slimconvs = {
+        id(conv.kernel)
+        for _, unit in nnx.iter_modules(slim)
+        if isinstance(unit, SlimConv)
+        for conv in (unit.upper.conv, unit.lower.conv)
+    }
+    replaced, left, unchosen = {}, {}, []
+
+    def replace(path: Path, node: Any) -> Any:
+        """Is called with the parts of a module before the module itself."""
+        if isinstance(node, nnx.Conv) and node.kernel_size == (3, 3):
+            if id(node.kernel) in of_slimconvs:
+                return node
+            if where is not None and not where(path, node):
+                unchosen.append(path)
+                return node
+            try:
+                slim_node = _slim(node, reduction, rngs)
+            except InputError as error:
+                left[path] = str(error)
+                return node
+            replaced[path] = f"{node.in_features} -> {node.out_features} channels"
+            return slim_node
+        if isinstance(node, Bottleneck):
+            _use_following_conv(node, rngs)
+        if isinstance(node, ResNet) and node.config.block == "bottleneck":
+            units = [block.conv2 for stage in node.stages for block in stage]
+            if node.config.reduction is None and all(isinstance(u, SlimConv) for u in units):
+                node.config = dataclasses.replace(node.config, reduction=reduction)
+        return node
+
+    slim = nnx.recursive_map(replace, slim)
+    if not replaced and not left:
+        why = "the model has no nnx.Conv of 3x3 outside of SlimConvs"
+        if unchosen:
+            shown = ".".join(map(str, unchosen[0]))
+            why = f"`where` chooses none of its {len(unchosen)} 3x3 convolutions, such as {shown}"
+        raise InputError(f"slimify: {why}")
+    if evaluating:
+        slim.eval()
+    try:
+        macs = count_macs(model, image_shape), count_macs(slim, image_shape)
+    except InputError:
+        if image_size is not None:
+            raise
+        macs = None
+    params = count_params(model), count_params(slim)
+    k = k_from_reduction(reduction)
+    return slim, SlimifyReport(k, replaced, left, params, macs, image_shape)
+
+
+def _slim(conv: nnx.Conv, reduction: int, rngs: nnx.Rngs) -> nnx.Sequential:
+    """SlimConv, ReLU and a 1x1 convolution in place of a 3x3 convolution.
+
+    Raises:
+      ValueError: if there can be none; the message says why.
+    """
+    odd = {
+        f"is a {type(conv).__name__}": type(conv) is not nnx.Conv,
+        "has an input dilation": np.any(np.array(conv.input_dilation or 1) != 1),
+        "has a mask": conv.mask is not None,
+        f"has parameters of {conv.param_dtype}": jnp.dtype(conv.param_dtype) != jnp.float32,
+        "has a preferred_element_type": conv.preferred_element_type is not None,
+        "has another conv_general_dilated": conv.conv_general_dilated
+        is not jax.lax.conv_general_dilated,
+    }
+    for what, is_so in odd.items():
+        if is_so:
+            raise InputError(f"it {what}, and SlimConv does not")
+    unit = SlimConv(
+        conv.in_features,
+        reduction=reduction,
+        strides=1 if conv.strides is None else conv.strides,
+        kernel_dilation=1 if conv.kernel_dilation is None else conv.kernel_dilation,
+        padding=conv.padding,
+        feature_group_count=conv.feature_group_count,
+        dtype=conv.dtype,
+        rngs=rngs,
+    )
+    restore = nnx.Conv(
+        unit.out_features,
+        conv.out_features,
+        (1, 1),
+        use_bias=conv.use_bias,
+        kernel_init=kaiming_normal,
+        dtype=conv.dtype,
+        rngs=rngs,
+    )
+    slim = nnx.Sequential(unit, nnx.relu, restore)
+    for _, module in nnx.iter_modules(slim):
+        if hasattr(module, "precision"):
+            module.precision = conv.precision
+    return slim
+
+
+def _use_following_conv(block: Bottleneck, rngs: nnx.Rngs) -> None:
+    """Lets the 1x1 convolution that ends a bottleneck take the output of a new SlimConv."""
+    if isinstance(block.conv2, ConvBN) and isinstance(block.conv2.conv, nnx.Sequential):
+        block.conv2 = block.conv2.conv.layers[0]
+        old, dtype = block.conv3, block.conv3.conv.dtype
+        block.conv3 = ConvBN(block.conv2.out_features, old.out_features, 1, dtype=dtype, rngs=rngs)
+        block.conv3.bn = old.bn
+
+
+def fold_batch_norm(model: nnx.Module) -> nnx.Module:
+    """The same function in evaluation mode, without batch norm.
+
+    Each batch norm with its running statistics is a scale and an offset per channel: the scale
+    goes into the kernel of the convolution before it, in SlimConv's gate of the linear layer, and
+    the offset becomes its bias. Results differ by rounding only.
+
+    Args:
+      model: any NNX module; it stays as it is. What is folded is what this package has made:
+        ResNets and SlimConvs. Batch norms elsewhere in it stay.
+
+    Returns:
+      A model for inference. It cannot be trained further, or saved by `save_model`.
+
+    Raises:
+      ValueError: if there is nothing to fold.
+    """
+    _require_module(model, "fold_batch_norm")
+    folded_any = False
+
+    def fold(path: Path, node: Any) -> Any:
+        nonlocal folded_any
+        if isinstance(node, ConvBN):
+            is_slimified = isinstance(node.conv, nnx.Sequential)
+            _absorb(node.conv.layers[-1] if is_slimified else node.conv, node.bn)
+            node = node.conv
+        elif isinstance(node, Gate) and isinstance(node.bn, nnx.BatchNorm):
+            _absorb(node.squeeze, node.bn)
+            node.bn = nnx.static(nnx.identity)
+        else:
+            return node
+        folded_any = True
+        return node
+
+    folded = nnx.recursive_map(fold, nnx.clone(model))
+    if not folded_any:
+        raise InputError("fold_batch_norm: the model has no batch norm of a ResNet or SlimConv")
+    folded.eval()
+    return folded
+
+
+def _absorb(layer: nnx.Conv | nnx.Linear, bn: nnx.BatchNorm) -> None:
+    """Makes a layer compute what it and the batch norm after it compute."""
+    mean, var, scale, offset, kernel = (
+        np.asarray(variable[...], np.float64)
+        for variable in (bn.mean, bn.var, bn.scale, bn.bias, layer.kernel)
+    )
+    bias = 0 if layer.bias is None else np.asarray(layer.bias[...], np.float64)
+    scale = scale / np.sqrt(var + bn.epsilon)
+    dtype = layer.kernel.dtype
+    layer.kernel.set_value(jnp.asarray(kernel * scale, dtype))
+    layer.bias = nnx.Param(jnp.asarray((bias - mean) * scale + offset, dtype))
+    layer.use_bias = True
+
+
+def backbone(model: ResNet, *, output_stride: int | None = None) -> ResNet:
+    """A ResNet without its classifier, for feature maps, with the weights that it has.
+
+    Where the output stride is less than the model's, the strides of the last stages become
+    dilation, as in DeepLab: a convolution then meets the same pixels under its weights as
+    before, on larger maps, so that the weights stay valid. (A gate of SlimConv averages over the
+    larger map.)
+
+    Args:
+      model: a ResNet of this package; it stays as it is.
+      output_stride: stride of the last feature map: 32, 16, 8 or 4, with the "cifar" stem 8, 4, 2
+        or 1. None leaves strides and dilation as they are.
+
+    Returns:
+      A ResNet of `num_classes=0`: called, it gives pooled features (N, C). It is in evaluation
+      mode if the model is.
+
+    Raises:
+      ValueError: if the model is none, or the output stride is not one of those.
+    """
+    require_resnet(model, "backbone")
+    dilation = model.config.dilation
+    if output_stride is not None:
+        first = STEMS[model.config.stem]
+        # How many of the last three stages have dilation.
+        dilated = {first * 2 ** (3 - count): count for count in range(4)}
+        if output_stride not in dilated:
+            raise InputError(
+                f"output_stride={output_stride!r} must be one of {', '.join(map(str, dilated))}"
+            )
+        dilation = tuple(stage >= 3 - dilated[output_stride] for stage in range(3))
+    config = dataclasses.replace(model.config, num_classes=0, dilation=dilation)
+    result = abstract_resnet(config, remat=model.remat, dtype=model.stem.conv.dtype)
+    weights = nnx.clone(model)
+    weights.classifier = None
+    nnx.update(result, nnx.state(weights, (nnx.Param, nnx.BatchStat)))
+    if _is_evaluating(model):
+        result.eval()
+    return result
+
+
+def _require_module(model: object, caller: str) -> None:
+    if not isinstance(model, nnx.Module):
+        raise InputError(f"{caller} takes an NNX module, not a {type(model).__name__}")
+
+
+def _is_evaluating(model: nnx.Module) -> bool:
+    """Whether all batch norms of a model, of which there are some, are in evaluation mode."""
+    modes = [
+        m.use_running_average for _, m in nnx.iter_modules(model) if isinstance(m, nnx.BatchNorm)
+    ]
+    return bool(modes) and all(modes)

@@ -1,0 +1,142 @@
+"""What a saved model sees in image files."""
+
+import functools
+import glob
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from etils import epath
+from flax import nnx
+from flax.typing import Dtype
+
+from slimconv_jax.console import Progress
+from slimconv_jax.data.loader import load_dataset, round_up
+from slimconv_jax.data.sources import ImageFiles
+from slimconv_jax.data.transforms import Transform, find_images
+from slimconv_jax.errors import InputError, require_integer
+from slimconv_jax.evaluation import Preprocessing, preprocessing_of
+from slimconv_jax.models.surgery import fold_batch_norm
+from slimconv_jax.saving import load_model, read_info
+from slimconv_jax.training.augment import normalize
+from slimconv_jax.training.step import batch_sharded, data_mesh, replicated
+
+
+class Guess(NamedTuple):
+    """One of the likeliest classes of an image.
+
+    Attributes:
+      name: of the class; its index in digits if the model has no names.
+      index: of the class.
+      probability: from 0 to 1.
+    """
+
+    name: str
+    index: int
+    probability: float
+
+
+class Prediction(NamedTuple):
+    """The likeliest classes of one image; without any if it was left out.
+
+    Attributes:
+      image: the file.
+      guesses: the five likeliest classes, or all if there are fewer, the likeliest first.
+    """
+
+    image: str
+    guesses: list[Guess]
+
+
+def expand_paths(paths: Sequence[str]) -> list[str]:
+    """The image files that are meant by files, folders and patterns such as "photos/**/*.jpg".
+
+    Raises:
+      ValueError: if one of them is not there, or has no images.
+    """
+    files = []
+    for path in paths:
+        # A file may have the characters of a pattern in its name.
+        matches = [path] if os.path.lexists(path) else sorted(glob.glob(path, recursive=True))
+        if not matches:
+            raise InputError(
+                f"no file matches {path}"
+                if glob.has_magic(path)
+                else f"there is no file or directory {path}"
+            )
+        for match in matches:
+            files += map(str, find_images(match)) if Path(match).is_dir() else [match]
+    return files
+
+
+def predict_saved(
+    path: epath.PathLike,
+    images: Sequence[str],
+    *,
+    batch_size: int = 64,
+    preprocessing: Preprocessing | None = None,
+    dtype: Dtype | None = None,
+    on_error: str = "raise",
+    checkpoint: int | None = None,
+    ema: bool = False,
+) -> Iterator[Prediction]:
+    """Classifies image files with a saved model, in batches, with progress on standard error.
+
+    Args:
+      path: a directory that `load_model` takes.
+      images: the files.
+      batch_size: images at once, if there are as many.
+      preprocessing: what comes before the model; None for what is saved with it.
+      dtype: dtype of the computation.
+      on_error: "raise", or "skip" to leave out images that cannot be decoded.
+      checkpoint: see `load_model`, as the next one.
+      ema: whether to take a training run's averaged weights.
+
+    Yields:
+      A prediction for each image, in order.
+
+    Raises:
+      ValueError: if something cannot be used.
+    """
+    require_integer("batch_size", batch_size, 1)
+    info = read_info(path)
+    preprocessing = preprocessing or preprocessing_of(info)
+    model = load_model(path, dtype=dtype, checkpoint=checkpoint, ema=ema)
+    num_classes = model.config.num_classes
+    if not num_classes:
+        raise InputError(f"{path} has no classifier, so it predicts no classes")
+    names = info.get("class_names") or [str(index) for index in range(num_classes)]
+    mesh = data_mesh()
+    dataset = load_dataset(
+        ImageFiles(images),
+        Transform(preprocessing.image_size),
+        training=False,
+        sharding=batch_sharded(mesh),
+        on_device=False,  # each image is needed once
+        on_error=on_error,
+    )
+    graphdef, state = nnx.split(fold_batch_norm(model))
+    state = jax.device_put(state, replicated(mesh))
+    prepare = functools.partial(normalize, mean=preprocessing.mean, std=preprocessing.std)
+
+    @functools.partial(jax.jit, out_shardings=replicated(mesh))
+    def guess(state: nnx.State, images: jax.Array) -> tuple[jax.Array, jax.Array]:
+        logits = nnx.merge(graphdef, state)(prepare(images))
+        return jax.lax.top_k(jax.nn.softmax(logits), min(5, num_classes))
+
+    batch_size = round_up(min(batch_size, len(images)), mesh.size)
+    remaining = iter(images)
+    with Progress("predicting", len(images), stderr=True) as progress:
+        for batch in dataset.eval_batches(batch_size):
+            rows = zip(
+                *map(np.asarray, (*guess(state, batch["image"]), batch["mask"])), strict=True
+            )
+            # The rows after the last image are padding.
+            for (probabilities, classes, is_there), image in zip(rows, remaining, strict=False):
+                best = zip(classes.tolist(), probabilities.tolist(), strict=True)
+                guesses = [Guess(names[index], index, share) for index, share in best]
+                yield Prediction(image, guesses if is_there else [])
+                progress.advance(1)
