@@ -21,12 +21,14 @@ from slimconv_jax.models.zoo import abstract_model
 
 
 def randomized(name: str) -> nnx.Module:
-    """A model of random weights under which activations neither grow nor vanish."""
+    """A model of random weights that, like trained ones, do not amplify rounding."""
     model, rng = abstract_model(name), np.random.default_rng(0)
     for path, variable in nnx.to_flat_state(nnx.state(model)):
         shape = variable.shape
         if path[-1] in ("scale", "var"):
             value = rng.uniform(0.5, 1.5, shape)
+            if path[-3:] == ("conv3", "bn", "scale"):  # of the end of a residual branch
+                value *= 0.3
         elif path[-1] == "kernel":
             value = rng.normal(size=shape) / np.sqrt(np.prod(shape[:-1]))
         else:
@@ -54,8 +56,8 @@ def main() -> None:
     shape = (args.batch_size, args.image_size, args.image_size, 3)
     images = jnp.asarray(np.random.default_rng(1).normal(size=shape), jnp.float32)
     print(
-        f"{jax.devices()[0].device_kind}, jax {jax.__version__}; batches of {args.batch_size} images "
-        f"of {args.image_size}x{args.image_size}, medians of {args.repeats}\n"
+        f"{jax.devices()[0].device_kind}, jax {jax.__version__}; {args.batch_size} images at once, "
+        f"{args.image_size}x{args.image_size} pixels, medians of {args.repeats}\n"
         f"{'model':22} {'difference':>10} {'images/s':>9} {'folded':>9} {'ratio':>6}"
     )
     for name in sc.list_models(args.models):

@@ -156,11 +156,14 @@ def predict_command(args: argparse.Namespace) -> None:
         ]
         print(json.dumps(report, indent=2))
         return
-    width = min(max(map(len, images)), 60)
-    for image, guesses in predictions:
-        rows = [f"{guess.probability:8.2%}  {guess.name}" for guess in guesses]
-        first, *others = rows or ["cannot be decoded"]
-        print(f"{image:{width}}  {first}", *(f"{'':{width}}  {row}" for row in others), sep="\n")
+    width = max(map(len, images))
+    for position, (image, guesses) in enumerate(predictions):
+        if position == 0:
+            print(f"{'image':{width}}  probability  class")
+        rows = [f"{guess.probability:11.2%}  {guess.name}" for guess in guesses]
+        for row in rows or ["cannot be decoded"]:
+            print(f"{image:{width}}  {row}")
+            image = ""
 
 
 def export_command(args: argparse.Namespace) -> None:

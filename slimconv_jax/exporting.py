@@ -6,6 +6,7 @@ and found to give the logits of the model.
 
 import logging
 import os
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -105,7 +106,9 @@ def _write_onnx(model: ResNet, prepare: Program, images: jax.ShapeDtypeStruct, p
     jax2onnx, _ = (import_extra(name, extra="export") for name in ("jax2onnx", "onnxruntime"))
     logging.getLogger("onnx_ir").setLevel(logging.ERROR)  # it warns of shapes in the middle
     names = {"input_names": ["images"], "output_names": ["logits"]}
-    proto = jax2onnx.to_onnx(program, [images], model_name="slimconv_jax", **names)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what it takes from Flax is called otherwise by now
+        proto = jax2onnx.to_onnx(program, [images], model_name="slimconv_jax", **names)
     # Whole, where jax2onnx itself would write large weights to a second file.
     path.write_bytes(proto.SerializeToString())
 
@@ -134,9 +137,9 @@ def _verify(
     with jax.default_matmul_precision("highest"):
         reference = jax.jit(lambda state, images: nnx.merge(graphdef, state)(prepare(images)))
         expected = np.asarray(reference(state, inputs))
+        if not np.isfinite(expected).all():
+            raise InputError("logits of random images are infinite or NaN, so nothing is written")
         differences = [np.asarray(program(inputs[:n])) - expected[:n] for n in BATCH_SIZES]
-    if not np.isfinite(expected).all():
-        raise InputError("the logits of random images are infinite or NaN, so nothing is written")
     error = max(np.abs(difference).max() for difference in differences) / np.abs(expected).max()
     if not error <= TOLERANCE:  # which NaN is not, either
         raise InputError(

@@ -80,9 +80,7 @@ def as_image_shape(image_size: int | Sequence[int]) -> tuple[int, int, int]:
         require_integer("image_size", image_size, 1)
         return (image_size, image_size, 3)
     if isinstance(image_size, str) or len(image_size) != 3:
-        raise InputError(
-            f"image_size={image_size!r} must be an integer, or height, width, channels"
-        )
+        raise InputError(f"image_size={image_size!r} must be an integer, or (H, W, C)")
     for number in image_size:
         require_integer("image_size: height, width and channels: each", number, 1)
     return tuple(image_size)

@@ -1,0 +1,148 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import linen as nn
+from flax import nnx
+from flax.traverse_util import flatten_dict
+from randomize import apply, randomized
+
+import slimconv_jax as sc
+from slimconv_jax.models.zoo import abstract_model
+
+ARCHITECTURE = {"k": 2, "num_classes": 5, "width": 8, "stem": "cifar"}
+
+
+@pytest.fixture(scope="module")
+def converted():
+    """A model that came from a PyTorch state dict."""
+    model = randomized(lambda: abstract_model("sc_resnet14", **ARCHITECTURE))
+    return sc.from_torch(sc.to_torch(model), k=2)
+
+
+@pytest.fixture(scope="module")
+def images():
+    return np.random.default_rng(0).normal(size=(8, 16, 16, 3)).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return sc.linen.create_model("sc_resnet14", **ARCHITECTURE)
+
+
+def test_converted_weights_give_the_same_logits(model, converted, images):
+    variables = sc.linen.variables(converted)
+    logits = jax.jit(model.apply)(variables, images)
+    expected = apply(converted, images)
+    assert logits.dtype == jnp.float32
+    np.testing.assert_allclose(logits, expected, atol=1e-6 * np.abs(expected).max(), rtol=0)
+    maps = jax.eval_shape(lambda v, x: model.apply(v, x, method="features"), variables, images)
+    assert [m.shape[1:] for m in maps] == [(16, 16, 32), (8, 8, 64), (4, 4, 128), (2, 2, 256)]
+
+
+def test_training_updates_the_statistics_of_a_whole_model(model, converted, images):
+    variables = sc.linen.variables(converted)
+    train = jax.jit(functools.partial(model.apply, train=True, mutable=["batch_stats"]))
+    logits, updates = train(variables, images)
+    trained = nnx.clone(converted)
+    trained.train()
+    expected = apply(trained, images)
+    np.testing.assert_allclose(logits, expected, atol=1e-5 * np.abs(expected).max(), rtol=0)
+    expected_stats = flatten_dict(sc.linen.variables(trained)["batch_stats"])
+    old_stats, new_stats = map(flatten_dict, (variables["batch_stats"], updates["batch_stats"]))
+    assert new_stats.keys() == expected_stats.keys() == old_stats.keys()
+    for path, value in new_stats.items():
+        np.testing.assert_allclose(value, expected_stats[path], rtol=1e-4, atol=1e-5)
+        assert not np.array_equal(value, old_stats[path])
+
+
+def test_init_makes_the_variables_of_the_nnx_model(model, converted, images):
+    shapes = jax.eval_shape(model.init, jax.random.key(0), images)
+    expected = sc.linen.variables(converted)
+    assert jax.tree.map(jnp.shape, shapes) == jax.tree.map(jnp.shape, expected)
+    assert "stages/0/0/conv2/gate/bn/scale" in flatten_dict(shapes["params"], sep="/")
+
+
+class Net(nn.Module):
+    """A network of someone else with two units in it."""
+
+    @nn.compact
+    def __call__(self, x, train: bool = False):
+        x = nn.relu(sc.linen.SlimConv(k="4/3", strides=2)(x, train=train))
+        x = sc.linen.SlimConv(k=2, padding="VALID", dtype=jnp.bfloat16, name="last")(x, train)
+        return nn.Dense(3)(x.mean(axis=(1, 2)))
+
+
+def test_a_train_step_with_units_in_a_linen_module(images):
+    x = np.tile(images, 4)  # 12 channels
+    net = Net()
+    variables = jax.jit(net.init)(jax.random.key(0), x)
+    assert variables.keys() == {"params", "batch_stats"}
+    assert variables["params"].keys() == {"SlimConv_0", "last", "Dense_0"}
+    assert variables["batch_stats"].keys() == {"SlimConv_0", "last"}
+    # 9 channels of the first unit: 3 and 1 of the second.
+    assert variables["params"]["Dense_0"]["kernel"].shape == (4, 3)
+
+    @jax.jit
+    def train_step(variables):
+        def loss_fn(params):
+            logits, updates = net.apply(
+                variables | {"params": params}, x, train=True, mutable=["batch_stats"]
+            )
+            losses = optax.softmax_cross_entropy_with_integer_labels(logits, np.arange(8) % 3)
+            return losses.mean(), updates
+
+        (loss, updates), grads = jax.value_and_grad(loss_fn, has_aux=True)(variables["params"])
+        params = jax.tree.map(lambda p, g: p - 0.3 * g, variables["params"], grads)
+        return loss, {"params": params} | updates
+
+    losses, before = [], variables
+    for _ in range(10):
+        loss, variables = train_step(variables)
+        losses.append(float(loss))
+    assert losses[-1] < losses[0]
+    before, after = map(flatten_dict, (before, variables))
+    assert after.keys() == before.keys()
+    changed = {path for path in before if not np.array_equal(before[path], after[path])}
+    assert changed >= {path for path in before if path[0] == "batch_stats"}
+    assert changed >= {path for path in before if path[-1] == "kernel"}
+
+
+def test_the_unit_is_that_of_nnx(images):
+    x = np.tile(images, 4)
+    options = {"reduction": 2, "strides": (2, 1), "kernel_dilation": 2, "squeeze_ratio": 4}
+    options |= {"feature_group_count": 3, "lower_feature_group_count": 1}
+    unit = randomized(lambda: sc.SlimConv(12, **options, rngs=nnx.Rngs(1)))
+    linen_unit = sc.linen.SlimConv(**options)
+    y = jax.jit(linen_unit.apply)(sc.linen.variables(unit), x)
+    unit.eval()
+    np.testing.assert_allclose(y, apply(unit, x), atol=1e-5)
+
+
+def test_initial_values_are_drawn_from_the_key():
+    unit, x = sc.linen.SlimConv(), jnp.ones((1, 4, 4, 8))
+    init = jax.jit(unit.init)
+    one, same, other = (init(jax.random.key(seed), x)["params"] for seed in (0, 0, 1))
+    kernels = [p["upper"]["conv"]["kernel"] for p in (one, same, other)]
+    assert np.array_equal(kernels[0], kernels[1]) and not np.array_equal(kernels[0], kernels[2])
+    assert not np.array_equal(one["gate"]["squeeze"]["kernel"][:, 0], one["gate"]["excite"]["bias"])
+
+
+def test_what_is_refused(model, converted, images):
+    variables = sc.linen.variables(converted)
+    with pytest.raises(ValueError, match="unknown model 'resnet51'"):
+        sc.linen.create_model("resnet51")
+    with pytest.raises(ValueError, match="resnet50 has no SlimConv, so it takes no k"):
+        sc.linen.create_model("resnet50", k=2)
+    with pytest.raises(ValueError, match=r"linen.variables takes an NNX module, not a dict"):
+        sc.linen.variables({})
+    with pytest.raises(ValueError, match=r"need batch_stats/.* of shape .*, and there is none"):
+        model.apply({"params": variables["params"]}, images)
+    wrong = jax.tree.map(lambda x: x[..., :1], variables)
+    with pytest.raises(ValueError, match=r"need params/.* of shape .*, and there is \("):
+        model.apply(wrong, images)
+    with pytest.raises(ValueError, match=r"SlimConv\(3\) at k=4/3 needs at least 4 input channels"):
+        sc.linen.SlimConv().init(jax.random.key(0), images)
