@@ -67,13 +67,11 @@ def build(config, model, num_classes, devices):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_a_config_builds_its_model_and_takes_a_step(name, monkeypatch):
+def test_a_config_builds_its_model_and_its_step_at_full_size(name):
     config = load(name)
     check_config(config, num_devices=8)
     num_classes = CLASSES.get(config.dataset.name, 37)
     ema = config.step.ema_decay > 0
-
-    # At its full size, shapes only.
     model = zoo.abstract_model(num_classes=num_classes, **config.model)
     assert count_params(model) == PARAMETERS.get(name, count_params(model))
     step, optimizer, schedule = build(config, model, num_classes, devices=8)
@@ -89,7 +87,26 @@ def test_a_config_builds_its_model_and_takes_a_step(name, monkeypatch):
     peak = max(float(schedule(step)) for step in range(5 * config.num_epochs))
     assert peak == pytest.approx(config.optimizer.learning_rate)
 
-    # For real, with one block a stage, narrow if the groups allow it, on fake data.
+
+# The recipes of these are those of others; see the last test but one.
+REPEATED = {
+    "cifar100_resnet50",
+    "imagenet_resnet50",
+    "imagenet_sc_resnet50_cosine",
+    "imagenet_sc_resnet101",
+    "imagenet_sc_resnext101_32x3d",
+}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.slow] * (name in REPEATED)) for name in CONFIGS],
+)
+def test_a_config_takes_steps(name, monkeypatch):
+    """With one block a stage, narrow if the groups allow it, on fake data."""
+    config = load(name)
+    num_classes = CLASSES.get(config.dataset.name, 37)
+    ema = config.step.ema_decay > 0
     row = zoo.ARCHITECTURES[config.model.name]
     small = dataclasses.replace(row, blocks=(1, 1, 1, 1))
     monkeypatch.setitem(zoo.ARCHITECTURES, config.model.name, small)
