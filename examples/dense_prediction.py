@@ -19,7 +19,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 BACKGROUND = 10
-STEPS = 150
+STEPS = 120
 
 
 class Segmenter(nnx.Module):

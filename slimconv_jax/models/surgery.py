@@ -115,7 +115,8 @@ def slimify(
         id(conv.kernel)
         for _, unit in nnx.iter_modules(slim)
         if isinstance(unit, SlimConv)
-        for conv in (unit.upper.conv, unit.lower.conv)
+        for _, conv in nnx.iter_modules(unit)
+        if isinstance(conv, nnx.Conv)
     }
     replaced, left, unchosen = {}, {}, []
 
@@ -133,6 +134,8 @@ def slimify(
                 left[path] = str(error)
                 return node
             replaced[path] = f"{node.in_features} -> {node.out_features} channels"
+            if evaluating:
+                slim_node.eval()
             return slim_node
         if isinstance(node, Bottleneck):
             _use_following_conv(node, rngs)
@@ -149,8 +152,6 @@ def slimify(
             shown = ".".join(map(str, unchosen[0]))
             why = f"`where` chooses none of its {len(unchosen)} 3x3 convolutions, such as {shown}"
         raise InputError(f"slimify: {why}")
-    if evaluating:
-        slim.eval()
     try:
         macs = count_macs(model, image_shape), count_macs(slim, image_shape)
     except InputError:
@@ -168,18 +169,19 @@ def _slim(conv: nnx.Conv, reduction: int, rngs: nnx.Rngs) -> nnx.Sequential:
     Raises:
       ValueError: if there can be none; the message says why.
     """
-    odd = {
-        f"is a {type(conv).__name__}": type(conv) is not nnx.Conv,
-        "has an input dilation": np.any(np.array(conv.input_dilation or 1) != 1),
-        "has a mask": conv.mask is not None,
-        f"has parameters of {conv.param_dtype}": jnp.dtype(conv.param_dtype) != jnp.float32,
-        "has a preferred_element_type": conv.preferred_element_type is not None,
-        "has another conv_general_dilated": conv.conv_general_dilated
+    if type(conv) is not nnx.Conv:
+        raise InputError(f"it is a {type(conv).__name__}, not an nnx.Conv itself")
+    unusual = {
+        "an input dilation": np.any(np.array(conv.input_dilation or 1) != 1),
+        "a mask": conv.mask is not None,
+        f"parameters of {jnp.dtype(conv.param_dtype)}": conv.param_dtype != jnp.float32,
+        "a preferred_element_type": conv.preferred_element_type is not None,
+        "its own conv_general_dilated": conv.conv_general_dilated
         is not jax.lax.conv_general_dilated,
     }
-    for what, is_so in odd.items():
+    for what, is_so in unusual.items():
         if is_so:
-            raise InputError(f"it {what}, and SlimConv does not")
+            raise InputError(f"it has {what}, which SlimConv has not")
     unit = SlimConv(
         conv.in_features,
         reduction=reduction,

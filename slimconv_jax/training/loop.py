@@ -290,10 +290,9 @@ def _initialize(model: ResNet, path: str) -> str:
     said = f"from the weights of {path}"
     if other.config.num_classes != model.config.num_classes:
         other.classifier = model.classifier
-        said += (
-            f", but a new classifier of {model.config.num_classes} classes in place of its "
-            f"{other.config.num_classes}"
-        )
+        said += f", but a new classifier of {model.config.num_classes} classes"
+        if other.config.num_classes:
+            said += f" in place of its {other.config.num_classes}"
     for kind in (nnx.Param, nnx.BatchStat):
         nnx.update(model, nnx.state(other, kind))
     return said

@@ -174,10 +174,14 @@ def test_what_slimconv_has_not_is_left_and_listed():
     rngs = nnx.Rngs(0)
     strange = {
         "takes SlimConv's place": nnx.Conv(8, 8, (3, 3), rngs=rngs),
-        "is a Standardized": Standardized(8, 8, (3, 3), rngs=rngs),
-        "has an input dilation": nnx.Conv(8, 8, (3, 3), input_dilation=(1, 2), rngs=rngs),
-        "has a mask": nnx.Conv(8, 8, (3, 3), mask=jnp.ones((3, 3, 8, 8)), rngs=rngs),
-        "has parameters of": nnx.Conv(8, 8, (3, 3), param_dtype=jnp.bfloat16, rngs=rngs),
+        "it is a Standardized, not an nnx.Conv itself": Standardized(8, 8, (3, 3), rngs=rngs),
+        "it has an input dilation, which SlimConv has not": nnx.Conv(
+            8, 8, (3, 3), input_dilation=(1, 2), rngs=rngs
+        ),
+        "it has a mask, which": nnx.Conv(8, 8, (3, 3), mask=jnp.ones((3, 3, 8, 8)), rngs=rngs),
+        "it has parameters of bfloat16, which": nnx.Conv(
+            8, 8, (3, 3), param_dtype=jnp.bfloat16, rngs=rngs
+        ),
         "not divisible by 8 groups": nnx.Conv(8, 8, (3, 3), feature_group_count=8, rngs=rngs),
     }
     model, report = sc.slimify(nnx.Sequential(*strange.values()))
