@@ -106,8 +106,10 @@ def _write_onnx(model: ResNet, prepare: Program, images: jax.ShapeDtypeStruct, p
     jax2onnx, _ = (import_extra(name, extra="export") for name in ("jax2onnx", "onnxruntime"))
     logging.getLogger("onnx_ir").setLevel(logging.ERROR)  # it warns of shapes in the middle
     names = {"input_names": ["images"], "output_names": ["logits"]}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what it takes from Flax is called otherwise by now
+    # It lags behind JAX and Flax: what it uses is deprecated, and functions within functions fail
+    # with the newest.
+    with warnings.catch_warnings(), jax.disable_jit():
+        warnings.simplefilter("ignore")
         proto = jax2onnx.to_onnx(program, [images], model_name="slimconv_jax", **names)
     # Whole, where jax2onnx itself would write large weights to a second file.
     path.write_bytes(proto.SerializeToString())
