@@ -161,7 +161,7 @@ def predict_command(args: argparse.Namespace) -> None:
         if position == 0:
             print(f"{'image':{width}}  probability  class")
         rows = [f"{guess.probability:11.2%}  {guess.name}" for guess in guesses]
-        for row in rows or ["cannot be decoded"]:
+        for row in rows or ["cannot be read"]:
             print(f"{image:{width}}  {row}")
             image = ""
 
@@ -170,7 +170,7 @@ def export_command(args: argparse.Namespace) -> None:
     """Writes a saved model in a format for other programs."""
     # Imported here since they take seconds.
     from slimconv_jax.evaluation import preprocessing_of
-    from slimconv_jax.exporting import export_program
+    from slimconv_jax.exporting import export_program, output_name
     from slimconv_jax.saving import load_model, read_info, save_model, verify_weights
     from slimconv_jax.torch_interop.checkpoint_file import write_checkpoint
     from slimconv_jax.torch_interop.convert import to_torch
@@ -198,10 +198,10 @@ def export_command(args: argparse.Namespace) -> None:
         size = preprocessing.image_size
         images = "uint8" if args.input == "uint8" else "normalised float32"
         what = (
-            f"for {images} images (batch, {size}, {size}, 3); its logits at batch sizes 1 and 5 "
-            f"are the model's within {error:.1e} of the largest"
+            f"for {images} images (batch, {size}, {size}, 3); its {output_name(model)} at batch "
+            f"sizes 1 and 5 are the model's within {error:.1e} of the largest"
         )
-        use = PROGRAM_USES[args.format].format(args.output)
+        use = PROGRAM_USES[args.format].format(args.output, output_name(model))
     elif args.format == "torch":
         write_checkpoint(to_torch(model), args.output, overwrite=args.overwrite)
         use = f'net.load_state_dict(torch.load("{args.output}"))'
@@ -214,7 +214,7 @@ def export_command(args: argparse.Namespace) -> None:
 
 PROGRAM_USES = {
     "stablehlo": 'jax.export.deserialize(bytearray(open("{}", "rb").read())).call(images)',
-    "onnx": 'onnxruntime.InferenceSession("{}").run(["logits"], {{"images": images}})[0]',
+    "onnx": 'onnxruntime.InferenceSession("{}").run(["{}"], {{"images": images}})[0]',
 }
 """The formats of `export` that are programs, and how they are run."""
 

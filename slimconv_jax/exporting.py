@@ -19,6 +19,7 @@ from slimconv_jax.errors import InputError, import_extra, require_integer
 from slimconv_jax.evaluation import Preprocessing
 from slimconv_jax.models.resnet import ResNet
 from slimconv_jax.models.surgery import fold_batch_norm
+from slimconv_jax.models.zoo import require_resnet
 from slimconv_jax.saving import new_file
 from slimconv_jax.training.augment import normalize
 
@@ -63,6 +64,10 @@ def export_program(
       ValueError: if an argument is wrong, a package is missing, the file cannot be written, or
         the program does not give the logits of the model, in which case there is no file.
     """
+    require_resnet(model, "export")
+    dtype = model.stem.conv.dtype
+    if dtype not in (None, jnp.float32):
+        raise InputError(f"export takes a model that computes in float32, not in {dtype}")
     if format not in FORMATS:
         raise InputError(f"format={format!r} must be one of {', '.join(map(repr, FORMATS))}")
     if input not in INPUTS:
@@ -105,12 +110,16 @@ def _write_onnx(model: ResNet, prepare: Program, images: jax.ShapeDtypeStruct, p
 
     jax2onnx, _ = (import_extra(name, extra="export") for name in ("jax2onnx", "onnxruntime"))
     logging.getLogger("onnx_ir").setLevel(logging.ERROR)  # it warns of shapes in the middle
-    names = {"input_names": ["images"], "output_names": ["logits"]}
+    names = {"input_names": ["images"], "output_names": [output_name(model)]}
     # It lags behind JAX and Flax: what it uses is deprecated, and functions within functions fail
     # with the newest.
     with warnings.catch_warnings(), jax.disable_jit():
         warnings.simplefilter("ignore")
-        proto = jax2onnx.to_onnx(program, [images], model_name="slimconv_jax", **names)
+        try:
+            proto = jax2onnx.to_onnx(program, [images], model_name="slimconv_jax", **names)
+        except Exception as error:  # of a library that knows not everything in JAX
+            reason = str(error).strip().split("\n")[0]
+            raise InputError(f"jax2onnx cannot convert the model: {reason}") from error
     # Whole, where jax2onnx itself would write large weights to a second file.
     path.write_bytes(proto.SerializeToString())
 
@@ -119,6 +128,11 @@ def _read_onnx(path: Path) -> Program:
     onnxruntime = import_extra("onnxruntime", extra="export")
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     return lambda images: session.run(None, {"images": np.asarray(images)})[0]
+
+
+def output_name(model: ResNet) -> str:
+    """What a model gives."""
+    return "logits" if model.config.num_classes else "features"
 
 
 def _verify(
@@ -142,7 +156,8 @@ def _verify(
         if not np.isfinite(expected).all():
             raise InputError("logits of random images are infinite or NaN, so nothing is written")
         differences = [np.asarray(program(inputs[:n])) - expected[:n] for n in BATCH_SIZES]
-    error = max(np.abs(difference).max() for difference in differences) / np.abs(expected).max()
+    largest = np.abs(expected).max() or 1.0  # if all are 0
+    error = max(np.abs(difference).max() for difference in differences) / largest
     if not error <= TOLERANCE:  # which NaN is not, either
         raise InputError(
             f"the exported program is off by {error:.1e} of the largest logit, more than "

@@ -20,6 +20,7 @@ from typing import Any
 import jax
 from flax import linen as nn
 from flax import nnx
+from flax.core import unfreeze
 from flax.traverse_util import flatten_dict, unflatten_dict
 from flax.typing import Dtype, PaddingLike
 
@@ -72,15 +73,19 @@ def _run(
       forward: what to call it with.
       train: whether batch statistics are computed, and, unless initialising, updated.
     """
-    if scope.is_initializing():
-        module = build(rngs=nnx.Rngs(params=scope.make_rng("params")))
-        for collection, tree in variables(module).items():
+    if not scope.variables.get("params") and scope.is_mutable_collection("params"):
+        initial = build(rngs=nnx.Rngs(params=scope.make_rng("params")))
+        for collection, tree in variables(initial).items():
             for name, value in tree.items():
                 scope.put_variable(collection, name, value)
-        return forward(nnx.view(module, use_running_average=not train))
+    if train and not scope.is_mutable_collection("batch_stats"):
+        raise InputError(
+            f"train=True of {type(scope).__name__} updates the batch statistics: apply takes "
+            'mutable=["batch_stats"], too'
+        )
     module = nnx.view(outline(), use_running_average=not train)
     for collection, kind in _COLLECTIONS.items():
-        given = flatten_dict(nn.meta.unbox(dict(scope.variables.get(collection, {}))))
+        given = flatten_dict(nn.meta.unbox(unfreeze(scope.variables.get(collection, {}))))
         for path, variable in nnx.to_flat_state(nnx.state(module, kind)):
             name = tuple(map(str, path))
             if name not in given or given[name].shape != variable.shape:
@@ -91,8 +96,11 @@ def _run(
                 )
             variable.set_value(given[name])
     output = forward(module)
-    if train:
-        for name, value in variables(module)["batch_stats"].items():
+    if train and not scope.is_initializing():
+        # In the boxes, such as `nn.Partitioned`, that the old ones are in.
+        old = unfreeze(scope.variables["batch_stats"])
+        new = nn.meta.replace_boxed(old, variables(module)["batch_stats"])
+        for name, value in new.items():
             scope.put_variable("batch_stats", name, value)
     return output
 
@@ -130,7 +138,7 @@ class SlimConv(nn.Module):
         """
         options = {
             field: getattr(self, field)
-            for field in type(self).__dataclass_fields__
+            for field in SlimConv.__dataclass_fields__
             if field not in ("parent", "name")
         }
         build = functools.partial(slimconv.SlimConv, x.shape[-1], **options)
@@ -154,6 +162,8 @@ class ResNet(nn.Module):
 
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         """Logits (N, num_classes) of images (N, H, W, 3), float and normalised.
+
+        Without classes, the pooled features (N, C).
 
         Args:
           x: the images.
@@ -183,22 +193,21 @@ class ResNet(nn.Module):
 def create_model(
     name: str,
     *,
+    k: CompressionRatio | None = None,
+    num_classes: int = 1000,
+    stem: str = "imagenet",
+    width: int = 64,
+    dilation: Sequence[bool] = (False, False, False),
     zero_init_residual: bool = False,
     remat: bool = False,
     dtype: Dtype | None = None,
-    **architecture,
 ) -> ResNet:
     """A Linen module of a named architecture.
 
-    Args:
-      name: one of `slimconv_jax.list_models()`.
-      zero_init_residual: see `slimconv_jax.create_model`, as for all others, less `rngs`.
-      remat: likewise.
-      dtype: likewise.
-      **architecture: `k`, `num_classes`, `stem`, `width` and `dilation`.
-
-    Raises:
-      ValueError: as `slimconv_jax.create_model`.
+    Arguments and errors are those of `slimconv_jax.create_model`, but for `rngs`: `init` takes
+    the key. It is `init`, too, that notices where a SlimConv of the architecture cannot exist.
     """
-    config = resnet_config(name, **architecture)
+    config = resnet_config(
+        name, k=k, num_classes=num_classes, stem=stem, width=width, dilation=dilation
+    )
     return ResNet(config, zero_init_residual=zero_init_residual, remat=remat, dtype=dtype)

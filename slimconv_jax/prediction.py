@@ -4,7 +4,6 @@ import functools
 import glob
 import os
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -16,7 +15,7 @@ from flax.typing import Dtype
 from slimconv_jax.console import Progress
 from slimconv_jax.data.loader import load_dataset, round_up
 from slimconv_jax.data.sources import ImageFiles
-from slimconv_jax.data.transforms import Transform, find_images
+from slimconv_jax.data.transforms import IMAGE_SUFFIXES, Transform, find_images, list_images
 from slimconv_jax.errors import InputError, require_integer
 from slimconv_jax.evaluation import Preprocessing, preprocessing_of
 from slimconv_jax.models.surgery import fold_batch_norm
@@ -54,21 +53,29 @@ class Prediction(NamedTuple):
 def expand_paths(paths: Sequence[str]) -> list[str]:
     """The image files that are meant by files, folders and patterns such as "photos/**/*.jpg".
 
+    Of folders, and of what a pattern matches, the files whose names end as images do.
+
     Raises:
       ValueError: if one of them is not there, or has no images.
     """
     files = []
     for path in paths:
-        # A file may have the characters of a pattern in its name.
-        matches = [path] if os.path.lexists(path) else sorted(glob.glob(path, recursive=True))
-        if not matches:
-            raise InputError(
-                f"no file matches {path}"
-                if glob.has_magic(path)
-                else f"there is no file or directory {path}"
-            )
-        for match in matches:
-            files += map(str, find_images(match)) if Path(match).is_dir() else [match]
+        if os.path.isdir(path):
+            files += map(str, find_images(path))
+        elif os.path.lexists(path):  # which may have the characters of a pattern in its name
+            files.append(path)
+        elif not glob.has_magic(path):
+            raise InputError(f"there is no file or directory {path!r}")
+        else:
+            images = []
+            for match in sorted(glob.glob(path, recursive=True)):
+                if os.path.isdir(match):
+                    images += list_images(match)
+                elif os.path.splitext(match)[1].lower() in IMAGE_SUFFIXES:
+                    images.append(match)
+            if not images:
+                raise InputError(f"no image matches {path!r}")
+            files += dict.fromkeys(images)  # once, where a pattern matches folders and files
     return files
 
 

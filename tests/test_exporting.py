@@ -1,5 +1,6 @@
 """`python -m slimconv_jax export`: programs that run without this package, and weights."""
 
+import dataclasses
 import subprocess
 import sys
 
@@ -11,7 +12,7 @@ from randomize import apply, randomized
 from slimconv_jax import compilation_cache, exporting, load_model, save_model
 from slimconv_jax.__main__ import main
 from slimconv_jax.data.transforms import IMAGENET_MEAN, IMAGENET_STD
-from slimconv_jax.models.zoo import abstract_model
+from slimconv_jax.models.zoo import abstract_model, abstract_resnet
 
 
 @pytest.fixture(autouse=True)
@@ -76,6 +77,19 @@ def test_a_program_gives_the_logits_without_this_package(
 
     assert main(arguments) == 1
     assert f"{program} exists already; --overwrite" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("what", ["remat", "zero", "features"])
+def test_what_else_can_be_exported(what, model, tmp_path):
+    config = dataclasses.replace(model.config, num_classes=0 if what == "features" else 7)
+    other = randomized(lambda: abstract_resnet(config, remat=what == "remat"))
+    if what == "zero":
+        for variable in (other.classifier.kernel, other.classifier.bias):
+            variable.set_value(0 * variable[...])
+    preprocessing = exporting.Preprocessing(image_size=16)
+    path, options = tmp_path / "out", {"preprocessing": preprocessing, "format": "stablehlo"}
+    assert exporting.export_program(other, path, **options) <= 1e-5
+    assert path.exists()
 
 
 def test_a_wrong_program_is_not_written(saved, tmp_path, monkeypatch, capsys):
@@ -160,6 +174,15 @@ def test_bad_input(model, saved, tmp_path, monkeypatch, capsys):
         assert main(["export", *map(str, arguments)]) == 1
         assert capsys.readouterr().err == f"error: {message}\n"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["infinite", "unsized"]
+    half = abstract_resnet(model.config, dtype=jnp.bfloat16)
+    for other, message in (
+        (half, "export takes a model that computes in float32, not in bfloat16"),
+        (model.stem, "export takes a slimconv_jax ResNet, not a ConvBN"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            exporting.export_program(
+                other, out, preprocessing=exporting.Preprocessing(), format="onnx"
+            )
     for options, message in (
         ({"format": "tflite"}, "format='tflite' must be one of 'stablehlo', 'onnx'"),
         ({"format": "onnx", "input": "int8"}, "input='int8' must be one of 'float', 'uint8'"),

@@ -122,6 +122,31 @@ def test_the_unit_is_that_of_nnx(images):
     np.testing.assert_allclose(y, apply(unit, x), atol=1e-5)
 
 
+class Twice(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        unit = sc.linen.SlimConv()
+        return unit(x), unit(x)
+
+
+def test_a_unit_called_twice_is_one():
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(1, 4, 4, 8)), jnp.float32)
+    (first, second), variables = jax.jit(Twice().init_with_output)(jax.random.key(0), x)
+    np.testing.assert_array_equal(first, second)
+    np.testing.assert_allclose(Twice().apply(variables, x)[0], first, atol=1e-6)
+
+
+def test_partitioned_variables_stay_so():
+    x = np.random.default_rng(0).normal(size=(2, 4, 4, 8)).astype(np.float32)
+    unit = randomized(lambda: sc.SlimConv(8, rngs=nnx.Rngs(0)))
+    boxed = jax.tree.map(
+        lambda array: nn.Partitioned(array, (None,) * array.ndim), sc.linen.variables(unit)
+    )
+    train = functools.partial(sc.linen.SlimConv().apply, train=True, mutable=["batch_stats"])
+    _, updates = jax.jit(train)(boxed, x)
+    assert jax.tree.structure(updates["batch_stats"]) == jax.tree.structure(boxed["batch_stats"])
+
+
 def test_initial_values_are_drawn_from_the_key():
     unit, x = sc.linen.SlimConv(), jnp.ones((1, 4, 4, 8))
     init = jax.jit(unit.init)
@@ -139,6 +164,8 @@ def test_what_is_refused(model, converted, images):
         sc.linen.create_model("resnet50", k=2)
     with pytest.raises(ValueError, match=r"linen.variables takes an NNX module, not a dict"):
         sc.linen.variables({})
+    with pytest.raises(ValueError, match=r"train=True of ResNet .* takes mutable=\["):
+        model.apply(variables, images, train=True)
     with pytest.raises(ValueError, match=r"need batch_stats/.* of shape .*, and there is none"):
         model.apply({"params": variables["params"]}, images)
     wrong = jax.tree.map(lambda x: x[..., :1], variables)

@@ -63,8 +63,10 @@ def predict(capsys, *arguments):
 def test_files_folders_and_patterns(model, saved, photos, capsys):
     files = sorted(photos.glob("**/*.png"))
     classes, shares = expected(model, files)
-    arguments = [files[0], photos / "b", f"{photos}/a/0[12].*", f"{photos}/**/03.png"]
-    wanted = [0, *range(4, 11), 1, 2, 3]
+    # The last pattern matches a directory, files in it, a text, and an empty directory.
+    (photos / "a" / "empty").mkdir()
+    arguments = [files[0], photos / "b", f"{photos}/a/0[12].*", f"{photos}/a/**"]
+    wanted = [0, *range(4, 11), 1, 2, 0, 1, 2, 3]
     report = json.loads(predict(capsys, saved, *arguments, "--json", "--batch-size", 8))
     assert [entry["image"] for entry in report] == [str(files[i]) for i in wanted]
     for entry, index in zip(report, wanted, strict=True):
@@ -97,7 +99,7 @@ def test_what_is_no_image(saved, photos, capsys):
     assert captured.err.startswith(f"error: cannot read the image {text}: it is in no format")
     assert captured.err.count("\n") == 1
     printed = predict(capsys, saved, image, text, "--on-error", "skip")
-    assert printed.splitlines()[-1].split(maxsplit=1) == [str(text), "cannot be decoded"]
+    assert printed.splitlines()[-1].split(maxsplit=1) == [str(text), "cannot be read"]
     report = json.loads(predict(capsys, saved, text, image, "--on-error", "skip", "--json"))
     assert [len(entry["predictions"]) for entry in report] == [0, 5]
 
@@ -111,8 +113,8 @@ def test_bad_input(model, saved, photos, tmp_path, capsys):
     for arguments, message in (
         ([tmp_path / "none", image], f"there is no directory {tmp_path}/none"),
         ([tmp_path / "empty", image], f"{tmp_path}/empty holds no model: there is no model.json"),
-        ([saved, tmp_path / "a.png"], f"there is no file or directory {tmp_path}/a.png"),
-        ([saved, tmp_path / "*.jpg"], f"no file matches {tmp_path}/*.jpg"),
+        ([saved, tmp_path / "a.png"], f"there is no file or directory '{tmp_path}/a.png'"),
+        ([saved, tmp_path / "*.jpg"], f"no image matches '{tmp_path}/*.jpg'"),
         ([saved, tmp_path / "empty"], "there are no images (.bmp, "),
         ([saved, tmp_path / "secret.png"], f"cannot read {tmp_path}/secret.png: No such file"),
         ([saved, image, "--batch-size", 0], "batch_size=0 must be an integer >= 1"),

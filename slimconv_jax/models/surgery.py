@@ -12,8 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from flax.nnx.nn import dtypes
 
-from slimconv_jax.errors import InputError
+from slimconv_jax.errors import InputError, require_integer
 from slimconv_jax.models.complexity import as_image_shape, count_macs, count_params
 from slimconv_jax.models.layers import ConvBN, kaiming_normal
 from slimconv_jax.models.resnet import STEMS, Bottleneck, ResNet
@@ -84,7 +85,8 @@ def slimify(
     both the dtype and precision. In the bottlenecks of this package's plain ResNets a 1x1
     convolution follows anyway: there SlimConv replaces the convolution with its batch norm, and
     the model becomes exactly its Sc counterpart. What is new has new parameters; everything else
-    is copied.
+    is copied. A convolution in several places is replaced by one; those that share no more than
+    a kernel become separate.
 
     Args:
       model: any NNX module; it stays as it is. The convolutions inside a SlimConv do not count.
@@ -98,11 +100,13 @@ def slimify(
     Returns:
       The new model and a report. Left as they are, and listed in the report, are convolutions with
       too few channels, with channels that do not divide by the groups, or with something that
-      SlimConv has not. The new layers are in evaluation mode if all batch norms of the model are.
+      SlimConv has not. The new layers are in evaluation mode if the batch norms and dropouts of
+      the model are.
 
     Raises:
-      ValueError: if `k` is none, the model has no 3x3 convolution, `where` chooses none, or the
-        model takes no image of the `image_size`.
+      ValueError: if `k` is none, the model has no 3x3 convolution, `where` chooses none, the
+        model takes no image of the `image_size`, or it cannot be changed: Flax replaces no
+        modules in tuples, and none in a model that contains itself.
     """
     reduction = reduction_from_k(k)
     _require_module(model, "slimify")
@@ -110,6 +114,13 @@ def slimify(
     rngs = nnx.Rngs(0) if rngs is None else rngs
     evaluating = _is_evaluating(model)
     slim = nnx.clone(model)
+    wrapped = {
+        id(conv.kernel): type(wrapper).__name__
+        for _, wrapper in nnx.iter_modules(slim)
+        if isinstance(wrapper, nnx.WeightNorm | nnx.SpectralNorm)
+        for _, conv in nnx.iter_modules(wrapper)
+        if isinstance(conv, nnx.Conv)
+    }
     # Known by their kernels, since `recursive_map` copies modules, but not variables.
     of_slimconvs = {
         id(conv.kernel)
@@ -129,6 +140,8 @@ def slimify(
                 unchosen.append(path)
                 return node
             try:
+                if wrapper := wrapped.get(id(node.kernel)):
+                    raise InputError(f"it is in a {wrapper}, which changes its parameters")
                 slim_node = _slim(node, reduction, rngs)
             except InputError as error:
                 left[path] = str(error)
@@ -137,15 +150,15 @@ def slimify(
             if evaluating:
                 slim_node.eval()
             return slim_node
-        if isinstance(node, Bottleneck):
+        if type(node) is Bottleneck:
             _use_following_conv(node, rngs)
-        if isinstance(node, ResNet) and node.config.block == "bottleneck":
+        if type(node) is ResNet and node.config.block == "bottleneck":
             units = [block.conv2 for stage in node.stages for block in stage]
-            if node.config.reduction is None and all(isinstance(u, SlimConv) for u in units):
+            if all(isinstance(unit, SlimConv) and unit.reduction == reduction for unit in units):
                 node.config = dataclasses.replace(node.config, reduction=reduction)
         return node
 
-    slim = nnx.recursive_map(replace, slim)
+    slim = _map(replace, slim, "slimify")
     if not replaced and not left:
         why = "the model has no nnx.Conv of 3x3 outside of SlimConvs"
         if unchosen:
@@ -153,11 +166,13 @@ def slimify(
             why = f"`where` chooses none of its {len(unchosen)} 3x3 convolutions, such as {shown}"
         raise InputError(f"slimify: {why}")
     try:
-        macs = count_macs(model, image_shape), count_macs(slim, image_shape)
+        macs_before = count_macs(model, image_shape)
     except InputError:
         if image_size is not None:
             raise
         macs = None
+    else:
+        macs = macs_before, count_macs(slim, image_shape)
     params = count_params(model), count_params(slim)
     k = k_from_reduction(reduction)
     return slim, SlimifyReport(k, replaced, left, params, macs, image_shape)
@@ -175,6 +190,9 @@ def _slim(conv: nnx.Conv, reduction: int, rngs: nnx.Rngs) -> nnx.Sequential:
         "an input dilation": np.any(np.array(conv.input_dilation or 1) != 1),
         "a mask": conv.mask is not None,
         f"parameters of {jnp.dtype(conv.param_dtype)}": conv.param_dtype != jnp.float32,
+        "parameters of several layers": conv.kernel.shape != conv.kernel_shape,
+        "a sharding": conv.kernel.get_metadata().get("out_sharding") is not None,
+        "its own promote_dtype": conv.promote_dtype is not dtypes.promote_dtype,
         "a preferred_element_type": conv.preferred_element_type is not None,
         "its own conv_general_dilated": conv.conv_general_dilated
         is not jax.lax.conv_general_dilated,
@@ -209,7 +227,10 @@ def _slim(conv: nnx.Conv, reduction: int, rngs: nnx.Rngs) -> nnx.Sequential:
 
 
 def _use_following_conv(block: Bottleneck, rngs: nnx.Rngs) -> None:
-    """Lets the 1x1 convolution that ends a bottleneck take the output of a new SlimConv."""
+    """Lets the 1x1 convolution that ends a bottleneck take the output of a new SlimConv.
+
+    After the 3x3 convolution in it was replaced by SlimConv with a 1x1 convolution of its own.
+    """
     if isinstance(block.conv2, ConvBN) and isinstance(block.conv2.conv, nnx.Sequential):
         block.conv2 = block.conv2.conv.layers[0]
         old, dtype = block.conv3, block.conv3.conv.dtype
@@ -232,18 +253,28 @@ def fold_batch_norm(model: nnx.Module) -> nnx.Module:
       A model for inference. It cannot be trained further, or saved by `save_model`.
 
     Raises:
-      ValueError: if there is nothing to fold.
+      ValueError: if there is nothing to fold, or the model has no values, inside of `jax.jit` or
+        `nnx.eval_shape`.
     """
     _require_module(model, "fold_batch_norm")
+    if any(
+        isinstance(leaf, jax.core.Tracer | jax.ShapeDtypeStruct)
+        for leaf in jax.tree.leaves(nnx.state(model))
+    ):
+        raise InputError(
+            "fold_batch_norm needs the values of the parameters: call it outside of jit"
+        )
     folded_any = False
 
     def fold(path: Path, node: Any) -> Any:
         nonlocal folded_any
-        if isinstance(node, ConvBN):
-            is_slimified = isinstance(node.conv, nnx.Sequential)
-            _absorb(node.conv.layers[-1] if is_slimified else node.conv, node.bn)
-            node = node.conv
-        elif isinstance(node, Gate) and isinstance(node.bn, nnx.BatchNorm):
+        if type(node) is ResNet:
+            node.remat = False  # which is for training
+        if type(node) is ConvBN:
+            bn, node = node.bn, nnx.clone(node.conv)  # others may use the convolution, too
+            _absorb(node.layers[-1] if isinstance(node, nnx.Sequential) else node, bn)
+        elif type(node) is Gate and isinstance(node.bn, nnx.BatchNorm):
+            node.squeeze = nnx.clone(node.squeeze)
             _absorb(node.squeeze, node.bn)
             node.bn = nnx.static(nnx.identity)
         else:
@@ -251,7 +282,7 @@ def fold_batch_norm(model: nnx.Module) -> nnx.Module:
         folded_any = True
         return node
 
-    folded = nnx.recursive_map(fold, nnx.clone(model))
+    folded = _map(fold, nnx.clone(model), "fold_batch_norm")
     if not folded_any:
         raise InputError("fold_batch_norm: the model has no batch norm of a ResNet or SlimConv")
     folded.eval()
@@ -267,7 +298,10 @@ def _absorb(layer: nnx.Conv | nnx.Linear, bn: nnx.BatchNorm) -> None:
     bias = 0 if layer.bias is None else np.asarray(layer.bias[...], np.float64)
     scale = scale / np.sqrt(var + bn.epsilon)
     dtype = layer.kernel.dtype
-    layer.kernel.set_value(jnp.asarray(kernel * scale, dtype))
+    # Axes before those of one layer are those of `nnx.vmap`.
+    inner = (1,) * (kernel.ndim - scale.ndim)
+    kernel = kernel * scale.reshape(*scale.shape[:-1], *inner, scale.shape[-1])
+    layer.kernel.set_value(jnp.asarray(kernel, dtype))
     layer.bias = nnx.Param(jnp.asarray((bias - mean) * scale + offset, dtype))
     layer.use_bias = True
 
@@ -298,6 +332,7 @@ def backbone(model: ResNet, *, output_stride: int | None = None) -> ResNet:
         first = STEMS[model.config.stem]
         # How many of the last three stages have dilation.
         dilated = {first * 2 ** (3 - count): count for count in range(4)}
+        require_integer("output_stride", output_stride, 1)
         if output_stride not in dilated:
             raise InputError(
                 f"output_stride={output_stride!r} must be one of {', '.join(map(str, dilated))}"
@@ -318,9 +353,26 @@ def _require_module(model: object, caller: str) -> None:
         raise InputError(f"{caller} takes an NNX module, not a {type(model).__name__}")
 
 
+def _map(function: Callable[[Path, Any], Any], model: nnx.Module, caller: str) -> nnx.Module:
+    """`nnx.recursive_map`, with one sentence where it can do nothing."""
+    try:
+        return nnx.recursive_map(function, model)
+    except ValueError as error:
+        reason = str(error)
+        if not ("Found cycle" in reason or "does not support mutation" in reason):
+            raise
+        raise InputError(
+            f"{caller} cannot change a model with modules in tuples, or one that contains itself: "
+            + reason.split("\n")[0]
+        ) from None
+
+
 def _is_evaluating(model: nnx.Module) -> bool:
-    """Whether all batch norms of a model, of which there are some, are in evaluation mode."""
+    """Whether the parts of a model that have an evaluation mode, if there are any, are in it."""
     modes = [
-        m.use_running_average for _, m in nnx.iter_modules(model) if isinstance(m, nnx.BatchNorm)
+        getattr(module, name)
+        for _, module in nnx.iter_modules(model)
+        for name, kind in (("use_running_average", nnx.BatchNorm), ("deterministic", nnx.Dropout))
+        if isinstance(module, kind)
     ]
     return bool(modes) and all(modes)

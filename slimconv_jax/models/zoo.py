@@ -104,8 +104,9 @@ def create_model(
       ValueError: if the name is unknown, a value is not allowed, or the channels of the
         architecture do not divide by its groups at this k and width.
     """
-    architecture = {"num_classes": num_classes, "stem": stem, "width": width, "dilation": dilation}
-    config = resnet_config(name, k=k, **architecture)
+    config = resnet_config(
+        name, k=k, num_classes=num_classes, stem=stem, width=width, dilation=dilation
+    )
     options = {"zero_init_residual": zero_init_residual, "remat": remat, "dtype": dtype}
     with _naming(name, config.reduction):
         return ResNet(config, **options, rngs=rngs)
@@ -114,21 +115,13 @@ def create_model(
 def resnet_config(
     name: str,
     *,
-    k: CompressionRatio | None = None,
-    dilation: Sequence[bool] = (False, False, False),
-    **changes,
+    k: CompressionRatio | None,
+    num_classes: int,
+    stem: str,
+    width: int,
+    dilation: Sequence[bool],
 ) -> ResNetConfig:
-    """A named architecture, with changes; see `create_model`.
-
-    Args:
-      name: one of `list_models()`.
-      k: compression ratio of every SlimConv.
-      dilation: for each of stages 2, 3 and 4, whether dilation replaces its stride.
-      **changes: `num_classes`, `stem` and `width`.
-
-    Raises:
-      ValueError: if the name is unknown or a value is not allowed.
-    """
+    """A named architecture with changes; arguments and errors are those of `create_model`."""
     if name not in ARCHITECTURES:
         raise unknown_model(name)
     config = ARCHITECTURES[name]
@@ -137,7 +130,14 @@ def resnet_config(
     reduction = config.reduction if k is None else reduction_from_k(k)
     dilation = tuple(dilation) if isinstance(dilation, Sequence) else dilation
     with _naming(name, reduction):
-        return dataclasses.replace(config, reduction=reduction, dilation=dilation, **changes)
+        return dataclasses.replace(
+            config,
+            reduction=reduction,
+            num_classes=num_classes,
+            stem=stem,
+            width=width,
+            dilation=dilation,
+        )
 
 
 @contextlib.contextmanager

@@ -166,6 +166,17 @@ def test_the_settings_of_the_convolution_are_honoured(settings):
     assert reports[0].image_shape == (9, 14, 32) and reports[0].macs[0] > reports[0].macs[1]
 
 
+def stacked():
+    """Three convolutions as `nnx.scan` takes them."""
+
+    @nnx.split_rngs(splits=3)
+    @nnx.vmap
+    def make(rngs):
+        return nnx.Conv(8, 8, (3, 3), rngs=rngs)
+
+    return make(nnx.Rngs(0))
+
+
 class Standardized(nnx.Conv):
     """A convolution with something of its own."""
 
@@ -179,6 +190,13 @@ def test_what_slimconv_has_not_is_left_and_listed():
             8, 8, (3, 3), input_dilation=(1, 2), rngs=rngs
         ),
         "it has a mask, which": nnx.Conv(8, 8, (3, 3), mask=jnp.ones((3, 3, 8, 8)), rngs=rngs),
+        "it has parameters of several layers, which": stacked(),
+        "it is in a WeightNorm, which changes": nnx.WeightNorm(
+            nnx.Conv(8, 8, (3, 3), rngs=rngs), rngs=rngs
+        ),
+        "it has its own promote_dtype, which": nnx.Conv(
+            8, 8, (3, 3), promote_dtype=lambda x, dtype: x, rngs=rngs
+        ),
         "it has parameters of bfloat16, which": nnx.Conv(
             8, 8, (3, 3), param_dtype=jnp.bfloat16, rngs=rngs
         ),
@@ -277,6 +295,68 @@ def test_every_member_of_the_family_folds(name):
             last = block.conv3.bn if hasattr(block, "conv3") else block.conv2.bn
             last.scale.set_value(0.3 * last.scale[...])  # as deep trained networks have it
     compare_folded(model, 64)
+
+
+class Several(nnx.Module):
+    """Adds up what several modules make of one input."""
+
+    def __init__(self, *modules):
+        self.modules = nnx.List(modules)
+
+    def __call__(self, x):
+        return sum(module(x) for module in self.modules)
+
+
+def test_folding_with_one_convolution_under_two_batch_norms():
+    def build():
+        one, other, third = (ConvBN(4, 4, 3, rngs=nnx.Rngs(0)) for _ in range(3))
+        other.conv = one.conv
+        third.conv.kernel = one.conv.kernel
+        return Several(one, other, third, one.conv)
+
+    model = randomized(build)
+    model.eval()
+    x = np.random.default_rng(0).normal(size=(2, 5, 5, 4)).astype(np.float32)
+    np.testing.assert_allclose(sc.fold_batch_norm(model)(x), model(x), rtol=1e-4, atol=1e-4)
+
+
+def test_folding_stacked_units():
+    @nnx.split_rngs(splits=2)
+    @nnx.vmap
+    def make(rngs):
+        return sc.SlimConv(8, rngs=rngs)
+
+    def units(model, x):
+        return nnx.vmap(lambda unit, x: unit(x), in_axes=(0, None))(model, x)
+
+    model = randomized(lambda: make(nnx.Rngs(0)))
+    model.eval()
+    x = np.random.default_rng(0).normal(size=(2, 5, 5, 8)).astype(np.float32)
+    np.testing.assert_allclose(units(sc.fold_batch_norm(model), x), units(model, x), atol=1e-5)
+
+
+def test_what_flax_cannot_change_is_refused():
+    conv = nnx.Conv(8, 8, (3, 3), rngs=nnx.Rngs(0))
+    in_a_tuple, in_itself = Several(conv), Several(conv)
+    in_a_tuple.pair = nnx.data((conv, [conv]))
+    in_itself.modules.append(in_itself)
+    for model in (in_a_tuple, in_itself):
+        with pytest.raises(ValueError, match="slimify cannot change a model with modules in tupl"):
+            sc.slimify(model)
+    unit = nnx.eval_shape(lambda: sc.SlimConv(8, rngs=nnx.Rngs(0)))
+    with pytest.raises(ValueError, match="fold_batch_norm needs the values of the parameters"):
+        sc.fold_batch_norm(unit)
+
+
+def test_slimified_in_parts_a_resnet_has_the_config_of_none():
+    config = ResNetConfig((1, 1, 1, 1), width=8)
+
+    def build():
+        half, _ = sc.slimify(abstract_resnet(config), k=2, where=lambda path, _: path[1] < 2)
+        return [sc.slimify(half, k=k)[0] for k in (2, "8/3")]
+
+    whole, mixed = nnx.eval_shape(build)
+    assert whole.config.reduction == 3 and mixed.config.reduction is None
 
 
 def test_folding_leaves_the_batch_norm_of_others(vgg):
