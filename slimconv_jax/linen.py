@@ -27,7 +27,7 @@ from flax.typing import Dtype, PaddingLike
 from slimconv_jax.errors import InputError
 from slimconv_jax.models import resnet, slimconv
 from slimconv_jax.models.slimconv import CompressionRatio
-from slimconv_jax.models.zoo import abstract, abstract_resnet, resnet_config
+from slimconv_jax.models.zoo import abstract, abstract_resnet, require_module, resnet_config
 
 _COLLECTIONS = {"params": nnx.Param, "batch_stats": nnx.BatchStat}
 
@@ -44,8 +44,7 @@ def variables(model: nnx.Module) -> dict[str, Any]:
     Raises:
       ValueError: if it is no NNX module.
     """
-    if not isinstance(model, nnx.Module):
-        raise InputError(f"linen.variables takes an NNX module, not a {type(model).__name__}")
+    require_module(model, "linen.variables")
     return {
         collection: unflatten_dict(
             {

@@ -131,6 +131,8 @@ def new_file(path: os.PathLike | str, *, overwrite: bool) -> Iterator[Path]:
       ValueError: if there is one already (that is not to be overwritten), or it cannot be
         written.
     """
+    if os.fspath(path).endswith("/"):
+        raise InputError(f"{path} is the name of a directory, and a file is to be written")
     path = Path(path)
     if path.is_dir() or (path.exists() and not overwrite):
         what = "it is a directory" if path.is_dir() else "--overwrite (overwrite=True) replaces it"

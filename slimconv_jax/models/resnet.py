@@ -174,12 +174,15 @@ def as_dtype(dtype: Dtype | None) -> jnp.dtype | None:
     """The one form of a dtype, None for none.
 
     Raises:
-      ValueError: if it is no dtype.
+      ValueError: if it is no floating-point dtype.
     """
     try:
-        return None if dtype is None else jnp.dtype(dtype)
+        known = None if dtype is None else jnp.dtype(dtype)
     except TypeError:
-        raise InputError(f"dtype={dtype!r} is no dtype, such as 'bfloat16'") from None
+        known = jnp.dtype(int)
+    if known is not None and not jnp.issubdtype(known, jnp.floating):
+        raise InputError(f"dtype={dtype!r} is no dtype of the computation, such as 'bfloat16'")
+    return known
 
 
 class ResNet(nnx.Module):

@@ -25,7 +25,7 @@ from slimconv_jax.models.slimconv import (
     k_from_reduction,
     reduction_from_k,
 )
-from slimconv_jax.models.zoo import abstract_resnet, require_resnet
+from slimconv_jax.models.zoo import abstract_resnet, require_module, require_resnet
 
 Path = tuple[str | int, ...]
 
@@ -38,6 +38,7 @@ class SlimifyReport:
       k: the compression ratio of the new SlimConvs.
       replaced: the paths of the 3x3 convolutions that were replaced, and their channels in words.
       left: the paths of those that could not be replaced, and the reasons.
+      not_chosen: the paths of those that `where` did not choose.
       params: parameters of the model before and after.
       macs: multiply-adds of one image before and after; None if they were not counted.
       image_shape: (H, W, C) of that image.
@@ -46,6 +47,7 @@ class SlimifyReport:
     k: Fraction
     replaced: dict[Path, str]
     left: dict[Path, str]
+    not_chosen: tuple[Path, ...]
     params: tuple[int, int]
     macs: tuple[int, int] | None
     image_shape: tuple[int, int, int]
@@ -59,7 +61,8 @@ class SlimifyReport:
             counts["multiply-adds of an image of {}x{}x{}".format(*self.image_shape)] = self.macs
         return "\n".join(
             [
-                f"{len(self.replaced)} of {len(rows)} 3x3 convolutions replaced, k={self.k}",
+                f"{len(self.replaced)} of {len(rows) + len(self.not_chosen)} 3x3 convolutions "
+                f"replaced, k={self.k}",
                 *(f"  {names[path]:{width}}  {what}" for path, what in rows.items()),
                 *(
                     f"{what}: {before:,} before, {after:,} after ({after / before - 1:+.1%})"
@@ -109,9 +112,11 @@ def slimify(
         modules in tuples, and none in a model that contains itself.
     """
     reduction = reduction_from_k(k)
-    _require_module(model, "slimify")
+    require_module(model, "slimify")
     image_shape = as_image_shape(224 if image_size is None else image_size)
     rngs = nnx.Rngs(0) if rngs is None else rngs
+    if where is not None and not callable(where):
+        raise InputError(f"slimify: where={where!r} must be a function of a path and a convolution")
     evaluating = _is_evaluating(model)
     slim = nnx.clone(model)
     wrapped = {
@@ -129,7 +134,7 @@ def slimify(
         for _, conv in nnx.iter_modules(unit)
         if isinstance(conv, nnx.Conv)
     }
-    replaced, left, unchosen = {}, {}, []
+    replaced, left, not_chosen = {}, {}, []
 
     def replace(path: Path, node: Any) -> Any:
         """Is called with the parts of a module before the module itself."""
@@ -137,7 +142,7 @@ def slimify(
             if id(node.kernel) in of_slimconvs:
                 return node
             if where is not None and not where(path, node):
-                unchosen.append(path)
+                not_chosen.append(path)
                 return node
             try:
                 if wrapper := wrapped.get(id(node.kernel)):
@@ -161,9 +166,11 @@ def slimify(
     slim = _map(replace, slim, "slimify")
     if not replaced and not left:
         why = "the model has no nnx.Conv of 3x3 outside of SlimConvs"
-        if unchosen:
-            shown = ".".join(map(str, unchosen[0]))
-            why = f"`where` chooses none of its {len(unchosen)} 3x3 convolutions, such as {shown}"
+        if not_chosen:
+            why = (
+                f"`where` chooses none of its {len(not_chosen)} 3x3 convolutions, such as "
+                f"{not_chosen[0]}"
+            )
         raise InputError(f"slimify: {why}")
     try:
         macs_before = count_macs(model, image_shape)
@@ -175,7 +182,7 @@ def slimify(
         macs = macs_before, count_macs(slim, image_shape)
     params = count_params(model), count_params(slim)
     k = k_from_reduction(reduction)
-    return slim, SlimifyReport(k, replaced, left, params, macs, image_shape)
+    return slim, SlimifyReport(k, replaced, left, tuple(not_chosen), params, macs, image_shape)
 
 
 def _slim(conv: nnx.Conv, reduction: int, rngs: nnx.Rngs) -> nnx.Sequential:
@@ -239,7 +246,7 @@ def _use_following_conv(block: Bottleneck, rngs: nnx.Rngs) -> None:
 
 
 def fold_batch_norm(model: nnx.Module) -> nnx.Module:
-    """The same function in evaluation mode, without batch norm.
+    """The same function in evaluation mode, without the batch norms of this package's modules.
 
     Each batch norm with its running statistics is a scale and an offset per channel: the scale
     goes into the kernel of the convolution before it, in SlimConv's gate of the linear layer, and
@@ -256,7 +263,7 @@ def fold_batch_norm(model: nnx.Module) -> nnx.Module:
       ValueError: if there is nothing to fold, or the model has no values, inside of `jax.jit` or
         `nnx.eval_shape`.
     """
-    _require_module(model, "fold_batch_norm")
+    require_module(model, "fold_batch_norm")
     if any(
         isinstance(leaf, jax.core.Tracer | jax.ShapeDtypeStruct)
         for leaf in jax.tree.leaves(nnx.state(model))
@@ -346,11 +353,6 @@ def backbone(model: ResNet, *, output_stride: int | None = None) -> ResNet:
     if _is_evaluating(model):
         result.eval()
     return result
-
-
-def _require_module(model: object, caller: str) -> None:
-    if not isinstance(model, nnx.Module):
-        raise InputError(f"{caller} takes an NNX module, not a {type(model).__name__}")
 
 
 def _map(function: Callable[[Path, Any], Any], model: nnx.Module, caller: str) -> nnx.Module:

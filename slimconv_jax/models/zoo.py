@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
+from flax import linen as nn
 from flax import nnx
 from flax.typing import Dtype
 
@@ -178,6 +179,17 @@ def abstract(build: Callable[..., nnx.Module]) -> nnx.Module:
     # the traced program, with jax 0.10 at a cost quadratic in the depth (see BatchNorm).
     rngs = types.SimpleNamespace(params=lambda: jax.random.key(0))
     return nnx.eval_shape(lambda: build(rngs=rngs))
+
+
+def require_module(model: object, caller: str) -> None:
+    """Makes sure that a model is one of NNX.
+
+    Raises:
+      ValueError: if it is none.
+    """
+    if not isinstance(model, nnx.Module):
+        linen = "Linen " if isinstance(model, nn.Module) else ""
+        raise InputError(f"{caller} takes an NNX module, not a {linen}{type(model).__name__}")
 
 
 def require_resnet(model: object, caller: str) -> None:

@@ -219,6 +219,8 @@ def test_where_chooses(vgg):
     model, report = sc.slimify(vgg, k=2, where=where)
     assert seen == {("stem",): 16, ("stages", 0): 24, ("stages", 1): 32}
     assert list(report.replaced) == [("stages", 1)] and not report.left
+    assert report.not_chosen == (("stages", 0), ("stem",))
+    assert str(report).startswith("1 of 3 3x3 convolutions replaced, k=2\n")
     assert type(model.stages[0]) is nnx.Conv
 
 
@@ -239,10 +241,14 @@ def test_what_slimify_refuses(vgg):
     sc_model = abstract_model("sc_resnet14")
     for arguments, message in (
         ((vgg, "1"), "k='1' is not a compression ratio"),
-        ((sc.linen.SlimConv(),), "slimify takes an NNX module, not a SlimConv"),
+        ((sc.linen.SlimConv(),), "slimify takes an NNX module, not a Linen SlimConv"),
         ((nnx.Linear(2, 2, rngs=nnx.Rngs(0)),), "slimify: the model has no nnx.Conv of 3x3"),
         ((sc_model,), "slimify: the model has no nnx.Conv of 3x3 outside of SlimConvs"),
-        ((vgg, 2, lambda *_: False), "slimify: `where` chooses none of its 3 3x3 conv"),
+        (
+            (vgg, 2, lambda *_: False),
+            "slimify: `where` chooses none of its 3 3x3 convolutions, such as ('stages', 0)",
+        ),
+        ((vgg, 2, "stages"), "slimify: where='stages' must be a function of a path and a"),
         ((vgg, 2, None, (8, 8, 5)), "the model takes no image of 8x8x5: "),
         ((vgg, 2, None, (8, 8)), "image_size=(8, 8) must be an integer, or (H, W, C)"),
     ):
