@@ -1,6 +1,7 @@
 """The command line beside train.py: models listed, evaluated, tried on images, and exported."""
 
 import argparse
+import dataclasses
 import inspect
 import json
 import os
@@ -91,14 +92,7 @@ def evaluate_command(args: argparse.Namespace) -> None:
         flush=True,
     )
     result = evaluate_saved(
-        args.model,
-        source,
-        batch_size=args.batch_size,
-        preprocessing=preprocessing,
-        dtype=args.dtype,
-        on_error=args.on_error,
-        checkpoint=args.checkpoint,
-        ema=args.ema,
+        args.model, source, preprocessing=preprocessing, **_inference_options(args)
     )
     print(describe(result))
     print(
@@ -128,6 +122,11 @@ def _preprocessing_changes(args: argparse.Namespace) -> dict:
     return {key: value for key, value in vars(args).items() if key in PREPROCESSING}
 
 
+def _inference_options(args: argparse.Namespace) -> dict:
+    names = ("batch_size", "dtype", "on_error", "checkpoint", "ema")
+    return {name: getattr(args, name) for name in names}
+
+
 def predict_command(args: argparse.Namespace) -> None:
     """Prints the likeliest classes of images."""
     # Imported here since they take seconds.
@@ -140,14 +139,7 @@ def predict_command(args: argparse.Namespace) -> None:
     preprocessing = preprocessing_of(read_info(args.model), **_preprocessing_changes(args))
     images = expand_paths(args.images)
     predictions = predict_saved(
-        args.model,
-        images,
-        batch_size=args.batch_size,
-        preprocessing=preprocessing,
-        dtype=args.dtype,
-        on_error=args.on_error,
-        checkpoint=args.checkpoint,
-        ema=args.ema,
+        args.model, images, preprocessing=preprocessing, **_inference_options(args)
     )
     if args.json:
         report = [
@@ -186,6 +178,9 @@ def export_command(args: argparse.Namespace) -> None:
     what = f"{describe(model.config)}, read back and the same"
     if args.format in PROGRAM_USES:
         preprocessing = preprocessing_of(info, **changes)
+        height, width, _ = info.get("image_shape", (None, None, 3))
+        if preprocessing.image_size is None and height == width:  # those of the training
+            preprocessing = dataclasses.replace(preprocessing, image_size=height)
         print(f"{describe(model.config)}: exporting, then running what was exported", flush=True)
         error = export_program(
             model,

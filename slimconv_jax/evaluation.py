@@ -57,6 +57,18 @@ def preprocessing_of(info: dict[str, Any], **changes) -> Preprocessing:
         raise InputError("model.json is damaged: its preprocessing is none") from None
 
 
+def class_names_of(info: dict[str, Any], num_classes: int) -> list[str] | None:
+    """The names of the classes that the `info` of a saved model tells, None if it does not.
+
+    Raises:
+      ValueError: if they are not as many as the model has classes.
+    """
+    names = info.get("class_names")
+    if names is not None and len(names) != num_classes:
+        raise InputError(f"model.json is damaged: it names {len(names)} classes of {num_classes}")
+    return names
+
+
 def evaluate_saved(
     path: epath.PathLike,
     source: Source,
@@ -93,7 +105,8 @@ def evaluate_saved(
     info = read_info(path)
     preprocessing = preprocessing or preprocessing_of(info)
     model = load_model(path, dtype=dtype, checkpoint=checkpoint, ema=ema)
-    source = _match_classes(source, info.get("class_names"), model.config.num_classes)
+    names = class_names_of(info, model.config.num_classes)
+    source = _match_classes(source, names, model.config.num_classes)
     mesh = data_mesh()
     dataset = load_dataset(
         source,
@@ -156,10 +169,6 @@ def _match_classes(source: Source, class_names: Sequence[str] | None, num_classe
     """A source with the labels of a model."""
     if not num_classes:
         raise InputError("the model has no classifier, so there is nothing to evaluate")
-    if class_names is not None and len(class_names) != num_classes:
-        raise InputError(
-            f"model.json is damaged: it names {len(class_names)} classes of {num_classes}"
-        )
     if class_names is not None:
         return with_classes(source, class_names, of="the model")
     if len(source.class_names) != num_classes:

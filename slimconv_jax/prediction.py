@@ -17,7 +17,7 @@ from slimconv_jax.data.loader import load_dataset, round_up
 from slimconv_jax.data.sources import ImageFiles
 from slimconv_jax.data.transforms import IMAGE_SUFFIXES, Transform, find_images, list_images
 from slimconv_jax.errors import InputError, require_integer
-from slimconv_jax.evaluation import Preprocessing, preprocessing_of
+from slimconv_jax.evaluation import Preprocessing, class_names_of, preprocessing_of
 from slimconv_jax.models.surgery import fold_batch_norm
 from slimconv_jax.saving import load_model, read_info
 from slimconv_jax.training.augment import normalize
@@ -115,7 +115,7 @@ def predict_saved(
     num_classes = model.config.num_classes
     if not num_classes:
         raise InputError(f"{path} has no classifier, so it predicts no classes")
-    names = info.get("class_names") or [str(index) for index in range(num_classes)]
+    names = class_names_of(info, num_classes) or [str(index) for index in range(num_classes)]
     mesh = data_mesh()
     dataset = load_dataset(
         ImageFiles(images),
@@ -125,6 +125,13 @@ def predict_saved(
         on_device=False,  # each image is needed once
         on_error=on_error,
     )
+    trained_on = tuple(info.get("image_shape", dataset.image_shape))
+    if preprocessing.image_size is None and dataset.image_shape != trained_on:
+        shapes = ("{1}x{0}".format(*shape) for shape in (trained_on, dataset.image_shape))
+        raise InputError(
+            "the model was trained on images of {} pixels and takes them as they are, and these "
+            "have {}; --image-size N (image_size) brings them to a size".format(*shapes)
+        )
     graphdef, state = nnx.split(fold_batch_norm(model))
     state = jax.device_put(state, replicated(mesh))
     prepare = functools.partial(normalize, mean=preprocessing.mean, std=preprocessing.std)

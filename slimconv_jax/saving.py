@@ -61,7 +61,8 @@ def save_model(
       format: "orbax", or "safetensors", with our names, joined by dots, in our layout.
       overwrite: whether a model that is there already is replaced, when the new one is complete.
       info: more entries for model.json. What this package reads are `class_names`, a list, and
-        `preprocessing`, with `image_size` (None for images as they are), `mean` and `std`.
+        `preprocessing`, with `image_size` (None for images as they are), `mean` and `std`, and
+        `image_shape`, (H, W, 3) of the images that the model was trained on.
 
     Raises:
       ValueError: if the directory exists (and is not to be overwritten, or is no model), cannot
@@ -171,6 +172,9 @@ def read_info(path: epath.PathLike) -> dict[str, Any]:
         )
     if not isinstance(info.get("preprocessing", {}), dict):
         raise InputError(f"{absolute(path) / _DESCRIPTION} is damaged: preprocessing is no section")
+    shape = info.get("image_shape", [1, 1, 3])
+    if not isinstance(shape, list) or [type(side) for side in shape] != [int] * 3:
+        raise InputError(f"{absolute(path) / _DESCRIPTION} is damaged: image_shape is no shape")
     return info
 
 

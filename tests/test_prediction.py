@@ -92,6 +92,18 @@ def test_other_preprocessing_gives_other_probabilities(saved, photos, capsys):
     assert len(outputs) == 3
 
 
+def test_images_of_another_size_than_in_training(model, photos, tmp_path, capsys):
+    path, image = tmp_path / "model", photos / "a" / "00.png"  # of 30x20 pixels
+    info = {"preprocessing": {"image_size": None}, "image_shape": [16, 16, 3]}
+    save_model(model, path, info=info)
+    assert main(["predict", str(path), str(image)]) == 1
+    assert capsys.readouterr().err == (
+        "error: the model was trained on images of 16x16 pixels and takes them as they are, and "
+        "these have 30x20; --image-size N (image_size) brings them to a size\n"
+    )
+    assert len(predict(capsys, path, image, "--image-size", 16).splitlines()) == 6
+
+
 def test_what_is_no_image(saved, photos, capsys):
     text, image = photos / "a" / "notes.txt", photos / "a" / "00.png"
     assert main(["predict", str(saved), str(image), str(text)]) == 1
@@ -108,7 +120,8 @@ def test_bad_input(model, saved, photos, tmp_path, capsys):
     image = photos / "a" / "00.png"
     (tmp_path / "secret.png").symlink_to(tmp_path / "gone.png")
     (tmp_path / "empty").mkdir()
-    headless = tmp_path / "headless"
+    headless, misnamed = tmp_path / "headless", tmp_path / "misnamed"
+    save_model(model, misnamed, info={"class_names": NAMES[:5]})
     save_model(randomized(lambda: abstract_model("resnet14", width=8, num_classes=0)), headless)
     for arguments, message in (
         ([tmp_path / "none", image], f"there is no directory {tmp_path}/none"),
@@ -118,6 +131,7 @@ def test_bad_input(model, saved, photos, tmp_path, capsys):
         ([saved, tmp_path / "empty"], "there are no images (.bmp, "),
         ([saved, tmp_path / "secret.png"], f"cannot read {tmp_path}/secret.png: No such file"),
         ([saved, image, "--batch-size", 0], "batch_size=0 must be an integer >= 1"),
+        ([misnamed, image], "model.json is damaged: it names 5 classes of 7"),
         ([headless, image], f"{headless} has no classifier, so it predicts no classes"),
     ):
         assert main(["predict", *map(str, arguments)]) == 1

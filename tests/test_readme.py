@@ -24,7 +24,8 @@ def workdir(tmp_path, monkeypatch):
     """A directory with a model in place of the digits run, whose training takes minutes."""
     (tmp_path / "runs").mkdir()
     model = randomized(lambda: abstract_model("sc_resnet14", width=8, num_classes=10, stem="cifar"))
-    save_model(model, tmp_path / "runs" / "digits", info={"preprocessing": {"image_size": None}})
+    info = {"preprocessing": {"image_size": None}, "image_shape": [32, 32, 3]}
+    save_model(model, tmp_path / "runs" / "digits", info=info)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -37,7 +38,7 @@ def test_the_snippets_run(workdir, capsys):
             printed[number] = capsys.readouterr().out
         elif language == "bash":
             for command in re.findall(
-                r"^python (-m slimconv_jax export .*--image-size.*)", text, re.M
+                r"^python (-m slimconv_jax export .*--format (?:stablehlo|onnx).*)", text, re.M
             ):
                 subprocess.run([sys.executable, *command.split()], check=True)
         elif number - 1 in printed:  # the output of the snippet before

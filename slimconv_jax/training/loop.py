@@ -142,6 +142,7 @@ def train(
     info = {
         "class_names": list(class_names),
         "preprocessing": {"image_size": transform.image_size, **config.normalize.to_dict()},
+        "image_shape": list(train_data.image_shape),
     }
 
     starting, words = None, f"continuing {workdir}"

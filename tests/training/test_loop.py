@@ -208,6 +208,7 @@ def test_the_work_directory_is_a_saved_model(run):
             "mean": [0.306, 0.306, 0.306],
             "std": [0.324, 0.324, 0.324],
         },
+        "image_shape": [32, 32, 3],
     }
     model = load_model(workdir)
     assert model.config.width == 8 and model.stem.bn.use_running_average
