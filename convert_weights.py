@@ -32,9 +32,10 @@ from slimconv_jax.data.transforms import (
     resize_and_crop,
 )
 from slimconv_jax.errors import InputError, require_integer
+from slimconv_jax.files import checksum
 from slimconv_jax.models.complexity import count_params
 from slimconv_jax.models.zoo import describe, name_of, nearest_name
-from slimconv_jax.saving import FORMATS, check_destination, checksum, save_model
+from slimconv_jax.saving import FORMATS, check_destination, save_model
 from slimconv_jax.torch_interop.checkpoint_file import import_torch, read_checkpoint
 from slimconv_jax.torch_interop.convert import clean_state_dict, from_torch, rename
 from slimconv_jax.torch_interop.parity import DEFAULT_TOLERANCE, Parity, check_parity

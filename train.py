@@ -27,7 +27,8 @@ from ml_collections import ConfigDict, config_flags
 
 from slimconv_jax.compilation_cache import enable_compilation_cache
 from slimconv_jax.errors import InputError
-from slimconv_jax.saving import absolute, list_checkpoints
+from slimconv_jax.files import absolute
+from slimconv_jax.saving import list_checkpoints
 from slimconv_jax.training.config import SECTIONS, section_keys, unknown_key
 from slimconv_jax.training.hosts import initialize, is_lost_contact
 from slimconv_jax.training.interruption import RunInterruptedError

@@ -262,7 +262,7 @@ def _add_inference(command: argparse.ArgumentParser) -> None:
         choices=["raise", "skip"],
         default="raise",
         help="for images that cannot be "
-        "decoded: stop, or leave them out and say so at the end (default: raise)",
+        "decoded: stop, or leave them out and say so (default: raise)",
     )
 
 

@@ -17,10 +17,10 @@ from flax import nnx
 
 from slimconv_jax.errors import InputError, import_extra, require_integer
 from slimconv_jax.evaluation import Preprocessing
+from slimconv_jax.files import new_file
 from slimconv_jax.models.resnet import ResNet
 from slimconv_jax.models.surgery import fold_batch_norm
 from slimconv_jax.models.zoo import require_resnet
-from slimconv_jax.saving import new_file
 from slimconv_jax.training.augment import normalize
 
 INPUTS = {"float": jnp.float32, "uint8": jnp.uint8}

@@ -10,13 +10,11 @@ newest of its checkpoints.
 
 import contextlib
 import dataclasses
-import hashlib
 import importlib.metadata
 import json
 import os
 import uuid
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -27,6 +25,7 @@ from flax import nnx
 from flax.typing import Dtype
 
 from slimconv_jax.errors import InputError
+from slimconv_jax.files import absolute, checksum, list_files, replace_file
 from slimconv_jax.models.complexity import count_params
 from slimconv_jax.models.resnet import ResNet, ResNetConfig, as_dtype
 from slimconv_jax.models.slimconv import k_from_reduction
@@ -77,7 +76,7 @@ def save_model(
             _write_weights(model, directory / _WEIGHTS[format])
         except Exception as error:  # for a full disk, each library has an error of its own
             raise InputError(f"cannot write {path}: {error}") from None
-        description["files"] = {n: checksum(file) for n, file in _files(directory).items()}
+        description["files"] = {n: checksum(file) for n, file in list_files(directory).items()}
         (directory / _DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n")
 
 
@@ -124,57 +123,25 @@ def describe_workdir(model: ResNet, workdir: epath.Path, info: Mapping[str, Any]
         raise InputError(f"cannot write {file}: {error}") from None
 
 
-@contextlib.contextmanager
-def new_file(path: os.PathLike | str, *, overwrite: bool) -> Iterator[Path]:
-    """A file that gets its name when it is complete, and is deleted if that fails.
-
-    Raises:
-      ValueError: if there is one already (that is not to be overwritten), or it cannot be
-        written.
-    """
-    if os.fspath(path).endswith("/"):
-        raise InputError(f"{path} is the name of a directory, and a file is to be written")
-    path = Path(path)
-    if path.is_dir() or (path.exists() and not overwrite):
-        what = "it is a directory" if path.is_dir() else "--overwrite (overwrite=True) replaces it"
-        raise InputError(f"{path} exists already; {what}")
-    part = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    try:
-        part.touch()  # tells before long work whether it can be
-        yield part
-        part.replace(path)
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror or error}") from None
-    finally:
-        with contextlib.suppress(OSError):
-            part.unlink(missing_ok=True)
-
-
-def replace_file(file: epath.Path, content: bytes) -> None:
-    """Writes a file that is never there in part."""
-    part = file.with_name(f"{file.name}.part")
-    part.write_bytes(content)
-    part.replace(file)
-
-
 def read_info(path: epath.PathLike) -> dict[str, Any]:
     """The entries of model.json that came from the `info` of `save_model`.
 
     Raises:
       ValueError: if there is no such file, or it is damaged.
     """
-    description = _read_description(absolute(path))
+    directory = absolute(path)
+    description = _read_description(directory)
     info = {key: value for key, value in description.items() if key not in _NOT_INFO}
-    names = info.get("class_names", [])
+    names, shape = info.get("class_names", []), info.get("image_shape", [1, 1, 3])
+    damage = None
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise InputError(
-            f"{absolute(path) / _DESCRIPTION} is damaged: class_names is no list of names"
-        )
-    if not isinstance(info.get("preprocessing", {}), dict):
-        raise InputError(f"{absolute(path) / _DESCRIPTION} is damaged: preprocessing is no section")
-    shape = info.get("image_shape", [1, 1, 3])
-    if not isinstance(shape, list) or [type(side) for side in shape] != [int] * 3:
-        raise InputError(f"{absolute(path) / _DESCRIPTION} is damaged: image_shape is no shape")
+        damage = "class_names is no list of names"
+    elif not isinstance(info.get("preprocessing", {}), dict):
+        damage = "preprocessing is no section"
+    elif not isinstance(shape, list) or [type(side) for side in shape] != [int] * 3:
+        damage = "image_shape is no shape"
+    if damage:
+        raise InputError(f"{directory / _DESCRIPTION} is damaged: {damage}")
     return info
 
 
@@ -353,28 +320,11 @@ def _new_directory(path: epath.PathLike, *, overwrite: bool) -> Iterator[epath.P
         hidden.rmtree(missing_ok=True)
 
 
-def _files(directory: epath.Path, parent: str = "") -> dict[str, epath.Path]:
-    """Every file in a directory and below, by relative path."""
-    files = {}
-    for path in sorted(directory.iterdir()):
-        if path.is_dir():
-            files |= _files(path, f"{parent}{path.name}/")
-        else:
-            files[parent + path.name] = path
-    return files
-
-
-def checksum(file: epath.PathLike) -> str:
-    """The SHA-256 of a file, in hexadecimal."""
-    with epath.Path(file).open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
 def _stranger(directory: epath.Path) -> str | None:
     """What keeps a directory from being just what `save_model` wrote."""
     try:
         ours = {_DESCRIPTION, *json.loads((directory / _DESCRIPTION).read_text())["files"]}
-        strangers = sorted(_files(directory).keys() - ours)
+        strangers = sorted(list_files(directory).keys() - ours)
     except (OSError, ValueError, KeyError, TypeError):
         return f"it has no {_DESCRIPTION} of ours"
     return f"{strangers[0]} is in it" if strangers else None
@@ -393,13 +343,6 @@ def _verify(directory: epath.Path, files: Mapping[str, str]) -> None:
             raise InputError(f"cannot read {directory / name}: {error.strerror}") from None
         if not intact:
             raise InputError(f"{directory / name} is damaged: its SHA-256 is not the one written")
-
-
-def absolute(path: epath.PathLike) -> epath.Path:
-    """A path that does not depend on the working directory, as Orbax needs it."""
-    if "://" in os.fspath(path):  # which `resolve` would take for a relative one
-        return epath.Path(path)
-    return epath.Path(path).expanduser().resolve()
 
 
 def _by_name(model: ResNet) -> dict[str, nnx.Variable]:
@@ -456,7 +399,7 @@ def write_checksums(checkpoint: epath.Path) -> None:
     """Adds a file with the checksums of all items to a checkpoint that is about to be complete."""
     files = {
         name: checksum(file)
-        for name, file in _files(checkpoint).items()
+        for name, file in list_files(checkpoint).items()
         if "/" in name  # what lies beside the items Orbax still changes
     }
     (checkpoint / _CHECKSUMS).write_text(json.dumps(files))

@@ -6,19 +6,17 @@ import os
 import jax
 import numpy as np
 import pytest
+from classifier import NAMES, build_classifier, save_classifier
 from flax import nnx
 from image_files import encode, smooth, write_folder
-from randomize import apply, randomized
+from randomize import apply
 
 from slimconv_jax import compilation_cache, load_model, save_model
 from slimconv_jax.__main__ import main
 from slimconv_jax.data.sources import ImageFolder
 from slimconv_jax.data.transforms import IMAGENET_MEAN, IMAGENET_STD, Transform
 from slimconv_jax.evaluation import evaluate_saved
-from slimconv_jax.models.zoo import abstract_model
 from slimconv_jax.saving import read_info
-
-NAMES = ["ant", "bee", "cat", "dog", "eel", "fox", "gnu"]
 
 
 @pytest.fixture(autouse=True)
@@ -28,15 +26,12 @@ def no_cache_of_its_own(monkeypatch):
 
 @pytest.fixture(scope="module")
 def model():
-    return randomized(lambda: abstract_model("sc_resnet14", width=8, num_classes=7, stem="cifar"))
+    return build_classifier()
 
 
 @pytest.fixture(scope="module")
 def saved(model, tmp_path_factory):
-    path = tmp_path_factory.mktemp("models") / "model"
-    preprocessing = {"image_size": 16, "mean": IMAGENET_MEAN, "std": IMAGENET_STD}
-    save_model(model, path, info={"class_names": NAMES, "preprocessing": preprocessing})
-    return path
+    return save_classifier(model, tmp_path_factory.mktemp("models") / "model")
 
 
 @pytest.fixture(scope="module")

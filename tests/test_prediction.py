@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from classifier import NAMES, build_classifier, save_classifier
 from image_files import encode, smooth
 from randomize import apply, randomized
 
@@ -11,8 +12,6 @@ from slimconv_jax import compilation_cache, save_model
 from slimconv_jax.__main__ import main
 from slimconv_jax.data.transforms import IMAGENET_MEAN, IMAGENET_STD, Transform
 from slimconv_jax.models.zoo import abstract_model
-
-NAMES = ["ant", "bee", "cat", "dog", "eel", "fox", "gnu"]
 
 
 @pytest.fixture(autouse=True)
@@ -22,17 +21,14 @@ def no_cache_of_its_own(monkeypatch):
 
 @pytest.fixture(scope="module")
 def model():
-    model = randomized(lambda: abstract_model("sc_resnet14", width=8, num_classes=7, stem="cifar"))
+    model = build_classifier()
     model.eval()
     return model
 
 
 @pytest.fixture(scope="module")
 def saved(model, tmp_path_factory):
-    path = tmp_path_factory.mktemp("models") / "model"
-    preprocessing = {"image_size": 16, "mean": IMAGENET_MEAN, "std": IMAGENET_STD}
-    save_model(model, path, info={"class_names": NAMES, "preprocessing": preprocessing})
-    return path
+    return save_classifier(model, tmp_path_factory.mktemp("models") / "model")
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from slimconv_jax.errors import InputError, import_extra
-from slimconv_jax.saving import new_file
+from slimconv_jax.files import new_file
 
 USUAL_KEYS = (
     "state_dict",

@@ -11,9 +11,9 @@ from etils import epath
 
 from slimconv_jax.console import say
 from slimconv_jax.errors import InputError
+from slimconv_jax.files import absolute
 from slimconv_jax.saving import (
     CHECKPOINTS,
-    absolute,
     list_checkpoints,
     verify_checksums,
     write_checksums,

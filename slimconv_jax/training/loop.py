@@ -17,13 +17,13 @@ from slimconv_jax.data.loader import load_dataset
 from slimconv_jax.data.sources import load_splits
 from slimconv_jax.data.transforms import Transform
 from slimconv_jax.errors import InputError
+from slimconv_jax.files import absolute
 from slimconv_jax.models.complexity import count_macs, count_params
 from slimconv_jax.models.resnet import ResNet
 from slimconv_jax.models.zoo import abstract_model, create_model
 from slimconv_jax.models.zoo import describe as describe_model
 from slimconv_jax.saving import (
     CHECKPOINTS,
-    absolute,
     describe_workdir,
     list_checkpoints,
     load_model,

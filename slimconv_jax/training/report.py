@@ -15,7 +15,7 @@ from etils import epath
 
 from slimconv_jax.console import console, say
 from slimconv_jax.errors import InputError
-from slimconv_jax.saving import replace_file
+from slimconv_jax.files import replace_file
 from slimconv_jax.training.curves import draw_curves
 from slimconv_jax.training.tensorboard import EventWriter
 

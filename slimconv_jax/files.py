@@ -1,0 +1,69 @@
+"""Files and directories on disk or in an object store: written whole, listed, and summed."""
+
+import contextlib
+import hashlib
+import os
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+from etils import epath
+
+from slimconv_jax.errors import InputError
+
+
+def absolute(path: epath.PathLike) -> epath.Path:
+    """A path that does not depend on the working directory, as Orbax needs it."""
+    if "://" in os.fspath(path):  # which `resolve` would take for a relative one
+        return epath.Path(path)
+    return epath.Path(path).expanduser().resolve()
+
+
+@contextlib.contextmanager
+def new_file(path: os.PathLike | str, *, overwrite: bool) -> Iterator[Path]:
+    """A file that gets its name when it is complete, and is deleted if that fails.
+
+    Raises:
+      ValueError: if there is one already (that is not to be overwritten), or it cannot be
+        written.
+    """
+    if os.fspath(path).endswith("/"):
+        raise InputError(f"{path} is the name of a directory, and a file is to be written")
+    path = Path(path)
+    if path.is_dir() or (path.exists() and not overwrite):
+        what = "it is a directory" if path.is_dir() else "--overwrite (overwrite=True) replaces it"
+        raise InputError(f"{path} exists already; {what}")
+    part = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        part.touch()  # tells before long work whether it can be
+        yield part
+        part.replace(path)
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror or error}") from None
+    finally:
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
+
+
+def replace_file(file: epath.Path, content: bytes) -> None:
+    """Writes a file that is never there in part."""
+    part = file.with_name(f"{file.name}.part")
+    part.write_bytes(content)
+    part.replace(file)
+
+
+def list_files(directory: epath.Path, parent: str = "") -> dict[str, epath.Path]:
+    """Every file in a directory and below, by relative path."""
+    files = {}
+    for path in sorted(directory.iterdir()):
+        if path.is_dir():
+            files |= list_files(path, f"{parent}{path.name}/")
+        else:
+            files[parent + path.name] = path
+    return files
+
+
+def checksum(file: epath.PathLike) -> str:
+    """The SHA-256 of a file, in hexadecimal."""
+    with epath.Path(file).open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
