@@ -4,6 +4,7 @@ A source has a length and `class_names`; `source[i]` is an `Example`, and `sourc
 says in an error message which one that is.
 """
 
+import importlib.util
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -73,21 +74,22 @@ def digits(split: str) -> ArraySource:
     originals have 17 levels of grey; they are resized with Pillow's bilinear filter.
     """
     _check_split("digits", split, ("train", "test"))
-    # Imported here since it takes over a second and only this source needs it.
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
-
-    data = load_digits()
-    train, test = train_test_split(
-        np.arange(len(data.target)), test_size=360, stratify=data.target, random_state=0
-    )
-    indices = train if split == "train" else test
-    grey = np.round(data.images[indices] * (255 / 16)).astype(np.uint8)
+    # Read from where scikit-learn has it, since importing scikit-learn takes a second or two.
+    package = Path(importlib.util.find_spec("sklearn").origin).parent
+    table = np.loadtxt(package / "datasets/data/digits.csv.gz", delimiter=",")
+    pixels, labels = table[:, :-1].reshape(-1, 8, 8), table[:, -1].astype(int)
+    # Every fifth image or so, in random order but one digit after another.
+    order = np.random.default_rng(0).permutation(len(labels))
+    order = order[np.argsort(labels[order], kind="stable")]
+    is_test = np.zeros(len(labels), bool)
+    is_test[order[np.linspace(0, len(labels) - 1, 360).astype(int)]] = True
+    (indices,) = np.nonzero(is_test == (split == "test"))
+    grey = np.round(pixels[indices] * (255 / 16)).astype(np.uint8)
     large = [
         np.asarray(Image.fromarray(g).resize((32, 32), Image.Resampling.BILINEAR)) for g in grey
     ]
     images = np.repeat(np.stack(large)[..., None], 3, axis=-1)
-    return ArraySource(images, data.target[indices], map(str, data.target_names), "digits")
+    return ArraySource(images, labels[indices], map(str, range(10)), "digits")
 
 
 class TfdsSource:

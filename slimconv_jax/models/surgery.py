@@ -16,7 +16,7 @@ from flax.nnx.nn import dtypes
 
 from slimconv_jax.errors import InputError, require_integer
 from slimconv_jax.models.complexity import as_image_shape, count_macs, count_params
-from slimconv_jax.models.layers import ConvBN, kaiming_normal
+from slimconv_jax.models.layers import ConvBN, conv_general_dilated, kaiming_normal
 from slimconv_jax.models.resnet import STEMS, Bottleneck, ResNet
 from slimconv_jax.models.slimconv import (
     CompressionRatio,
@@ -202,7 +202,7 @@ def _slim(conv: nnx.Conv, reduction: int, rngs: nnx.Rngs) -> nnx.Sequential:
         "its own promote_dtype": conv.promote_dtype is not dtypes.promote_dtype,
         "a preferred_element_type": conv.preferred_element_type is not None,
         "its own conv_general_dilated": conv.conv_general_dilated
-        is not jax.lax.conv_general_dilated,
+        not in (jax.lax.conv_general_dilated, conv_general_dilated),
     }
     for what, is_so in unusual.items():
         if is_so:
@@ -223,6 +223,7 @@ def _slim(conv: nnx.Conv, reduction: int, rngs: nnx.Rngs) -> nnx.Sequential:
         (1, 1),
         use_bias=conv.use_bias,
         kernel_init=kaiming_normal,
+        conv_general_dilated=conv_general_dilated,
         dtype=conv.dtype,
         rngs=rngs,
     )

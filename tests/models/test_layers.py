@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from slimconv_jax.models.layers import BatchNorm, ConvBN
+from slimconv_jax.models.layers import BatchNorm, ConvBN, conv_general_dilated
 
 
 def test_batch_norm_keeps_nine_tenths_of_its_running_averages():
@@ -64,3 +64,44 @@ def test_batch_norm_does_not_cancel():
     np.testing.assert_allclose(norm.var[...], expected, rtol=1e-7)
     variance = (np.asarray(norm.var[...], np.float64) - 0.9) / 0.1
     np.testing.assert_allclose(variance, (expected - 0.9) / 0.1, atol=2e-6)
+
+
+@pytest.mark.parametrize(
+    ("side", "kernel_size", "strides", "padding", "dilation", "as_product"),
+    [
+        (5, 1, (1, 1), ((0, 0), (0, 0)), 1, True),
+        (5, 1, (2, 3), ((0, 0), (0, 0)), 1, True),
+        (5, 1, (2, 2), ((1, 0), (0, 2)), 1, True),
+        (2, 3, (1, 1), ((1, 1), (1, 1)), 1, True),
+        (4, 3, (2, 2), ((1, 1), (1, 1)), 1, True),
+        (3, 3, (1, 2), "SAME", 2, True),
+        (4, 3, (1, 1), "VALID", 1, True),
+        (6, 3, (1, 1), ((1, 1), (1, 1)), 1, False),
+        (2, 3, (1, 1), "VALID", 1, False),  # of no output
+    ],
+)
+def test_convolution_equals_that_of_lax(side, kernel_size, strides, padding, dilation, as_product):
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(2, side, side + 1, 3)), jnp.float32)
+    kernel = jnp.asarray(rng.normal(size=(kernel_size, kernel_size, 3, 4)), jnp.float32)
+
+    def outputs(convolve):
+        y, vjp = jax.vjp(
+            lambda x, kernel: convolve(
+                x,
+                kernel,
+                strides,
+                padding,
+                rhs_dilation=(dilation, dilation),
+                dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            ),
+            x,
+            kernel,
+        )
+        return y, *vjp(jnp.cos(jnp.arange(y.size)).reshape(y.shape))
+
+    ours = outputs(conv_general_dilated)
+    for a, b in zip(ours, outputs(jax.lax.conv_general_dilated), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+    program = str(jax.make_jaxpr(lambda: outputs(conv_general_dilated))())
+    assert ("conv_general_dilated[" not in program) == as_product
