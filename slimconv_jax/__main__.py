@@ -1,14 +1,16 @@
-"""The command line beside train.py: models listed, evaluated, tried on images, and exported."""
+"""The command line beside train.py: models listed, evaluated, tried, exported, and timed."""
 
 import argparse
 import dataclasses
+import importlib.util
 import inspect
 import json
 import os
+import shlex
 import sys
 from pathlib import Path
 
-from slimconv_jax.errors import InputError
+from slimconv_jax.errors import InputError, require_integer
 from slimconv_jax.models.complexity import count_macs, count_params, layers
 from slimconv_jax.models.slimconv import k_from_reduction
 from slimconv_jax.models.zoo import ARCHITECTURES, PUBLISHED, abstract_model, describe, list_models
@@ -214,6 +216,63 @@ PROGRAM_USES = {
 """The formats of `export` that are programs, and how they are run."""
 
 
+def benchmark_command(args: argparse.Namespace) -> None:
+    """Prints how fast architectures are, here and in PyTorch."""
+    # PyTorch is to get some of a GPU's memory, too.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    # Imported here since they take seconds.
+    import jax
+
+    from slimconv_jax import benchmark
+    from slimconv_jax.torch_interop.checkpoint_file import import_torch
+
+    implementations = args.implementation
+    if implementations is None:
+        implementations = ["jax", "torch"]
+        if importlib.util.find_spec("torch") is None:
+            implementations = ["jax"]
+            print("PyTorch is not installed, so nothing is compared with it", file=sys.stderr)
+    elif implementations != ["jax"]:
+        import_torch()
+    groups = benchmark.plan(
+        args.models,
+        modes=args.mode,
+        batch_sizes=args.batch_size,
+        image_size=args.image_size,
+        dtypes=args.dtype,
+        implementations=implementations,
+    )
+    require_integer("--repeats", args.repeats, 1)
+    for path in (args.json, args.chart):
+        if path and (Path(path).is_dir() or not Path(path).absolute().parent.is_dir()):
+            raise InputError(f"cannot write {path}: it is a directory, or lies in none")
+    jax.config.update("jax_enable_compilation_cache", False)  # compile times are measured
+    report = {"command": shlex.join(["python", "-m", "slimconv_jax", *args.argv])}
+    report |= benchmark.environment()
+    print(benchmark.describe_environment(report), flush=True)
+    peaks = {dtype: benchmark.matmul_peak(dtype) for dtype in args.dtype}
+    report |= {"matmul_peaks": peaks, "repeats": args.repeats, "results": []}
+    for dtype, peak in peaks.items():
+        print(f"matrix products reach {peak / 1e9:,.0f} GFLOP/s in {dtype}", flush=True)
+    for cases in groups:
+        first = cases[0]
+        size = f"{first.image_size}x{first.image_size}"
+        print(f"\n{first.mode}, {first.dtype}, {first.batch_size} images of {size} at once")
+        print(benchmark.HEADER, flush=True)
+        rows = benchmark.measure(cases, peaks[first.dtype], repeats=args.repeats)
+        print("\n".join([*benchmark.table_rows(rows), *benchmark.ratios(rows)]), flush=True)
+        report["results"] += rows
+    print(
+        f"\nimages/s: medians of {args.repeats} turns, in which the programs of a group follow "
+        "each other.\nFLOP/s: two for each multiply-add of the architecture, in training three times "
+        "those of\nthe forward pass; peak: those of the matrix products above."
+    )
+    if args.json:
+        benchmark.write_report(report, Path(args.json))
+    if args.chart:
+        benchmark.draw_chart(report, Path(args.chart))
+
+
 SAVED_MODEL = "a directory of save_model or convert_weights.py, or the work directory of train.py"
 
 
@@ -349,7 +408,54 @@ def main(argv: list[str] | None = None) -> int:
     command.add_argument("--overwrite", action="store_true", help="replace what is at OUT")
     command.set_defaults(run=export_command)
 
+    command = commands.add_parser(
+        "benchmark", help="images a second of architectures, here and in PyTorch, on this device"
+    )
+    command.set_defaults(run=benchmark_command)
+    add = command.add_argument
+    add(
+        "models",
+        metavar="MODEL",
+        nargs="*",
+        default=["sc_resnet50", "sc_resnet50@8/3", "resnet50"],
+        help="NAME or NAME@K, such as sc_resnet50@8/3 (default: sc_resnet50, sc_resnet50@8/3 and "
+        "resnet50)",
+    )
+    add(
+        "--mode",
+        nargs="+",
+        choices=["inference", "train"],
+        default=["inference"],
+        help="inference: with batch norm folded; train: a whole step (default: inference)",
+    )
+    add(
+        "--batch-size",
+        type=int,
+        nargs="+",
+        default=[8],
+        metavar="N",
+        help="images at once (default: 8)",
+    )
+    add("--image-size", type=int, default=224, metavar="N", help="pixels a side (default: 224)")
+    add(
+        "--dtype",
+        nargs="+",
+        choices=["float32", "bfloat16"],
+        default=["float32"],
+        help="of the computation (default: float32)",
+    )
+    add(
+        "--implementation",
+        nargs="+",
+        choices=["jax", "torch", "torch.compile"],
+        help="what to measure (default: jax, and torch if it is installed)",
+    )
+    add("--repeats", type=int, default=10, metavar="N", help="turns (default: 10)")
+    add("--json", metavar="FILE", help="write the figures here too")
+    add("--chart", metavar="FILE", help="draw them here, as .png, .svg or .pdf")
+
     args = parser.parse_args(argv)
+    args.argv = sys.argv[1:] if argv is None else argv
     try:
         args.run(args)
         sys.stdout.flush()

@@ -1,0 +1,442 @@
+"""How fast the models are, here and in PyTorch, measured in turns on the device at hand.
+
+On a machine whose speed varies, two programs can be compared only if they take turns: every
+comparison is one call of `take_turns`.
+"""
+
+import dataclasses
+import datetime
+import importlib.util
+import itertools
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from fractions import Fraction
+from pathlib import Path
+from typing import NamedTuple
+
+import flax
+import jax
+import jax.numpy as jnp
+import jaxlib
+import numpy as np
+import optax
+from flax import nnx
+
+from slimconv_jax.errors import InputError, require_integer
+from slimconv_jax.models.complexity import count_macs
+from slimconv_jax.models.resnet import ResNet
+from slimconv_jax.models.slimconv import k_from_reduction
+from slimconv_jax.models.surgery import fold_batch_norm
+from slimconv_jax.models.zoo import abstract_model, create_model
+from slimconv_jax.training.optimizer import create_optimizer
+from slimconv_jax.training.step import create_state, data_mesh, make_train_step
+
+MODES = ("inference", "train")
+IMPLEMENTATIONS = ("jax", "torch", "torch.compile")
+DTYPES = ("float32", "bfloat16")
+
+Rounds = Callable[[int], None]
+"""Does something so many times, and waits for the last."""
+
+
+class Program(NamedTuple):
+    """Something to be timed.
+
+    Attributes:
+      run: does so many rounds and waits for the last.
+      compile_seconds: None if nothing was compiled.
+      memory: bytes that it needs at once, or None if that is not known.
+    """
+
+    run: Rounds
+    compile_seconds: float | None
+    memory: int | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """What is to be measured.
+
+    Attributes:
+      model: NAME or NAME@K, such as "sc_resnet50@8/3".
+      mode: "inference": evaluation mode, here with batch norm folded. "train": forward, backward,
+        and SGD with Nesterov momentum and weight decay.
+      batch_size: images at once.
+      image_size: their height and width.
+      dtype: "float32" or "bfloat16", of the computation; parameters are float32.
+      implementation: "jax", "torch" or "torch.compile".
+    """
+
+    model: str
+    mode: str
+    batch_size: int
+    image_size: int
+    dtype: str
+    implementation: str
+
+
+def _model_options(model: str) -> dict:
+    name, _, k = model.partition("@")
+    return {"name": name, "k": k or None}
+
+
+def _images(case: Case) -> tuple[np.ndarray, np.ndarray]:
+    """Random images (N, H, W, 3), float32, and labels."""
+    rng = np.random.default_rng(0)
+    shape = (case.batch_size, case.image_size, case.image_size, 3)
+    return rng.standard_normal(shape, np.float32), rng.integers(1000, size=case.batch_size)
+
+
+def build(case: Case) -> Program:
+    """The compiled program of a case, with random weights and images on the device.
+
+    Raises:
+      ValueError: if the model cannot be built so.
+    """
+    if case.implementation == "jax":
+        return _jax_program(case)
+    from slimconv_jax.torch_interop.timing import torch_program
+
+    program = torch_program(
+        abstract_model(**_model_options(case.model)).config,
+        *_images(case),
+        mode=case.mode,
+        dtype=case.dtype,
+        compiled=case.implementation == "torch.compile",
+        device="cuda" if jax.default_backend() == "gpu" else "cpu",
+    )
+    return Program(*program)
+
+
+def _jax_program(case: Case) -> Program:
+    dtype = None if case.dtype == "float32" else case.dtype
+    model = create_model(**_model_options(case.model), dtype=dtype, rngs=nnx.Rngs(0))
+    images, labels = (jnp.asarray(array) for array in _images(case))
+    lowered, state, batch = (lower_train if case.mode == "train" else lower_inference)(
+        model, images, labels
+    )
+    start = time.perf_counter()
+    compiled = lowered.compile()
+    seconds = time.perf_counter() - start
+    memory = compiled.memory_analysis()
+    held = [state]
+
+    def run(rounds: int) -> None:
+        for _ in range(rounds):
+            if case.mode == "train":
+                held[0], output = compiled(held[0], batch)
+            else:
+                output = compiled(held[0], batch)
+        jax.block_until_ready(output)
+
+    size = (
+        memory.argument_size_in_bytes
+        + memory.output_size_in_bytes
+        + memory.temp_size_in_bytes
+        - memory.alias_size_in_bytes
+    )
+    return Program(run, seconds, size)
+
+
+def lower_inference(model: ResNet, images: jax.Array, labels: jax.Array) -> tuple:
+    """The program of a model with its batch norm folded, its state, and its images."""
+    model.eval()
+    graphdef, state = nnx.split(fold_batch_norm(model))
+    forward = jax.jit(lambda state, images: nnx.merge(graphdef, state)(images))
+    return forward.lower(state, images), state, images
+
+
+def lower_train(model: ResNet, images: jax.Array, labels: jax.Array) -> tuple:
+    """The program of a training step on float images, the initial state, and a batch."""
+    schedule = optax.constant_schedule(1e-3)
+    optimizer = create_optimizer(
+        schedule, name="sgd", momentum=0.9, nesterov=True, weight_decay=1e-4
+    )
+    step = make_train_step(
+        model,
+        optimizer,
+        schedule,
+        num_classes=model.config.num_classes,
+        augment=lambda key, images, targets: (images, targets),
+        normalize=lambda images: images,
+        key=jax.random.key(0),
+        mesh=data_mesh(jax.devices()[:1]),
+    )
+    state = create_state(model, optimizer)
+    batch = {"image": images, "label": labels}
+    return step.lower(state, batch), state, batch
+
+
+def take_turns(
+    programs: Sequence[Rounds], *, repeats: int, seconds: float = 0.2
+) -> list[list[float]]:
+    """The seconds that one round of each program takes, `repeats` times, one program after another.
+
+    A turn begins with a round that is not measured: threads of the program before may still spin,
+    and caches hold its data. Then come as many rounds as take `seconds`, at least one.
+    """
+    rounds = []
+    for run in programs:
+        run(1)
+        start = time.perf_counter()
+        run(1)
+        rounds.append(max(round(seconds / (time.perf_counter() - start)), 1))
+    times: list[list[float]] = [[] for _ in programs]
+    for _ in range(repeats):
+        for run, count, measured in zip(programs, rounds, times, strict=True):
+            run(1)
+            start = time.perf_counter()
+            run(count)
+            measured.append((time.perf_counter() - start) / count)
+    return times
+
+
+def repeated(function: Callable, *args) -> Rounds:
+    """The rounds of a compiled function of arrays."""
+
+    def run(rounds: int) -> None:
+        for _ in range(rounds):
+            output = function(*args)
+        jax.block_until_ready(output)
+
+    return run
+
+
+def matmul_peak(dtype: str) -> float:
+    """FLOP/s of a large square matrix product on the device: the best of several sizes."""
+    sizes = (1024, 2048) if jax.default_backend() == "cpu" else (4096, 8192)
+    product = jax.jit(jnp.matmul)
+    rounds = [repeated(product, *[jnp.ones((size, size), dtype)] * 2) for size in sizes]
+    times = take_turns(rounds, repeats=5)
+    return max(2 * size**3 / min(t) for size, t in zip(sizes, times, strict=True))
+
+
+def bandwidth_peak() -> float:
+    """Bytes a second of `x + 1` for an array too large for the caches: read once, written once.
+
+    The memory of the result is that of the argument before, as within a larger program.
+    """
+    size = 2**26 if jax.default_backend() == "cpu" else 2**29
+    add_one = jax.jit(lambda x: x + 1, donate_argnums=0)
+    x = [jnp.zeros(size, jnp.float32)]
+
+    def run(rounds: int) -> None:
+        for _ in range(rounds):
+            x[0] = add_one(x[0])
+        x[0].block_until_ready()
+
+    (times,) = take_turns([run], repeats=5)
+    return 2 * x[0].nbytes / min(times)
+
+
+def describe_device() -> str:
+    """The device that JAX computes on, in words."""
+    kind = jax.devices()[0].device_kind
+    if jax.default_backend() != "cpu":
+        return kind
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores"
+
+
+def versions() -> dict[str, str]:
+    """Of Python and the packages that the figures depend on."""
+    found = {
+        "python": platform.python_version(),
+        "jax": jax.__version__,
+        "jaxlib": jaxlib.__version__,
+        "flax": flax.__version__,
+    }
+    if importlib.util.find_spec("torch"):
+        import torch
+
+        found["torch"] = torch.__version__
+    return found
+
+
+def plan(
+    models: Sequence[str],
+    *,
+    modes: Sequence[str],
+    batch_sizes: Sequence[int],
+    image_size: int,
+    dtypes: Sequence[str],
+    implementations: Sequence[str],
+) -> list[list[Case]]:
+    """The cases, in the groups that take turns: those that differ in nothing but who computes what.
+
+    Raises:
+      ValueError: if a model or number is not possible.
+    """
+    for name, values in (("batch size", batch_sizes), ("image size", [image_size])):
+        for value in values:
+            require_integer(f"the {name}", value, 1)
+    names = []
+    for model in models:
+        config = abstract_model(**_model_options(model)).config
+        name = model.partition("@")[0]
+        k = f"@{k_from_reduction(config.reduction)}" if config.reduction else ""
+        names.append(name + k)
+    return [
+        [
+            Case(model, mode, batch_size, image_size, dtype, implementation)
+            for model in dict.fromkeys(names)
+            for implementation in implementations
+        ]
+        for mode, dtype, batch_size in itertools.product(modes, dtypes, batch_sizes)
+    ]
+
+
+def measure(cases: Sequence[Case], peak: float, *, repeats: int) -> list[dict]:
+    """Builds the programs of one group and lets them take turns.
+
+    Args:
+      cases: of equal mode, batch size and dtype.
+      peak: FLOP/s that count as 100 %.
+      repeats: turns.
+
+    Returns:
+      For each case its fields, and: `images_per_second` (median), `fastest` and `slowest` turn in
+      images a second, `compile_seconds` and `memory_bytes` (or None), `flops_per_second` (two for
+      each multiply-add, in training three times those of the forward pass), and `peak_share`.
+    """
+    programs = [build(case) for case in cases]
+    times = take_turns([program.run for program in programs], repeats=repeats)
+    rows = []
+    for case, program, measured in zip(cases, programs, times, strict=True):
+        median = statistics.median(measured)
+        macs = count_macs(abstract_model(**_model_options(case.model)), case.image_size)
+        flops = 2 * macs * (3 if case.mode == "train" else 1) * case.batch_size / median
+        rows.append(
+            dataclasses.asdict(case)
+            | {
+                "images_per_second": case.batch_size / median,
+                "slowest": case.batch_size / max(measured),
+                "fastest": case.batch_size / min(measured),
+                "compile_seconds": program.compile_seconds,
+                "memory_bytes": program.memory,
+                "flops_per_second": flops,
+                "peak_share": flops / peak,
+            }
+        )
+    return rows
+
+
+def environment() -> dict:
+    """When and where something is measured."""
+    now = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
+    return {"date": now, "device": describe_device(), "versions": versions()}
+
+
+def describe_environment(where: dict) -> str:
+    """One line of what `environment` gives."""
+    packages = ", ".join(f"{name} {version}" for name, version in where["versions"].items())
+    return f"{where['date']}; {where['device']}; {packages}"
+
+
+HEADER = (
+    f"{'model':24} {'program':13} {'images/s':>9} {'slowest - fastest':>19} {'compile':>8} "
+    f"{'memory':>8} {'GFLOP/s':>8} {'of peak':>8}"
+)
+
+
+def table_rows(rows: Sequence[dict]) -> Iterator[str]:
+    """The measured cases as lines under `HEADER`."""
+    for row in rows:
+        seconds, memory = row["compile_seconds"], row["memory_bytes"]
+        spread = f"{row['slowest']:.1f} - {row['fastest']:.1f}"
+        yield (
+            f"{row['model']:24} {row['implementation']:13} {row['images_per_second']:9.1f} "
+            f"{spread:>19} {'-' if seconds is None else f'{seconds:.1f} s':>8} "
+            f"{'-' if memory is None else f'{memory / 2**20:,.0f} M':>8} "
+            f"{row['flops_per_second'] / 1e9:8,.0f} {row['peak_share']:8.0%}"
+        )
+
+
+def ratios(rows: Sequence[dict]) -> Iterator[str]:
+    """What the rows of one group say: each model here against PyTorch, and Sc against plain."""
+    speed = {(row["model"], row["implementation"]): row["images_per_second"] for row in rows}
+    macs = {
+        row["model"]: row["flops_per_second"] / row["images_per_second"]
+        for row in rows
+        if row["implementation"] == "jax"
+    }
+    for (model, implementation), other in speed.items():
+        if implementation != "jax" and (model, "jax") in speed:
+            yield f"{model}: {speed[model, 'jax'] / other:.2f} x {implementation}"
+    for model in macs:
+        plain = model.partition("@")[0].removeprefix("sc_")
+        if plain != model and plain in macs:
+            saved = Fraction(macs[plain] / macs[model])
+            yield (
+                f"{model}: {speed[model, 'jax'] / speed[plain, 'jax']:.2f} x {plain}, which has "
+                f"{float(saved):.2f} x its multiply-adds"
+            )
+
+
+def draw_chart(report: dict, path: Path) -> None:
+    """Draws the images a second of all cases as bars, with the slowest and the fastest turn.
+
+    Raises:
+      ValueError: if the file cannot be written.
+    """
+    from matplotlib.figure import Figure  # takes a while
+
+    groups = {}
+    for row in report["results"]:
+        groups.setdefault((row["mode"], row["dtype"], row["batch_size"]), []).append(row)
+    implementations = list(dict.fromkeys(row["implementation"] for row in report["results"]))
+    models = list(dict.fromkeys(row["model"] for row in report["results"]))
+    figure = Figure(
+        figsize=(9, 1 + len(groups) * (0.7 + 0.28 * len(models) * len(implementations)))
+    )
+    axes = figure.subplots(len(groups), 1, squeeze=False)[:, 0]
+    for ax, ((mode, dtype, batch_size), rows) in zip(axes, groups.items(), strict=True):
+        height = 0.8 / len(implementations)
+        for index, implementation in enumerate(implementations):
+            mine = [row for row in rows if row["implementation"] == implementation]
+            speed = np.array([row["images_per_second"] for row in mine])
+            low, high = (np.array([row[key] for row in mine]) for key in ("slowest", "fastest"))
+            positions = np.array([models.index(row["model"]) for row in mine])
+            positions = positions + (index - (len(implementations) - 1) / 2) * height
+            ax.barh(
+                positions,
+                speed,
+                0.9 * height,
+                xerr=[speed - low, high - speed],
+                label=implementation,
+                error_kw={"ecolor": "0.3", "elinewidth": 1},
+            )
+            for x, y in zip(speed, positions, strict=True):
+                ax.text(0.01 * ax.get_xlim()[1], y, f"{x:,.1f}", va="center", color="white")
+        ax.set_yticks(range(len(models)), models)
+        ax.invert_yaxis()
+        ax.set_title(f"{mode}, {dtype}, batch size {batch_size}", loc="left", fontsize=10)
+        ax.spines[["top", "right"]].set_visible(False)
+    axes[0].legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 1), ncols=3)
+    axes[-1].set_xlabel(
+        f"images a second of {rows[0]['image_size']}x{rows[0]['image_size']} pixels (medians; "
+        f"lines from the slowest to the fastest turn)\n{report['device']}"
+    )
+    figure.tight_layout()
+    try:
+        figure.savefig(path, dpi=120)
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot write {path}: {error}") from None
+
+
+def write_report(report: dict, path: Path) -> None:
+    """Writes the figures as JSON.
+
+    Raises:
+      ValueError: if the file cannot be written.
+    """
+    try:
+        path.write_text(json.dumps(report, indent=2) + "\n")
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror}") from None
