@@ -264,8 +264,8 @@ def benchmark_command(args: argparse.Namespace) -> None:
         report["results"] += rows
     print(
         f"\nimages/s: medians of {args.repeats} turns, in which the programs of a group follow "
-        "each other.\nFLOP/s: two for each multiply-add of the architecture, in training three times "
-        "those of\nthe forward pass; peak: those of the matrix products above."
+        "each other.\nFLOP/s: two for each multiply-add of the architecture, in training three "
+        "times those of\nthe forward pass; peak: those of the matrix products above."
     )
     if args.json:
         benchmark.write_report(report, Path(args.json))

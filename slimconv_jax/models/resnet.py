@@ -14,7 +14,7 @@ from flax import nnx
 from flax.typing import Dtype, Initializer
 
 from slimconv_jax.errors import InputError, require_integer
-from slimconv_jax.models.layers import ConvBN, uniform_fan_in
+from slimconv_jax.models.layers import ConvBN, max_pool, uniform_fan_in
 from slimconv_jax.models.slimconv import SlimConv
 
 STEMS = {"imagenet": 4, "cifar": 1}
@@ -274,7 +274,7 @@ class ResNet(nnx.Module):
         """
         x = nnx.relu(self.stem(x))
         if self.config.stem == "imagenet":
-            x = nnx.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
+            x = max_pool(x)
         return self.stage_outputs(x)
 
     def stage_outputs(self, x: jax.Array) -> list[jax.Array]:

@@ -220,11 +220,15 @@ class SlimConv(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps (..., H, W, in_features) to (..., H', W', out_features)."""
-        weights = self.gate(x)
-        upper = self.upper(self._fold(weights * x))
-        lower = self._fold(jnp.flip(weights, axis=-1) * x)
+        upper, lower = self.reconstruct(x)
+        upper = self.upper(upper)
         lower = self.lower(nnx.relu(self.lower_reduce(lower)))
         return jnp.concatenate([upper, lower], axis=-1)
+
+    def reconstruct(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The upper and the lower features, each (..., H, W, a), of (..., H, W, in_features)."""
+        weights = self.gate(x)
+        return self._fold(weights * x), self._fold(jnp.flip(weights, axis=-1) * x)
 
     def _fold(self, x: jax.Array) -> jax.Array:
         """Adds up the first r chunks of a consecutive channels: (..., C) to (..., a)."""

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from slimconv_jax.models.layers import BatchNorm, ConvBN, conv_general_dilated
+from slimconv_jax.models.layers import BatchNorm, ConvBN, conv_general_dilated, max_pool
 
 
 def test_batch_norm_keeps_nine_tenths_of_its_running_averages():
@@ -105,3 +105,22 @@ def test_convolution_equals_that_of_lax(side, kernel_size, strides, padding, dil
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
     program = str(jax.make_jaxpr(lambda: outputs(conv_general_dilated))())
     assert ("conv_general_dilated[" not in program) == as_product
+
+
+@pytest.mark.parametrize("shape", [(2, 8, 8, 3), (1, 7, 4, 2), (1, 1, 2, 1)])
+def test_max_pool_equals_that_of_flax(shape):
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.integers(4, size=shape), jnp.float32)  # of many equal maxima
+
+    def theirs(x):
+        return nnx.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
+
+    (ours, our_vjp), (expected, vjp) = (jax.vjp(pool, x) for pool in (max_pool, theirs))
+    np.testing.assert_array_equal(ours, expected)
+    gradient = jnp.asarray(rng.integers(1, 9, size=ours.shape), jnp.float32)
+    np.testing.assert_array_equal(our_vjp(gradient)[0], vjp(gradient)[0])
+
+
+def test_max_pool_keeps_what_is_not_a_number():
+    x = jnp.zeros((1, 4, 4, 2)).at[0, 1, 1, 0].set(jnp.nan)
+    np.testing.assert_array_equal(jnp.isnan(max_pool(x)).sum((0, 1, 2)), [4, 0])
