@@ -9,7 +9,7 @@ both, medians of repeats that take turns.
 
 import argparse
 import statistics
-import time
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ import numpy as np
 from flax import nnx
 
 import slimconv_jax as sc
+from slimconv_jax.benchmark import repeated, take_turns
 from slimconv_jax.models.zoo import abstract_model
 
 
@@ -38,12 +39,11 @@ def randomized(name: str) -> nnx.Module:
     return model
 
 
-def compiled(model: nnx.Module, images: jax.Array):
-    """The compiled program of a model, with its arrays as arguments, as in use."""
+def compiled(model: nnx.Module, images: jax.Array) -> tuple[Callable, nnx.State]:
+    """The compiled program of a model, and its arrays, which are arguments, as in use."""
     graphdef, state = nnx.split(model)
     program = jax.jit(lambda state, images: nnx.merge(graphdef, state)(images))
-    program = program.lower(state, images).compile()
-    return lambda: jax.block_until_ready(program(state, images))
+    return program.lower(state, images).compile(), state
 
 
 def main() -> None:
@@ -63,14 +63,10 @@ def main() -> None:
     for name in sc.list_models(args.models):
         model = randomized(name)
         programs = [compiled(m, images) for m in (model, sc.fold_batch_norm(model))]
-        logits = [np.asarray(program()) for program in programs]
+        logits = [np.asarray(program(state, images)) for program, state in programs]
         difference = np.abs(logits[1] - logits[0]).max() / np.abs(logits[0]).max()
-        seconds = [[], []]
-        for _ in range(args.repeats):
-            for program, times in zip(programs, seconds, strict=True):
-                start = time.perf_counter()
-                program()
-                times.append(time.perf_counter() - start)
+        rounds = [repeated(program, state, images) for program, state in programs]
+        seconds = take_turns(rounds, repeats=args.repeats)
         plain, folded = (args.batch_size / statistics.median(times) for times in seconds)
         print(
             f"{name:22} {difference:10.1e} {plain:9.1f} {folded:9.1f} {folded / plain:6.2f}",

@@ -28,6 +28,7 @@ from flax import nnx
 
 from slimconv_jax.errors import InputError, require_integer
 from slimconv_jax.models.complexity import count_macs
+from slimconv_jax.models.pieces import in_pieces
 from slimconv_jax.models.resnet import ResNet
 from slimconv_jax.models.slimconv import k_from_reduction
 from slimconv_jax.models.surgery import fold_batch_norm
@@ -143,10 +144,15 @@ def _jax_program(case: Case) -> Program:
 
 
 def lower_inference(model: ResNet, images: jax.Array, labels: jax.Array) -> tuple:
-    """The program of a model with its batch norm folded, its state, and its images."""
+    """The program that `predict` runs, of a model with its batch norm folded; state and images."""
     model.eval()
     graphdef, state = nnx.split(fold_batch_norm(model))
-    forward = jax.jit(lambda state, images: nnx.merge(graphdef, state)(images))
+    mesh = data_mesh(jax.devices()[:1])
+
+    @jax.jit
+    def forward(state: nnx.State, images: jax.Array) -> jax.Array:
+        return in_pieces(nnx.merge(graphdef, state), images, mesh=mesh)
+
     return forward.lower(state, images), state, images
 
 

@@ -18,6 +18,7 @@ from slimconv_jax.data.sources import ImageFiles
 from slimconv_jax.data.transforms import IMAGE_SUFFIXES, Transform, find_images, list_images
 from slimconv_jax.errors import InputError, require_integer
 from slimconv_jax.evaluation import Preprocessing, class_names_of, preprocessing_of
+from slimconv_jax.models.pieces import in_pieces
 from slimconv_jax.models.surgery import fold_batch_norm
 from slimconv_jax.saving import load_model, read_info
 from slimconv_jax.training.augment import normalize
@@ -138,7 +139,7 @@ def predict_saved(
 
     @functools.partial(jax.jit, out_shardings=replicated(mesh))
     def guess(state: nnx.State, images: jax.Array) -> tuple[jax.Array, jax.Array]:
-        logits = nnx.merge(graphdef, state)(prepare(images))
+        logits = in_pieces(nnx.merge(graphdef, state), prepare(images), mesh=mesh)
         return jax.lax.top_k(jax.nn.softmax(logits), min(5, num_classes))
 
     batch_size = round_up(min(batch_size, len(images)), mesh.size)

@@ -148,6 +148,20 @@ def test_training_on_a_tfds_data_set_imports_no_tensorflow(tmp_path):
     assert "of 5 images" in done.stdout.splitlines()[-4]
 
 
+def test_a_start_imports_nothing_that_it_does_not_need():
+    code = (
+        "import sys, train\n"
+        "from configs import digits\n"
+        "from slimconv_jax.data.sources import load_splits\n"
+        "load_splits(**digits.get_config().dataset)\n"
+        "heavy = {'torch', 'tensorflow', 'tensorflow_datasets', 'matplotlib', 'sklearn'}\n"
+        "assert not heavy & sys.modules.keys(), heavy & sys.modules.keys()\n"
+    )
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr
+
+
 SMALL = (CONFIG, "--config.model.width=8", "--config.num_epochs=4", "--config.eval_every_epochs=1")
 
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
+from slimconv_jax.models.pieces import in_pieces
 from slimconv_jax.training.step import PyTree, batch_sharded, replicated
 
 Totals = dict[str, jax.Array]
@@ -36,7 +37,8 @@ def make_evaluate(
     graphdef = nnx.graphdef(nnx.view(model, use_running_average=True))
 
     def add_batch(totals: Totals, params: PyTree, batch_stats: PyTree, batch) -> Totals:
-        logits = nnx.merge(graphdef, params, batch_stats)(preprocess(batch["image"]))
+        model = nnx.merge(graphdef, params, batch_stats)
+        logits = in_pieces(model, preprocess(batch["image"]), mesh=mesh)
         label, mask = batch["label"], batch["mask"]
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, label)
         _, best = jax.lax.top_k(logits, min(5, logits.shape[-1]))

@@ -1,0 +1,155 @@
+import dataclasses
+import json
+
+import jax
+import pytest
+
+from slimconv_jax import benchmark
+from slimconv_jax.__main__ import main
+from slimconv_jax.benchmark import Case
+
+CASE = Case("sc_resnet14@4/3", "inference", 2, 32, "float32", "jax")
+
+
+@pytest.fixture
+def caching():
+    """Restores what the command switches off."""
+    enabled = jax.config.jax_enable_compilation_cache
+    yield
+    jax.config.update("jax_enable_compilation_cache", enabled)
+
+
+def test_programs_take_turns():
+    calls = []
+
+    def program(name):
+        return lambda rounds: calls.append((name, rounds))
+
+    times = benchmark.take_turns([program("a"), program("b")], repeats=3, seconds=1e-9)
+    assert [len(measured) for measured in times] == [3, 3]
+    assert all(seconds > 0 for measured in times for seconds in measured)
+    assert calls[:4] == [("a", 1), ("a", 1), ("b", 1), ("b", 1)]
+    # Each turn: one round that does not count, then the measured ones.
+    assert [name for name, _ in calls[4:]] == list("aabb") * 3
+
+
+def test_a_turn_has_as_many_rounds_as_take_the_time(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(benchmark.time, "perf_counter", lambda: now[0])
+
+    def program(rounds):
+        now[0] += 0.25 * rounds
+
+    assert benchmark.take_turns([program], repeats=2, seconds=1.0) == [[0.25, 0.25]]
+    assert now[0] == 0.25 * (2 + 2 * (1 + 4))
+
+
+def test_plan_puts_together_what_is_compared():
+    groups = benchmark.plan(
+        ["sc_resnet14", "sc_resnet14@8/3", "resnet14", "sc_resnet14@4/3"],
+        modes=["inference", "train"],
+        batch_sizes=[1, 8],
+        image_size=32,
+        dtypes=["float32"],
+        implementations=["jax", "torch"],
+    )
+    assert [(group[0].mode, group[0].batch_size) for group in groups] == [
+        ("inference", 1),
+        ("inference", 8),
+        ("train", 1),
+        ("train", 8),
+    ]
+    cases = [(case.model, case.implementation) for case in groups[0]]
+    models = "sc_resnet14@4/3", "sc_resnet14@8/3", "resnet14"
+    assert cases == [(model, program) for model in models for program in ("jax", "torch")]
+
+
+@pytest.mark.parametrize("mode", ["inference", "train"])
+def test_measured_figures_agree_with_each_other(mode):
+    cases = [
+        dataclasses.replace(CASE, mode=mode, implementation=program) for program in ("jax", "torch")
+    ]
+    rows = benchmark.measure(cases, 1e9, repeats=2)
+    macs = {"inference": 35_000_000, "train": 105_000_000}[mode]
+    for row, case in zip(rows, cases, strict=True):
+        assert row.items() >= dataclasses.asdict(case).items()
+        assert 0 < row["slowest"] <= row["images_per_second"] <= row["fastest"]
+        # Two FLOPs for each multiply-add, about 35 million in the forward pass at 32x32.
+        assert row["flops_per_second"] / row["images_per_second"] == pytest.approx(
+            2 * macs, rel=0.1
+        )
+        assert row["peak_share"] == row["flops_per_second"] / 1e9
+    ours, theirs = rows
+    assert ours["compile_seconds"] > 0 and theirs["compile_seconds"] is None
+    # In training at least parameters and momentum, of 4 bytes each.
+    assert ours["memory_bytes"] > {"inference": 30, "train": 60}[mode] * 2**20
+    assert theirs["memory_bytes"] is None
+
+
+def row(model, implementation, speed, macs=1e9):
+    case = dataclasses.replace(CASE, model=model, implementation=implementation)
+    return dataclasses.asdict(case) | {
+        "images_per_second": speed,
+        "slowest": speed - 1,
+        "fastest": speed + 2,
+        "compile_seconds": 1.25 if implementation == "jax" else None,
+        "memory_bytes": 3 * 2**20 if implementation == "jax" else None,
+        "flops_per_second": 2 * macs * speed,
+        "peak_share": 0.5,
+    }
+
+
+ROWS = [
+    row("sc_resnet50@8/3", "jax", 40.0),
+    row("sc_resnet50@8/3", "torch", 32.0),
+    row("resnet50", "jax", 20.0, macs=2e9),
+]
+
+
+def test_table_and_ratios():
+    lines = [line.split() for line in benchmark.table_rows(ROWS)]
+    expected = "sc_resnet50@8/3 jax 40.0 39.0 - 42.0 1.2 s 3 M 80 50%"
+    assert lines[0] == expected.split()
+    expected = "sc_resnet50@8/3 torch 32.0 31.0 - 34.0 - - 64 50%"
+    assert lines[1] == expected.split()
+    assert list(benchmark.ratios(ROWS)) == [
+        "sc_resnet50@8/3: 1.25 x torch",
+        "sc_resnet50@8/3: 2.00 x resnet50, which has 2.00 x its multiply-adds",
+    ]
+    width = len(benchmark.HEADER)
+    assert all(len(line) == width for line in benchmark.table_rows(ROWS))
+
+
+def test_the_command_prints_writes_and_draws(tmp_path, capsys, caching, monkeypatch):
+    monkeypatch.setattr(benchmark, "matmul_peak", lambda dtype: 123e9)  # takes seconds
+    figures, chart = tmp_path / "figures.json", tmp_path / "chart.png"
+    command = ["benchmark", "resnet14", "--image-size", "32", "--batch-size", "1", "2"]
+    command += ["--repeats", "2", "--implementation", "jax"]
+    assert main([*command, "--json", str(figures), "--chart", str(chart)]) == 0
+    out = capsys.readouterr().out
+    assert "matrix products reach 123 GFLOP/s in float32" in out
+    assert "inference, float32, 2 images of 32x32 at once" in out
+    assert chart.read_bytes().startswith(b"\x89PNG")
+    report = json.loads(figures.read_text())
+    assert report["command"].startswith("python -m slimconv_jax benchmark resnet14 --image-size 32")
+    assert report["versions"]["jax"] == jax.__version__ and report["device"] in out
+    assert [result["batch_size"] for result in report["results"]] == [1, 2]
+    for result in report["results"]:
+        assert f"{result['images_per_second']:.1f}" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["sc_resnet51"], "unknown model 'sc_resnet51'"),
+        (["resnet14@2"], "resnet14 has no SlimConv"),
+        (["sc_resnet14@1"], "k='1' is not a compression ratio"),
+        (["resnet14", "--batch-size", "0"], "the batch size"),
+        (["resnet14", "--repeats", "0"], "--repeats"),
+        (["resnet14", "--json", "/nowhere/figures.json"], "cannot write /nowhere/figures.json"),
+    ],
+)
+def test_what_cannot_be_measured_is_said(arguments, message, capsys, caching):
+    assert main(["benchmark", *arguments]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and message in error
