@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import importlib.util
 import inspect
 import json
 import os
@@ -224,16 +223,14 @@ def benchmark_command(args: argparse.Namespace) -> None:
     import jax
 
     from slimconv_jax import benchmark
-    from slimconv_jax.torch_interop.checkpoint_file import import_torch
 
-    implementations = args.implementation
-    if implementations is None:
-        implementations = ["jax", "torch"]
-        if importlib.util.find_spec("torch") is None:
-            implementations = ["jax"]
-            print("PyTorch is not installed, so nothing is compared with it", file=sys.stderr)
-    elif implementations != ["jax"]:
-        import_torch()
+    implementations = args.implementation or ["jax", "torch"]
+    obstacle = benchmark.torch_obstacle()
+    if obstacle and implementations != ["jax"]:
+        if args.implementation:
+            raise InputError(obstacle)
+        implementations = ["jax"]
+        print(f"nothing is compared with PyTorch: {obstacle}", file=sys.stderr)
     groups = benchmark.plan(
         args.models,
         modes=args.mode,
@@ -246,6 +243,8 @@ def benchmark_command(args: argparse.Namespace) -> None:
     for path in (args.json, args.chart):
         if path and (Path(path).is_dir() or not Path(path).absolute().parent.is_dir()):
             raise InputError(f"cannot write {path}: it is a directory, or lies in none")
+    if args.chart and Path(args.chart).suffix not in (".png", ".svg", ".pdf"):
+        raise InputError(f"--chart {args.chart} must end in .png, .svg or .pdf")
     jax.config.update("jax_enable_compilation_cache", False)  # compile times are measured
     report = {"command": shlex.join(["python", "-m", "slimconv_jax", *args.argv])}
     report |= benchmark.environment()

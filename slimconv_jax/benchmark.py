@@ -4,9 +4,9 @@ On a machine whose speed varies, two programs can be compared only if they take 
 comparison is one call of `take_turns`.
 """
 
+import contextlib
 import dataclasses
 import datetime
-import importlib.util
 import itertools
 import json
 import os
@@ -33,6 +33,7 @@ from slimconv_jax.models.resnet import ResNet
 from slimconv_jax.models.slimconv import k_from_reduction
 from slimconv_jax.models.surgery import fold_batch_norm
 from slimconv_jax.models.zoo import abstract_model, create_model
+from slimconv_jax.torch_interop.checkpoint_file import import_torch
 from slimconv_jax.training.optimizer import create_optimizer
 from slimconv_jax.training.step import create_state, data_mesh, make_train_step
 
@@ -92,24 +93,46 @@ def _images(case: Case) -> tuple[np.ndarray, np.ndarray]:
     return rng.standard_normal(shape, np.float32), rng.integers(1000, size=case.batch_size)
 
 
+def torch_obstacle() -> str | None:
+    """Why PyTorch cannot be compared with here, or None if it can."""
+    backend = jax.default_backend()
+    try:
+        torch = import_torch()
+    except InputError as error:
+        return str(error)
+    if backend == "cpu" or (backend == "gpu" and torch.cuda.is_available()):
+        return None
+    return f"PyTorch as it is installed here cannot use the {backend.upper()} that JAX uses"
+
+
 def build(case: Case) -> Program:
     """The compiled program of a case, with random weights and images on the device.
 
     Raises:
-      ValueError: if the model cannot be built so.
+      ValueError: if it does not fit into the memory, or `torch.compile` does not work here.
     """
-    if case.implementation == "jax":
-        return _jax_program(case)
-    from slimconv_jax.torch_interop.timing import torch_program
+    try:
+        if case.implementation == "jax":
+            return _jax_program(case)
+        from slimconv_jax.torch_interop.timing import torch_program
 
-    program = torch_program(
-        abstract_model(**_model_options(case.model)).config,
-        *_images(case),
-        mode=case.mode,
-        dtype=case.dtype,
-        compiled=case.implementation == "torch.compile",
-        device="cuda" if jax.default_backend() == "gpu" else "cpu",
-    )
+        program = torch_program(
+            abstract_model(**_model_options(case.model)).config,
+            *_images(case),
+            mode=case.mode,
+            dtype=case.dtype,
+            compiled=case.implementation == "torch.compile",
+            device="cuda" if jax.default_backend() == "gpu" else "cpu",
+        )
+    except InputError:
+        raise
+    except Exception as error:  # of XLA, CUDA, or what torch.compile calls
+        reason = f"{error}".strip().split("\n")[0]
+        if "RESOURCE_EXHAUSTED" in reason or "out of memory" in reason:
+            raise InputError(f"{case.model} does not fit into the memory: {reason}") from error
+        if case.implementation == "torch.compile":
+            raise InputError(f"torch.compile does not work here: {reason}") from error
+        raise
     return Program(*program)
 
 
@@ -258,10 +281,8 @@ def versions() -> dict[str, str]:
         "jaxlib": jaxlib.__version__,
         "flax": flax.__version__,
     }
-    if importlib.util.find_spec("torch"):
-        import torch
-
-        found["torch"] = torch.__version__
+    with contextlib.suppress(InputError):
+        found["torch"] = import_torch().__version__
     return found
 
 

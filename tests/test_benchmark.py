@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import sys
 
 import jax
 import pytest
@@ -86,6 +87,18 @@ def test_measured_figures_agree_with_each_other(mode):
     assert theirs["memory_bytes"] is None
 
 
+def test_without_pytorch_the_rest_is_measured(monkeypatch, capsys, caching):
+    monkeypatch.setitem(sys.modules, "torch", None)  # what `import torch` then fails on
+    assert main(["benchmark", "resnet14", "--implementation", "torch"]) == 1
+    assert "pip install" in capsys.readouterr().err
+    monkeypatch.setattr(benchmark, "matmul_peak", lambda dtype: 123e9)
+    command = ["benchmark", "resnet14", "--image-size", "32", "--batch-size", "2", "--repeats", "1"]
+    assert main(command) == 0
+    printed = capsys.readouterr()
+    assert "nothing is compared with PyTorch: " in printed.err
+    assert "resnet14 " in printed.out and "torch" not in printed.out.split("inference, ")[1]
+
+
 def row(model, implementation, speed, macs=1e9):
     case = dataclasses.replace(CASE, model=model, implementation=implementation)
     return dataclasses.asdict(case) | {
@@ -146,6 +159,7 @@ def test_the_command_prints_writes_and_draws(tmp_path, capsys, caching, monkeypa
         (["sc_resnet14@1"], "k='1' is not a compression ratio"),
         (["resnet14", "--batch-size", "0"], "the batch size"),
         (["resnet14", "--repeats", "0"], "--repeats"),
+        (["resnet14", "--chart", "chart.jpeg"], "must end in .png, .svg or .pdf"),
         (["resnet14", "--json", "/nowhere/figures.json"], "cannot write /nowhere/figures.json"),
     ],
 )
