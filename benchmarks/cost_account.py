@@ -34,7 +34,9 @@ from slimconv_jax.benchmark import (
     take_turns,
 )
 from slimconv_jax.models.layers import max_pool
+from slimconv_jax.models.pieces import PIXELS
 from slimconv_jax.models.slimconv import Gate, SlimConv
+from slimconv_jax.models.zoo import abstract_model
 from slimconv_jax.training.augment import normalize
 from slimconv_jax.training.optimizer import create_optimizer
 
@@ -184,6 +186,13 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7, metavar="N")
     args = parser.parse_args()
     train = args.mode == "train"
+    if not train and args.batch_size * args.image_size**2 > PIXELS:
+        parser.error(
+            f"in inference at most {PIXELS // args.image_size**2 or 1} images of this size go "
+            "through a network at once; choose a smaller --batch-size"
+        )
+    if abstract_model(args.model, k=args.k).config.block != "bottleneck":
+        parser.error(f"{args.model} has basic blocks; the account knows bottlenecks only")
     print(describe_environment(environment()))
     flops_peak, bytes_peak = matmul_peak(args.dtype), bandwidth_peak()
     print(

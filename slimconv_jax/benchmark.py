@@ -7,6 +7,7 @@ comparison is one call of `take_turns`.
 import contextlib
 import dataclasses
 import datetime
+import importlib.metadata
 import itertools
 import json
 import os
@@ -14,7 +15,6 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
 
@@ -113,37 +113,45 @@ def build(case: Case) -> Program:
     """
     try:
         if case.implementation == "jax":
-            return _jax_program(case)
-        from slimconv_jax.torch_interop.timing import torch_program
+            program = _jax_program(case)
+        else:
+            from slimconv_jax.torch_interop.timing import torch_program
 
-        program = torch_program(
-            abstract_model(**_model_options(case.model)).config,
-            *_images(case),
-            mode=case.mode,
-            dtype=case.dtype,
-            compiled=case.implementation == "torch.compile",
-            device="cuda" if jax.default_backend() == "gpu" else "cpu",
-        )
+            program = Program(
+                *torch_program(
+                    abstract_model(**_model_options(case.model)).config,
+                    *_images(case),
+                    mode=case.mode,
+                    dtype=case.dtype,
+                    compiled=case.implementation == "torch.compile",
+                    device="cuda" if jax.default_backend() == "gpu" else "cpu",
+                )
+            )
+        program.run(1)
     except InputError:
         raise
     except Exception as error:  # of XLA, CUDA, or what torch.compile calls
         reason = f"{error}".strip().split("\n")[0]
-        if "RESOURCE_EXHAUSTED" in reason or "out of memory" in reason:
-            raise InputError(f"{case.model} does not fit into the memory: {reason}") from error
+        lacking = ("RESOURCE_EXHAUSTED", "out of memory", "allocate")
+        if isinstance(error, MemoryError) or any(words in reason for words in lacking):
+            raise InputError(
+                f"{case.model} at batch size {case.batch_size} does not fit into the memory: "
+                f"{reason}"
+            ) from error
         if case.implementation == "torch.compile":
             raise InputError(f"torch.compile does not work here: {reason}") from error
         raise
-    return Program(*program)
+    return program
 
 
 def _jax_program(case: Case) -> Program:
     dtype = None if case.dtype == "float32" else case.dtype
     model = create_model(**_model_options(case.model), dtype=dtype, rngs=nnx.Rngs(0))
     images, labels = (jnp.asarray(array) for array in _images(case))
+    start = time.perf_counter()
     lowered, state, batch = (lower_train if case.mode == "train" else lower_inference)(
         model, images, labels
     )
-    start = time.perf_counter()
     compiled = lowered.compile()
     seconds = time.perf_counter() - start
     memory = compiled.memory_analysis()
@@ -236,10 +244,14 @@ def repeated(function: Callable, *args) -> Rounds:
 
 
 def matmul_peak(dtype: str) -> float:
-    """FLOP/s of a large square matrix product on the device: the best of several sizes."""
+    """FLOP/s of a large square matrix product on the device: the best of several sizes.
+
+    At JAX's default precision, which on recent GPUs is TF32 for float32.
+    """
     sizes = (1024, 2048) if jax.default_backend() == "cpu" else (4096, 8192)
     product = jax.jit(jnp.matmul)
-    rounds = [repeated(product, *[jnp.ones((size, size), dtype)] * 2) for size in sizes]
+    squares = [jax.random.normal(jax.random.key(0), (size, size), dtype) for size in sizes]
+    rounds = [repeated(product, square, square) for square in squares]
     times = take_turns(rounds, repeats=5)
     return max(2 * size**3 / min(t) for size, t in zip(sizes, times, strict=True))
 
@@ -270,7 +282,8 @@ def describe_device() -> str:
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores"
+    available = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count()))(0)
+    return f"{names[0] if names else platform.machine()}, {len(available)} cores"
 
 
 def versions() -> dict[str, str]:
@@ -281,8 +294,8 @@ def versions() -> dict[str, str]:
         "jaxlib": jaxlib.__version__,
         "flax": flax.__version__,
     }
-    with contextlib.suppress(InputError):
-        found["torch"] = import_torch().__version__
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        found["torch"] = importlib.metadata.version("torch")
     return found
 
 
@@ -313,9 +326,11 @@ def plan(
         [
             Case(model, mode, batch_size, image_size, dtype, implementation)
             for model in dict.fromkeys(names)
-            for implementation in implementations
+            for implementation in dict.fromkeys(implementations)
         ]
-        for mode, dtype, batch_size in itertools.product(modes, dtypes, batch_sizes)
+        for mode, dtype, batch_size in itertools.product(
+            *map(dict.fromkeys, (modes, dtypes, batch_sizes))
+        )
     ]
 
 
@@ -329,7 +344,8 @@ def measure(cases: Sequence[Case], peak: float, *, repeats: int) -> list[dict]:
 
     Returns:
       For each case its fields, and: `images_per_second` (median), `fastest` and `slowest` turn in
-      images a second, `compile_seconds` and `memory_bytes` (or None), `flops_per_second` (two for
+      images a second, `compile_seconds` (tracing included) and `memory_bytes` (or None),
+      `flops_per_second` (two for
       each multiply-add, in training three times those of the forward pass), and `peak_share`.
     """
     programs = [build(case) for case in cases]
@@ -399,10 +415,9 @@ def ratios(rows: Sequence[dict]) -> Iterator[str]:
     for model in macs:
         plain = model.partition("@")[0].removeprefix("sc_")
         if plain != model and plain in macs:
-            saved = Fraction(macs[plain] / macs[model])
             yield (
                 f"{model}: {speed[model, 'jax'] / speed[plain, 'jax']:.2f} x {plain}, which has "
-                f"{float(saved):.2f} x its multiply-adds"
+                f"{macs[plain] / macs[model]:.2f} x its multiply-adds"
             )
 
 

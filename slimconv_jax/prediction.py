@@ -139,7 +139,8 @@ def predict_saved(
 
     @functools.partial(jax.jit, out_shardings=replicated(mesh))
     def guess(state: nnx.State, images: jax.Array) -> tuple[jax.Array, jax.Array]:
-        logits = in_pieces(nnx.merge(graphdef, state), prepare(images), mesh=mesh)
+        model = nnx.merge(graphdef, state)
+        logits = in_pieces(lambda x: model(prepare(x)), images, mesh=mesh)
         return jax.lax.top_k(jax.nn.softmax(logits), min(5, num_classes))
 
     batch_size = round_up(min(batch_size, len(images)), mesh.size)

@@ -1,6 +1,7 @@
 """The pieces that SlimConv and the ResNets share: initialisers, convolution, batch norm."""
 
 import itertools
+import math
 from collections.abc import Sequence
 
 import jax
@@ -38,30 +39,30 @@ def conv_general_dilated(
 ) -> jax.Array:
     """`jax.lax.conv_general_dilated` of NHWC by HWIO, as one matrix product where that is faster.
 
-    That is for 1x1 kernels, and where the output is smaller than the kernel. There XLA for CPUs
-    has no fast convolution in the backward direction (20 times slower), and what the product is
-    of, the pixels under the kernel side by side, is small. Arguments are those of the original,
-    as `nnx.Conv` gives them.
+    That is for 1x1 kernels, and where the output has fewer positions than the kernel. For those
+    XLA for CPUs has but a naive loop (20 times slower), and what the product is of, the pixels
+    under the kernel side by side, is small. Arguments are those of the original, as `nnx.Conv`
+    gives them.
     """
     kernel_size = rhs.shape[:2]
-    window = [(size - 1) * d + 1 for size, d in zip(kernel_size, rhs_dilation, strict=True)]
-    if isinstance(padding, str):
-        padding = jax.lax.padtype_to_pads(lhs.shape[1:3], window, window_strides, padding)
-    steps = [  # from the first position of the window to the last
-        size + sum(pads) - extent
-        for size, pads, extent in zip(lhs.shape[1:3], padding, window, strict=True)
-    ]
-    small = any(
-        step // stride + 1 < size
-        for step, stride, size in zip(steps, window_strides, kernel_size, strict=True)
-    )
     plain = (
         feature_group_count == 1
         and tuple(lhs_dilation) == (1, 1)
-        and min(steps) >= 0
+        and all(isinstance(size, int) for size in lhs.shape[1:3])  # not symbolic, as in an export
         and all(value is None for value in kwargs.values())  # no sharding or dtype of the output
     )
-    if not plain or not (small or kernel_size == (1, 1)):
+    if plain:
+        window = [(size - 1) * d + 1 for size, d in zip(kernel_size, rhs_dilation, strict=True)]
+        if isinstance(padding, str):
+            padding = jax.lax.padtype_to_pads(lhs.shape[1:3], window, window_strides, padding)
+        steps = [  # from the first position of the window to the last
+            size + sum(pads) - extent
+            for size, pads, extent in zip(lhs.shape[1:3], padding, window, strict=True)
+        ]
+        positions = [step // stride + 1 for step, stride in zip(steps, window_strides, strict=True)]
+        small = math.prod(positions) < math.prod(kernel_size)
+        plain = min(steps) >= 0 and (small or kernel_size == (1, 1))
+    if not plain:
         return jax.lax.conv_general_dilated(
             lhs,
             rhs,
@@ -90,18 +91,20 @@ def conv_general_dilated(
         patches.append(x[:, rows, columns])
     x = jnp.concatenate(patches, axis=-1)
     # Two axes from the start: of a product over three, XLA for CPUs copies the gradient.
-    y = jnp.matmul(x.reshape(-1, x.shape[-1]), rhs.reshape(-1, rhs.shape[-1]), precision=precision)
-    return y.reshape(*x.shape[:-1], -1)
+    rows, kernel = math.prod(x.shape[:-1]), rhs.reshape(x.shape[-1], rhs.shape[-1])
+    y = jnp.matmul(x.reshape(rows, x.shape[-1]), kernel, precision=precision)
+    return y.reshape(*x.shape[:-1], rhs.shape[-1])
 
 
 def max_pool(x: jax.Array) -> jax.Array:
-    """3x3 maxima at stride 2 of (N, H, W, C), padded by 1: (N, (H + 1) // 2, (W + 1) // 2, C).
+    """3x3 maxima at stride 2, padded by 1: (..., H, W, C) to (..., (H + 1) // 2, (W + 1) // 2, C).
 
-    The same as `nnx.max_pool`, also in that the gradient goes to the first of equal maxima, but
-    put together of larger-of-two: XLA's gradient of a pool is a scatter, slow on CPUs and GPUs.
+    The same as `nnx.max_pool`, also in that the gradient goes to the first of equal maxima (it
+    goes to what is not a number, if there is such). Put together of larger-of-two, since XLA's
+    gradient of a pool is a scatter after a search, which is slow on CPUs.
     """
     lowest = jnp.array(-jnp.inf, x.dtype)
-    for axis in (2, 1):  # first along the rows, so that the first maximum is that of the window
+    for axis in (x.ndim - 2, x.ndim - 3):  # along the rows first, as in the order of the window
         size = (x.shape[axis] + 1) // 2
         pads = [(0, 0, 0)] * x.ndim
         # As many elements behind the last window as make three slices of the same size.

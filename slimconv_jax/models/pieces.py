@@ -24,11 +24,9 @@ def in_pieces(
       mesh: the devices that the batch is on.
     """
     count, height, width, _ = images.shape
-    if mesh.size > 1 or mesh.devices.flat[0].platform != "cpu":
-        return forward(images)
     most = max(PIXELS // (height * width), 1)
-    size = max(n for n in range(1, min(most, count) + 1) if count % n == 0)
-    if size == count:
+    if mesh.size > 1 or mesh.devices.flat[0].platform != "cpu" or count <= most:
         return forward(images)
+    size = max(n for n in range(1, most + 1) if count % n == 0)
     results = jax.lax.map(forward, images.reshape(-1, size, *images.shape[1:]))
     return results.reshape(count, *results.shape[2:])

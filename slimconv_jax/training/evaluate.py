@@ -38,7 +38,7 @@ def make_evaluate(
 
     def add_batch(totals: Totals, params: PyTree, batch_stats: PyTree, batch) -> Totals:
         model = nnx.merge(graphdef, params, batch_stats)
-        logits = in_pieces(model, preprocess(batch["image"]), mesh=mesh)
+        logits = in_pieces(lambda x: model(preprocess(x)), batch["image"], mesh=mesh)
         label, mask = batch["label"], batch["mask"]
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, label)
         _, best = jax.lax.top_k(logits, min(5, logits.shape[-1]))

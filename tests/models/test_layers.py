@@ -5,6 +5,7 @@ import pytest
 from flax import nnx
 
 from slimconv_jax.models.layers import BatchNorm, ConvBN, conv_general_dilated, max_pool
+from slimconv_jax.models.zoo import abstract_model
 
 
 def test_batch_norm_keeps_nine_tenths_of_its_running_averages():
@@ -78,6 +79,7 @@ def test_batch_norm_does_not_cancel():
         (4, 3, (1, 1), "VALID", 1, True),
         (6, 3, (1, 1), ((1, 1), (1, 1)), 1, False),
         (2, 3, (1, 1), "VALID", 1, False),  # of no output
+        (2, 3, (1, 4), ((1, 1), (9, 9)), 1, False),  # of 2x5 outputs, more than the kernel has
     ],
 )
 def test_convolution_equals_that_of_lax(side, kernel_size, strides, padding, dilation, as_product):
@@ -107,20 +109,52 @@ def test_convolution_equals_that_of_lax(side, kernel_size, strides, padding, dil
     assert ("conv_general_dilated[" not in program) == as_product
 
 
-@pytest.mark.parametrize("shape", [(2, 8, 8, 3), (1, 7, 4, 2), (1, 1, 2, 1)])
+@pytest.mark.parametrize("kernel_size", [1, 3])
+def test_convolution_of_nothing_and_of_symbolic_size(kernel_size):
+    layer = ConvBN(3, 4, kernel_size, rngs=nnx.Rngs(0))
+    layer.eval()
+    assert layer(jnp.ones((0, 2, 2, 3))).shape == (0, 2, 2, 4)
+    b, h = jax.export.symbolic_shape("b, h")
+    image = jax.ShapeDtypeStruct((b, h, h, 3), jnp.float32)
+    exported = jax.export.export(jax.jit(lambda x: layer(x)))(image)
+    assert str(exported.out_avals[0].shape) == "(b, h, h, 4)"
+
+
+def test_models_have_neither_1x1_convolutions_nor_scatters():
+    model = abstract_model("sc_resnet14", width=8, num_classes=3)
+    graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+
+    def loss(params, rest, images):
+        return nnx.merge(graphdef, params, rest)(images).sum()
+
+    images = jax.ShapeDtypeStruct((2, 64, 64, 3), jnp.float32)
+    program = str(jax.make_jaxpr(jax.grad(loss))(*map(nnx.to_pure_dict, (params, rest)), images))
+    assert "select_and_scatter" not in program
+    # Forward and for the kernel each: the stem; in stages of 16, 8 and 4 pixels, not in that of 2,
+    # the two 3x3 convolutions. And for the input, of all but the stem.
+    assert program.count("conv_general_dilated[") == 2 * 7 + 6
+
+
+@pytest.mark.parametrize("shape", [(2, 8, 8, 3), (1, 7, 4, 2), (1, 1, 2, 1), (6, 5, 2)])
 def test_max_pool_equals_that_of_flax(shape):
     rng = np.random.default_rng(0)
-    x = jnp.asarray(rng.integers(4, size=shape), jnp.float32)  # of many equal maxima
+    x = jnp.asarray(rng.integers(4, size=shape), jnp.bfloat16)  # of many equal maxima
 
     def theirs(x):
         return nnx.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
 
     (ours, our_vjp), (expected, vjp) = (jax.vjp(pool, x) for pool in (max_pool, theirs))
     np.testing.assert_array_equal(ours, expected)
-    gradient = jnp.asarray(rng.integers(1, 9, size=ours.shape), jnp.float32)
+    gradient = jnp.asarray(rng.integers(1, 9, size=ours.shape), jnp.bfloat16)
     np.testing.assert_array_equal(our_vjp(gradient)[0], vjp(gradient)[0])
 
 
 def test_max_pool_keeps_what_is_not_a_number():
     x = jnp.zeros((1, 4, 4, 2)).at[0, 1, 1, 0].set(jnp.nan)
     np.testing.assert_array_equal(jnp.isnan(max_pool(x)).sum((0, 1, 2)), [4, 0])
+
+
+def test_max_pool_takes_more_axes_in_front():
+    x = jax.random.normal(jax.random.key(0), (2, 3, 4, 5, 2))
+    expected = max_pool(x.reshape(6, 4, 5, 2)).reshape(2, 3, 2, 3, 2)
+    np.testing.assert_array_equal(max_pool(x), expected)

@@ -12,7 +12,9 @@ def first_pixels(images):
     return images[:, 0, 0] * 2
 
 
-@pytest.mark.parametrize(("count", "piece"), [(1, 1), (6, 3), (7, 1), (9, 3), (4, 4), (10, 2)])
+@pytest.mark.parametrize(
+    ("count", "piece"), [(0, 0), (1, 1), (6, 3), (7, 1), (9, 3), (4, 4), (10, 2)]
+)
 def test_pieces_of_equal_size_and_no_more_pixels_than_allowed(count, piece, monkeypatch):
     monkeypatch.setattr(pieces, "PIXELS", 4 * 2 * 5 + 9)  # of 2x5: four images
     images = jnp.asarray(np.random.default_rng(0).normal(size=(count, 2, 5, 3)), jnp.float32)
