@@ -24,15 +24,16 @@ from flax import nnx
 
 import slimconv_jax as sc
 from slimconv_jax.benchmark import (
-    bandwidth_peak,
+    copy_rounds,
     describe_environment,
     environment,
     lower_inference,
     lower_train,
-    matmul_peak,
+    matmul_rounds,
     repeated,
     take_turns,
 )
+from slimconv_jax.errors import require_integer, run_script
 from slimconv_jax.models.layers import max_pool
 from slimconv_jax.models.pieces import PIXELS
 from slimconv_jax.models.slimconv import Gate, SlimConv
@@ -185,6 +186,8 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--repeats", type=int, default=7, metavar="N")
     args = parser.parse_args()
+    for name in ("batch_size", "image_size", "repeats"):
+        require_integer(name, getattr(args, name), 1)
     train = args.mode == "train"
     if not train and args.batch_size * args.image_size**2 > PIXELS:
         parser.error(
@@ -194,9 +197,7 @@ def main() -> None:
     if abstract_model(args.model, k=args.k).config.block != "bottleneck":
         parser.error(f"{args.model} has basic blocks; the account knows bottlenecks only")
     print(describe_environment(environment()))
-    flops_peak, bytes_peak = matmul_peak(args.dtype), bandwidth_peak()
     print(
-        f"measured peaks: {flops_peak / 1e9:,.0f} GFLOP/s, {bytes_peak / 1e9:,.1f} GB/s\n"
         f"{args.model}, {args.mode}, {args.dtype}, {args.batch_size} images of "
         f"{args.image_size}x{args.image_size}",
         flush=True,
@@ -234,7 +235,13 @@ def main() -> None:
             programs[text] = make()
         entries.append((part.group, text, flops, size))
     print(f"{len(entries)} parts, {len(programs)} of them different; measuring", flush=True)
-    times = take_turns([*programs.values(), run_whole], repeats=args.repeats, seconds=0.02)
+    product_flops, product = matmul_rounds(args.dtype)
+    copied_bytes, copy = copy_rounds()
+    *times, product_times, copy_times = take_turns(
+        [*programs.values(), run_whole, product, copy], repeats=args.repeats, seconds=0.02
+    )
+    flops_peak, bytes_peak = product_flops / min(product_times), copied_bytes / min(copy_times)
+    print(f"peaks: {flops_peak / 1e9:,.0f} GFLOP/s, {bytes_peak / 1e9:,.1f} GB/s")
     *medians, whole_seconds = map(statistics.median, times)
     seconds = dict(zip(programs, medians, strict=True))
 
@@ -261,4 +268,4 @@ def line(name: str, figures: np.ndarray) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -2,7 +2,8 @@
 
     python benchmarks/growth.py [--chart FILE] [--repeats N]
 
-All programs take turns; each exponent is the slope of a line through the logarithms.
+It takes five to ten minutes on two CPU cores. All programs take turns; each exponent is the slope
+of a line through the logarithms.
 """
 
 import argparse
@@ -22,6 +23,8 @@ from slimconv_jax.benchmark import (
     environment,
     take_turns,
 )
+from slimconv_jax.benchmark_report import check_outputs
+from slimconv_jax.errors import require_integer, run_script
 
 BASE = Case("sc_resnet50", "train", 8, 64, "float32", "jax")
 AXES = {
@@ -42,9 +45,11 @@ def position(axis: str, case: Case) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--chart", type=Path, default="growth.png", metavar="FILE")
+    parser.add_argument("--chart", type=Path, default=Path("growth.png"), metavar="FILE")
     parser.add_argument("--repeats", type=int, default=7, metavar="N")
     args = parser.parse_args()
+    require_integer("repeats", args.repeats, 1)
+    check_outputs(args.chart, chart=args.chart)
     jax.config.update("jax_enable_compilation_cache", False)
     where = environment()
     print(describe_environment(where), flush=True)
@@ -67,12 +72,18 @@ def main() -> None:
         y = 1000 * np.array([medians[case] for case in points])
         low, high = 1000 * np.array([spread[case] for case in points]).T
         exponent, offset = np.polyfit(np.log(x), np.log(y), 1)
-        print(f"{axis}: exponent {exponent:.2f}")
+        last = np.log(y[-1] / y[-2]) / np.log(x[-1] / x[-2])
+        print(f"{axis}: exponent {exponent:.2f}, between the last two {last:.2f}")
         for case, milliseconds in zip(points, y, strict=True):
             print(f"  {position(axis, case):4} {milliseconds:8.1f} ms")
         ax.errorbar(x, y, yerr=[y - low, high - y], fmt="o", capsize=3)
         ax.plot(x, np.exp(offset) * x**exponent, color="0.5", zorder=0)
-        ax.set(xscale="log", yscale="log", xlabel=axis, title=f"exponent {exponent:.2f}")
+        ax.set(
+            xscale="log",
+            yscale="log",
+            xlabel=axis,
+            title=f"exponent {exponent:.2f}, at the end {last:.2f}",
+        )
         ax.set_xticks(x, [str(value) for value in x])
         ax.set_yticks(y, [f"{value:,.0f}" for value in y])
         ax.minorticks_off()
@@ -89,4 +100,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

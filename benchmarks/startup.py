@@ -14,6 +14,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from slimconv_jax.errors import require_integer, run_script
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -48,6 +50,7 @@ def main() -> None:
     parser.add_argument("--config", default="configs/digits.py")
     parser.add_argument("--repeats", type=int, default=5, metavar="N", help="of the warm start")
     args = parser.parse_args()
+    require_integer("repeats", args.repeats, 1)
     with tempfile.TemporaryDirectory() as cache:
         print(f"{args.config}, {os.cpu_count()} CPU cores; from the command to the first step")
         print(f"cold: {seconds_to_first_step(args.config, cache):.1f} s", flush=True)
@@ -59,4 +62,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -9,7 +9,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from slimconv_jax.errors import InputError, require_integer
+from slimconv_jax.errors import InputError
 from slimconv_jax.models.complexity import count_macs, count_params, layers
 from slimconv_jax.models.slimconv import k_from_reduction
 from slimconv_jax.models.zoo import ARCHITECTURES, PUBLISHED, abstract_model, describe, list_models
@@ -222,7 +222,7 @@ def benchmark_command(args: argparse.Namespace) -> None:
     # Imported here since they take seconds.
     import jax
 
-    from slimconv_jax import benchmark
+    from slimconv_jax import benchmark, benchmark_report
 
     implementations = args.implementation or ["jax", "torch"]
     obstacle = benchmark.torch_obstacle() if set(implementations) - {"jax"} else None
@@ -239,38 +239,14 @@ def benchmark_command(args: argparse.Namespace) -> None:
         dtypes=args.dtype,
         implementations=implementations,
     )
-    require_integer("--repeats", args.repeats, 1)
-    for path in (args.json, args.chart):
-        if path and (Path(path).is_dir() or not Path(path).absolute().parent.is_dir()):
-            raise InputError(f"cannot write {path}: it is a directory, or lies in none")
-    if args.chart and Path(args.chart).suffix not in (".png", ".svg", ".pdf"):
-        raise InputError(f"--chart {args.chart} must end in .png, .svg or .pdf")
     jax.config.update("jax_enable_compilation_cache", False)  # compile times are measured
-    report = {"command": shlex.join(["python", "-m", "slimconv_jax", *args.argv])}
-    report |= benchmark.environment()
-    print(benchmark.describe_environment(report), flush=True)
-    peaks = {dtype: benchmark.matmul_peak(dtype) for dtype in args.dtype}
-    report |= {"matmul_peaks": peaks, "repeats": args.repeats, "results": []}
-    for dtype, peak in peaks.items():
-        print(f"matrix products reach {peak / 1e9:,.0f} GFLOP/s in {dtype}", flush=True)
-    for cases in groups:
-        first = cases[0]
-        size = f"{first.image_size}x{first.image_size}"
-        print(f"\n{first.mode}, {first.dtype}, {first.batch_size} images of {size} at once")
-        print(benchmark.HEADER, flush=True)
-        rows = benchmark.measure(cases, peaks[first.dtype], repeats=args.repeats)
-        print("\n".join([*benchmark.table_rows(rows), *benchmark.ratios(rows)]), flush=True)
-        report["results"] += rows
-        if args.json:  # at once, since more may take long
-            benchmark.write_report(report, Path(args.json))
-    print(
-        f"\nimages/s: medians of {args.repeats} turns, in which the programs of a group follow "
-        "each other.\nFLOP/s: two for each multiply-add of the architecture, in training three "
-        "times those of\nthe forward pass; peak: those of the matrix products above. Inference: "
-        "batch norm is\nfolded into the convolutions in JAX, not in PyTorch."
+    benchmark_report.run(
+        groups,
+        repeats=args.repeats,
+        command=shlex.join(["python", "-m", "slimconv_jax", *args.argv]),
+        json_path=args.json,
+        chart_path=args.chart,
     )
-    if args.chart:
-        benchmark.draw_chart(report, Path(args.chart))
 
 
 SAVED_MODEL = "a directory of save_model or convert_weights.py, or the work directory of train.py"
@@ -451,8 +427,8 @@ def main(argv: list[str] | None = None) -> int:
         help="what to measure (default: jax, and torch if it is installed)",
     )
     add("--repeats", type=int, default=10, metavar="N", help="turns (default: 10)")
-    add("--json", metavar="FILE", help="write the figures here too")
-    add("--chart", metavar="FILE", help="draw them here, as .png, .svg or .pdf")
+    add("--json", type=Path, metavar="FILE", help="write the figures here too")
+    add("--chart", type=Path, metavar="FILE", help="draw them here, as .png, .svg or .pdf")
 
     args = parser.parse_args(argv)
     args.argv = sys.argv[1:] if argv is None else argv

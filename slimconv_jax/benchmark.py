@@ -9,12 +9,11 @@ import dataclasses
 import datetime
 import importlib.metadata
 import itertools
-import json
 import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -243,21 +242,18 @@ def repeated(function: Callable, *args) -> Rounds:
     return run
 
 
-def matmul_peak(dtype: str) -> float:
-    """FLOP/s of a large square matrix product on the device: the best of several sizes.
+def matmul_rounds(dtype: str) -> tuple[int, Rounds]:
+    """The FLOPs of a large square matrix product, and the product, to take turns with others.
 
     At JAX's default precision, which on recent GPUs is TF32 for float32.
     """
-    sizes = (1024, 2048) if jax.default_backend() == "cpu" else (4096, 8192)
-    product = jax.jit(jnp.matmul)
-    squares = [jax.random.normal(jax.random.key(0), (size, size), dtype) for size in sizes]
-    rounds = [repeated(product, square, square) for square in squares]
-    times = take_turns(rounds, repeats=5)
-    return max(2 * size**3 / min(t) for size, t in zip(sizes, times, strict=True))
+    size = 2048 if jax.default_backend() == "cpu" else 8192
+    square = jax.random.normal(jax.random.key(0), (size, size), dtype)
+    return 2 * size**3, repeated(jax.jit(jnp.matmul), square, square)
 
 
-def bandwidth_peak() -> float:
-    """Bytes a second of `x + 1` for an array too large for the caches: read once, written once.
+def copy_rounds() -> tuple[int, Rounds]:
+    """The bytes that `x + 1` moves for an array too large for the caches, and the addition.
 
     The memory of the result is that of the argument before, as within a larger program.
     """
@@ -270,8 +266,7 @@ def bandwidth_peak() -> float:
             x[0] = add_one(x[0])
         x[0].block_until_ready()
 
-    (times,) = take_turns([run], repeats=5)
-    return 2 * x[0].nbytes / min(times)
+    return 2 * x[0].nbytes, run
 
 
 def describe_device() -> str:
@@ -334,22 +329,36 @@ def plan(
     ]
 
 
-def measure(cases: Sequence[Case], peak: float, *, repeats: int) -> list[dict]:
+def measure(
+    cases: Sequence[Case],
+    *,
+    repeats: int,
+    progress: Callable[[str], None] = lambda text: None,
+) -> list[dict]:
     """Builds the programs of one group and lets them take turns.
 
     Args:
       cases: of equal mode, batch size and dtype.
-      peak: FLOP/s that count as 100 %.
       repeats: turns.
+      progress: is told what is under way.
 
     Returns:
       For each case its fields, and: `images_per_second` (median), `fastest` and `slowest` turn in
       images a second, `compile_seconds` (tracing included) and `memory_bytes` (or None),
       `flops_per_second` (two for
-      each multiply-add, in training three times those of the forward pass), and `peak_share`.
+      each multiply-add, in training three times those of the forward pass), `peak`, the FLOP/s of
+      a large matrix product at its fastest turn, and `peak_share`, the share of it.
     """
-    programs = [build(case) for case in cases]
-    times = take_turns([program.run for program in programs], repeats=repeats)
+    programs = []
+    for number, case in enumerate(cases, 1):
+        progress(f"building {number} of {len(cases)}: {case.model} in {case.implementation}")
+        programs.append(build(case))
+    progress(f"measuring {len(cases)} programs in {repeats} turns")
+    product_flops, product = matmul_rounds(cases[0].dtype)
+    *times, product_times = take_turns(
+        [*(program.run for program in programs), product], repeats=repeats
+    )
+    peak = product_flops / min(product_times)
     rows = []
     for case, program, measured in zip(cases, programs, times, strict=True):
         median = statistics.median(measured)
@@ -364,6 +373,7 @@ def measure(cases: Sequence[Case], peak: float, *, repeats: int) -> list[dict]:
                 "compile_seconds": program.compile_seconds,
                 "memory_bytes": program.memory,
                 "flops_per_second": flops,
+                "peak": peak,
                 "peak_share": flops / peak,
             }
         )
@@ -380,105 +390,3 @@ def describe_environment(where: dict) -> str:
     """One line of what `environment` gives."""
     packages = ", ".join(f"{name} {version}" for name, version in where["versions"].items())
     return f"{where['date']}; {where['device']}; {packages}"
-
-
-HEADER = (
-    f"{'model':24} {'program':13} {'images/s':>9} {'slowest - fastest':>19} {'compile':>8} "
-    f"{'memory':>8} {'GFLOP/s':>8} {'of peak':>8}"
-)
-
-
-def table_rows(rows: Sequence[dict]) -> Iterator[str]:
-    """The measured cases as lines under `HEADER`."""
-    for row in rows:
-        seconds, memory = row["compile_seconds"], row["memory_bytes"]
-        spread = f"{row['slowest']:.1f} - {row['fastest']:.1f}"
-        yield (
-            f"{row['model']:24} {row['implementation']:13} {row['images_per_second']:9.1f} "
-            f"{spread:>19} {'-' if seconds is None else f'{seconds:.1f} s':>8} "
-            f"{'-' if memory is None else f'{memory / 2**20:,.0f} M':>8} "
-            f"{row['flops_per_second'] / 1e9:8,.0f} {row['peak_share']:8.0%}"
-        )
-
-
-def ratios(rows: Sequence[dict]) -> Iterator[str]:
-    """What the rows of one group say: each model here against PyTorch, and Sc against plain."""
-    speed = {(row["model"], row["implementation"]): row["images_per_second"] for row in rows}
-    macs = {
-        row["model"]: row["flops_per_second"] / row["images_per_second"]
-        for row in rows
-        if row["implementation"] == "jax"
-    }
-    for (model, implementation), other in speed.items():
-        if implementation != "jax" and (model, "jax") in speed:
-            yield f"{model}: {speed[model, 'jax'] / other:.2f} x {implementation}"
-    for model in macs:
-        plain = model.partition("@")[0].removeprefix("sc_")
-        if plain != model and plain in macs:
-            yield (
-                f"{model}: {speed[model, 'jax'] / speed[plain, 'jax']:.2f} x {plain}, which has "
-                f"{macs[plain] / macs[model]:.2f} x its multiply-adds"
-            )
-
-
-def draw_chart(report: dict, path: Path) -> None:
-    """Draws the images a second of all cases as bars, with the slowest and the fastest turn.
-
-    Raises:
-      ValueError: if the file cannot be written.
-    """
-    from matplotlib.figure import Figure  # takes a while
-
-    groups = {}
-    for row in report["results"]:
-        groups.setdefault((row["mode"], row["dtype"], row["batch_size"]), []).append(row)
-    implementations = list(dict.fromkeys(row["implementation"] for row in report["results"]))
-    models = list(dict.fromkeys(row["model"] for row in report["results"]))
-    figure = Figure(
-        figsize=(9, 1 + len(groups) * (0.7 + 0.28 * len(models) * len(implementations)))
-    )
-    axes = figure.subplots(len(groups), 1, squeeze=False)[:, 0]
-    for ax, ((mode, dtype, batch_size), rows) in zip(axes, groups.items(), strict=True):
-        height = 0.8 / len(implementations)
-        for index, implementation in enumerate(implementations):
-            mine = [row for row in rows if row["implementation"] == implementation]
-            speed = np.array([row["images_per_second"] for row in mine])
-            low, high = (np.array([row[key] for row in mine]) for key in ("slowest", "fastest"))
-            positions = np.array([models.index(row["model"]) for row in mine])
-            positions = positions + (index - (len(implementations) - 1) / 2) * height
-            ax.barh(
-                positions,
-                speed,
-                0.9 * height,
-                xerr=[speed - low, high - speed],
-                label=implementation,
-                error_kw={"ecolor": "0.3", "elinewidth": 1},
-            )
-            for x, y in zip(speed, positions, strict=True):
-                ax.text(0.01 * ax.get_xlim()[1], y, f"{x:,.1f}", va="center", color="white")
-        ax.set_yticks(range(len(models)), models)
-        ax.invert_yaxis()
-        ax.set_title(f"{mode}, {dtype}, batch size {batch_size}", loc="left", fontsize=10)
-        ax.spines[["top", "right"]].set_visible(False)
-    axes[0].legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 1), ncols=3)
-    axes[-1].set_xlabel(
-        f"images a second of {rows[0]['image_size']}x{rows[0]['image_size']} pixels (medians; "
-        f"lines from the slowest to the fastest turn)\n{report['device']}"
-    )
-    figure.tight_layout()
-    try:
-        figure.savefig(path, dpi=120)
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot write {path}: {error}") from None
-
-
-def write_report(report: dict, path: Path) -> None:
-    """Writes the figures as JSON.
-
-    Raises:
-      ValueError: if the file cannot be written.
-    """
-    try:
-        path.write_text(json.dumps(report, indent=2) + "\n")
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror}") from None

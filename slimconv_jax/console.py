@@ -20,6 +20,31 @@ def _print(to: rich.console.Console, text: str) -> None:
     to.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
+class Status:
+    """What is under way, on standard error: a line that changes, on a plain log several lines.
+
+    Use as a context manager.
+    """
+
+    def __init__(self):
+        self._status = _stderr_console.status("")
+
+    def __enter__(self) -> "Status":
+        if _stderr_console.is_terminal:
+            self._status.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._status.stop()
+
+    def update(self, text: str) -> None:
+        """Tells what is under way from now on."""
+        if _stderr_console.is_terminal:
+            self._status.update(text)
+        else:
+            _print(_stderr_console, text)
+
+
 class Progress:
     """A bar that goes away when it is done; on a plain log, a line every ten seconds.
 

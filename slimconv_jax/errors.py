@@ -2,7 +2,9 @@
 
 import importlib
 import math
+import sys
 import types
+from collections.abc import Callable
 from numbers import Integral, Real
 
 
@@ -47,3 +49,13 @@ def import_extra(module: str, *, extra: str, package: str | None = None) -> type
             f"this needs {package or module}, which is not installed: pip install "
             f"'slimconv_jax[{extra}]', or, in a clone, pip install -e '.[{extra}]'"
         ) from None
+
+
+def run_script(main: Callable[[], None]) -> None:
+    """Runs a script to its end, to a sentence about bad input, or to Ctrl-C."""
+    try:
+        main()
+    except InputError as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted")
