@@ -97,7 +97,8 @@ def run(
         f"\nimages/s: medians of {repeats} turns, in which the programs of a group follow each "
         "other.\nFLOP/s: two for each multiply-add of the architecture, in training three times "
         "those of\nthe forward pass. Peak: of a large matrix product in the same turns. Compile: "
-        "with\ntracing. Inference: batch norm is folded into the convolutions in JAX, not in PyTorch."
+        "with\ntracing. Inference: batch norm is folded into the convolutions in JAX, not in "
+        "PyTorch."
     )
     if chart_path:
         draw_chart(report, chart_path)
