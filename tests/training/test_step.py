@@ -218,9 +218,14 @@ def test_bfloat16_is_for_the_computation_only():
     model = small_model(name="sc_resnet14", width=8, dtype="bfloat16")
     step, state = build(model, ema=True, ema_decay=0.9)
     program = str(jax.make_jaxpr(step)(state, make_batch()))
-    convolutions = [line for line in program.splitlines() if "= conv_general_dilated" in line]
-    assert len(convolutions) > 30  # forward and backward
-    assert all(":bf16[" in line for line in convolutions)
+    products = [
+        line
+        for line in program.splitlines()
+        if "= conv_general_dilated" in line or "= dot_general" in line
+    ]
+    assert len(products) > 60  # forward and backward
+    wide = [line for line in products if ":bf16[" not in line]
+    assert len(wide) == 3 and all(":f32[" in line for line in wide)  # of the classifier
     state, metrics = jax.eval_shape(step, state, make_batch())
     dtypes = {leaf.dtype for leaf in jax.tree.leaves((state, metrics))}
     assert dtypes == {np.dtype("float32"), np.dtype("int32")}
