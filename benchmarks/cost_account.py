@@ -27,11 +27,11 @@ from slimconv_jax.benchmark import (
     copy_rounds,
     describe_environment,
     environment,
-    lower_inference,
-    lower_train,
+    inference_program,
     matmul_rounds,
     repeated,
     take_turns,
+    train_program,
 )
 from slimconv_jax.errors import require_integer, run_script
 from slimconv_jax.models.layers import max_pool
@@ -205,26 +205,14 @@ def main() -> None:
     dtype = None if args.dtype == "float32" else args.dtype
     model = sc.create_model(args.model, k=args.k, dtype=dtype, rngs=nnx.Rngs(0))
     shape = (args.batch_size, args.image_size, args.image_size, 3)
-    whole, state, batch = (lower_train if train else lower_inference)(
-        model, jnp.zeros(shape), jnp.zeros(shape[0], jnp.int32)
-    )
-    whole = whole.compile()
-    held = [state]
-
-    def run_whole(rounds: int) -> None:
-        for _ in range(rounds):
-            if train:
-                held[0], output = whole(held[0], batch)
-            else:
-                output = whole(held[0], batch)
-        jax.block_until_ready(output)
-
     account = Account(train)
     images = jax.ShapeDtypeStruct(shape, jnp.float32)
     if train:
+        whole = train_program(model, jnp.zeros(shape), jnp.zeros(shape[0], jnp.int32))
         account.network(model, images)
         account.rest(model, images)
     else:
+        whole = inference_program(model, jnp.zeros(shape))
         account.network(sc.fold_batch_norm(model), images)
     programs: dict[str, Callable] = {}
     entries = []
@@ -238,7 +226,7 @@ def main() -> None:
     product_flops, product = matmul_rounds(args.dtype)
     copied_bytes, copy = copy_rounds()
     *times, product_times, copy_times = take_turns(
-        [*programs.values(), run_whole, product, copy], repeats=args.repeats, seconds=0.02
+        [*programs.values(), whole.run, product, copy], repeats=args.repeats, seconds=0.02
     )
     flops_peak, bytes_peak = product_flops / min(product_times), copied_bytes / min(copy_times)
     print(f"peaks: {flops_peak / 1e9:,.0f} GFLOP/s, {bytes_peak / 1e9:,.1f} GB/s")

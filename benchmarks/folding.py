@@ -18,6 +18,7 @@ from flax import nnx
 
 import slimconv_jax as sc
 from slimconv_jax.benchmark import repeated, take_turns
+from slimconv_jax.errors import run_script
 from slimconv_jax.models.zoo import abstract_model
 
 
@@ -75,4 +76,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -23,7 +23,6 @@ import itertools
 import json
 import os
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -35,7 +34,7 @@ from PIL import Image
 from slimconv_jax.data.loader import load_dataset
 from slimconv_jax.data.sources import ImageFolder
 from slimconv_jax.data.transforms import Transform, sample_crop
-from slimconv_jax.errors import InputError, require_integer
+from slimconv_jax.errors import require_integer, run_script
 from slimconv_jax.training.step import batch_sharded, data_mesh
 
 SIZE = 224
@@ -251,7 +250,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except InputError as error:
-        sys.exit(f"error: {error}")
+    run_script(main)

@@ -3,7 +3,7 @@
     python train.py --config configs/digits.py
 
 The data come with scikit-learn: 1437 training and 360 test images of 8x8 pixels, enlarged to
-32x32. The "imagenet" stem, of stride 4, brings them back to 8x8. To expect: top-1 of 98 to 99 %
+32x32. The "imagenet" stem, of stride 4, brings them back to 8x8. To expect: top-1 of about 99 %
 in one to two minutes on two CPU cores.
 """
 

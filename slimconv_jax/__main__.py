@@ -224,13 +224,7 @@ def benchmark_command(args: argparse.Namespace) -> None:
 
     from slimconv_jax import benchmark, benchmark_report
 
-    implementations = args.implementation or ["jax", "torch"]
-    obstacle = benchmark.torch_obstacle() if set(implementations) - {"jax"} else None
-    if obstacle:
-        if args.implementation:
-            raise InputError(obstacle)
-        implementations = ["jax"]
-        print(f"nothing is compared with PyTorch: {obstacle}", file=sys.stderr)
+    implementations = benchmark_report.choose_implementations(args.implementation)
     groups = benchmark.plan(
         args.models,
         modes=args.mode,

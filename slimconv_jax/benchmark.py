@@ -36,10 +36,6 @@ from slimconv_jax.torch_interop.checkpoint_file import import_torch
 from slimconv_jax.training.optimizer import create_optimizer
 from slimconv_jax.training.step import create_state, data_mesh, make_train_step
 
-MODES = ("inference", "train")
-IMPLEMENTATIONS = ("jax", "torch", "torch.compile")
-DTYPES = ("float32", "bfloat16")
-
 Rounds = Callable[[int], None]
 """Does something so many times, and waits for the last."""
 
@@ -147,34 +143,13 @@ def _jax_program(case: Case) -> Program:
     dtype = None if case.dtype == "float32" else case.dtype
     model = create_model(**_model_options(case.model), dtype=dtype, rngs=nnx.Rngs(0))
     images, labels = (jnp.asarray(array) for array in _images(case))
-    start = time.perf_counter()
-    lowered, state, batch = (lower_train if case.mode == "train" else lower_inference)(
-        model, images, labels
-    )
-    compiled = lowered.compile()
-    seconds = time.perf_counter() - start
-    memory = compiled.memory_analysis()
-    held = [state]
-
-    def run(rounds: int) -> None:
-        for _ in range(rounds):
-            if case.mode == "train":
-                held[0], output = compiled(held[0], batch)
-            else:
-                output = compiled(held[0], batch)
-        jax.block_until_ready(output)
-
-    size = (
-        memory.argument_size_in_bytes
-        + memory.output_size_in_bytes
-        + memory.temp_size_in_bytes
-        - memory.alias_size_in_bytes
-    )
-    return Program(run, seconds, size)
+    if case.mode == "train":
+        return train_program(model, images, labels)
+    return inference_program(model, images)
 
 
-def lower_inference(model: ResNet, images: jax.Array, labels: jax.Array) -> tuple:
-    """The program that `predict` runs, of a model with its batch norm folded; state and images."""
+def inference_program(model: ResNet, images: jax.Array) -> Program:
+    """The program that `predict` runs, of a model with its batch norm folded."""
     model.eval()
     graphdef, state = nnx.split(fold_batch_norm(model))
     mesh = data_mesh(jax.devices()[:1])
@@ -183,11 +158,27 @@ def lower_inference(model: ResNet, images: jax.Array, labels: jax.Array) -> tupl
     def forward(state: nnx.State, images: jax.Array) -> jax.Array:
         return in_pieces(nnx.merge(graphdef, state), images, mesh=mesh)
 
-    return forward.lower(state, images), state, images
+    compiled, seconds, memory = _compile(forward, state, images)
+    return Program(repeated(compiled, state, images), seconds, memory)
 
 
-def lower_train(model: ResNet, images: jax.Array, labels: jax.Array) -> tuple:
-    """The program of a training step on float images, the initial state, and a batch."""
+def _compile(function: Callable, *args) -> tuple[Callable, float, int]:
+    """The program of a jitted function, the seconds it took, and the bytes it needs."""
+    start = time.perf_counter()
+    compiled = function.lower(*args).compile()
+    seconds = time.perf_counter() - start
+    memory = compiled.memory_analysis()
+    size = (
+        memory.argument_size_in_bytes
+        + memory.output_size_in_bytes
+        + memory.temp_size_in_bytes
+        - memory.alias_size_in_bytes
+    )
+    return compiled, seconds, size
+
+
+def train_program(model: ResNet, images: jax.Array, labels: jax.Array) -> Program:
+    """The program of a training step on float images, always the same ones."""
     schedule = optax.constant_schedule(1e-3)
     optimizer = create_optimizer(
         schedule, name="sgd", momentum=0.9, nesterov=True, weight_decay=1e-4
@@ -202,9 +193,16 @@ def lower_train(model: ResNet, images: jax.Array, labels: jax.Array) -> tuple:
         key=jax.random.key(0),
         mesh=data_mesh(jax.devices()[:1]),
     )
-    state = create_state(model, optimizer)
+    state = [create_state(model, optimizer)]
     batch = {"image": images, "label": labels}
-    return step.lower(state, batch), state, batch
+    compiled, seconds, memory = _compile(step, *state, batch)
+
+    def run(rounds: int) -> None:
+        for _ in range(rounds):
+            state[0], metrics = compiled(state[0], batch)
+        jax.block_until_ready(metrics)
+
+    return Program(run, seconds, memory)
 
 
 def take_turns(
@@ -345,9 +343,9 @@ def measure(
     Returns:
       For each case its fields, and: `images_per_second` (median), `fastest` and `slowest` turn in
       images a second, `compile_seconds` (tracing included) and `memory_bytes` (or None),
-      `flops_per_second` (two for
-      each multiply-add, in training three times those of the forward pass), `peak`, the FLOP/s of
-      a large matrix product at its fastest turn, and `peak_share`, the share of it.
+      `flops_per_second` (two for each multiply-add, in training three times those of the forward
+      pass), `peak`, the FLOP/s of a large matrix product at its fastest turn, and `peak_share`,
+      the share of it.
     """
     programs = []
     for number, case in enumerate(cases, 1):

@@ -1,6 +1,7 @@
 """What `python -m slimconv_jax benchmark` shows: tables, ratios, JSON and a chart."""
 
 import json
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from slimconv_jax.benchmark import (
     describe_environment,
     environment,
     measure,
+    torch_obstacle,
 )
 from slimconv_jax.console import Status
 from slimconv_jax.errors import InputError, require_integer
@@ -54,6 +56,20 @@ def ratios(rows: Sequence[dict]) -> Iterator[str]:
                 f"{model}: {speed[model, 'jax'] / speed[plain, 'jax']:.2f} x {plain}, which has "
                 f"{macs[plain] / macs[model]:.2f} x its multiply-adds"
             )
+
+
+def choose_implementations(wanted: Sequence[str] | None) -> Sequence[str]:
+    """What to measure: what is wanted, or JAX and, where it can be compared with, PyTorch.
+
+    Raises:
+      ValueError: if PyTorch is wanted and cannot be compared with here.
+    """
+    obstacle = torch_obstacle() if set(wanted or ["torch"]) - {"jax"} else None
+    if obstacle and wanted:
+        raise InputError(obstacle)
+    if obstacle:
+        print(f"nothing is compared with PyTorch: {obstacle}", file=sys.stderr)
+    return wanted or (["jax"] if obstacle else ["jax", "torch"])
 
 
 def run(

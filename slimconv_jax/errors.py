@@ -52,10 +52,11 @@ def import_extra(module: str, *, extra: str, package: str | None = None) -> type
 
 
 def run_script(main: Callable[[], None]) -> None:
-    """Runs a script to its end, to a sentence about bad input, or to Ctrl-C."""
+    """Runs a script to its end, to a sentence about bad input (status 1), or to Ctrl-C (130)."""
     try:
         main()
     except InputError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        sys.exit("interrupted")
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)

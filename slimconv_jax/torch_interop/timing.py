@@ -6,7 +6,6 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-import torch._dynamo
 
 from slimconv_jax.models.resnet import ResNetConfig
 from slimconv_jax.torch_interop.reference import ResNet
@@ -50,9 +49,10 @@ def torch_program(
         torch.backends.cudnn.benchmark = True
         torch.set_float32_matmul_precision("high")
         before = torch.cuda.memory_allocated()
-    # All programs have the same code, and after eight versions PyTorch would no longer compile.
-    torch._dynamo.config.recompile_limit = 1000
     compiler = functools.partial(torch.compile, dynamic=False, fullgraph=True)
+    if compiled:
+        # All programs have the same code, and after eight versions PyTorch would no longer compile.
+        torch._dynamo.config.recompile_limit = 1000
     torch.manual_seed(0)
     net = ResNet(config).to(device, memory_format=torch.channels_last)
     # (N, 3, H, W) in the order of channels-last, as it is stored.

@@ -39,19 +39,18 @@ def test_digits_are_split_once_and_evenly():
     np.testing.assert_array_equal(images, pixels_and_labels(load_source("digits", "test"))[0])
 
 
-def test_digits_are_the_ones_of_scikit_learn():
+def test_digits_and_their_split_are_those_of_scikit_learn():
     from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
 
-    def fingerprints(images):  # mean grey of the four quarters, which resizing keeps
-        n = len(images)
-        side = images.shape[1] // 2
-        return images.reshape(n, 2, side, 2, side).mean(axis=(2, 4)).reshape(n, 4)
-
-    ours = [pixels_and_labels(load_source("digits", s))[0][..., 0] for s in ("train", "test")]
-    theirs = load_digits().images * (255 / 16)
-    ours, theirs = fingerprints(np.concatenate(ours)), fingerprints(theirs)
-    # Every digit of the one set is in the other, and as often.
-    np.testing.assert_allclose(np.sort(ours.sum(1)), np.sort(theirs.sum(1)), atol=3)
+    theirs = load_digits()
+    split = train_test_split(np.arange(1797), test_size=360, stratify=theirs.target, random_state=0)
+    for name, indices in zip(("train", "test"), map(np.sort, split), strict=True):
+        images, labels = pixels_and_labels(load_source("digits", name))
+        np.testing.assert_array_equal(labels, theirs.target[indices])
+        # Resizing keeps the mean grey of a picture, nearly.
+        expected = theirs.images[indices].mean(axis=(1, 2)) * (255 / 16)
+        np.testing.assert_allclose(images[..., 0].mean(axis=(1, 2)), expected, atol=1.5)
 
 
 PICTURE = encode(np.zeros((2, 3, 3)))
