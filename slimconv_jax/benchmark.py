@@ -31,7 +31,7 @@ from slimconv_jax.models.pieces import in_pieces
 from slimconv_jax.models.resnet import ResNet
 from slimconv_jax.models.slimconv import k_from_reduction
 from slimconv_jax.models.surgery import fold_batch_norm
-from slimconv_jax.models.zoo import abstract_model, create_model
+from slimconv_jax.models.zoo import abstract_model, create_model, parse_model
 from slimconv_jax.torch_interop.checkpoint_file import import_torch
 from slimconv_jax.training.optimizer import create_optimizer
 from slimconv_jax.training.step import create_state, data_mesh, make_train_step
@@ -77,8 +77,7 @@ class Case:
 
 
 def _model_options(model: str) -> dict:
-    name, _, k = model.partition("@")
-    return {"name": name, "k": k or None}
+    return dict(zip(("name", "k"), parse_model(model), strict=True))
 
 
 def _images(case: Case) -> tuple[np.ndarray, np.ndarray]:
@@ -195,11 +194,12 @@ def train_program(model: ResNet, images: jax.Array, labels: jax.Array) -> Progra
     )
     state = [create_state(model, optimizer)]
     batch = {"image": images, "label": labels}
-    compiled, seconds, memory = _compile(step, *state, batch)
+    key_data, *_ = step.args
+    compiled, seconds, memory = _compile(step.func, key_data, *state, batch)
 
     def run(rounds: int) -> None:
         for _ in range(rounds):
-            state[0], metrics = compiled(state[0], batch)
+            state[0], metrics = compiled(key_data, state[0], batch)
         jax.block_until_ready(metrics)
 
     return Program(run, seconds, memory)
@@ -312,7 +312,7 @@ def plan(
     names = []
     for model in models:
         config = abstract_model(**_model_options(model)).config
-        name = model.partition("@")[0]
+        name, _ = parse_model(model)
         k = f"@{k_from_reduction(config.reduction)}" if config.reduction else ""
         names.append(name + k)
     return [

@@ -122,9 +122,10 @@ def test_a_config_takes_steps(name, monkeypatch):
     }
     before = np.array(state.params["classifier"]["kernel"])
     fast = {"xla_backend_optimization_level": 0}  # to compile
-    step = step.lower(state, batch).compile(compiler_options=fast)
+    key, *_ = step.args
+    compiled = step.func.lower(key, state, batch).compile(compiler_options=fast)
     for _ in range(2):  # the first may have the rate 0
-        state, metrics = step(state, batch)
+        state, metrics = compiled(key, state, batch)
     assert np.isfinite(metrics["loss"]) and np.isfinite(metrics["grad_norm"])
     assert not np.array_equal(state.params["classifier"]["kernel"], before)
 

@@ -2,7 +2,8 @@
 
 One skeleton serves the whole family. With a `reduction` the 3x3 convolution of every
 bottleneck is a SlimConv; without, it is a plain convolution and the network a plain
-ResNet, ResNeXt or Wide ResNet.
+ResNet, ResNeXt or Wide ResNet. The systems that the paper compares with are here, too: ghost
+modules in place of all convolutions of the bottlenecks, and channels of their own for each block.
 """
 
 import dataclasses
@@ -14,6 +15,7 @@ from flax import nnx
 from flax.typing import Dtype, Initializer
 
 from slimconv_jax.errors import InputError, require_integer
+from slimconv_jax.models.ghost import GhostConvBN
 from slimconv_jax.models.layers import ConvBN, max_pool, uniform_fan_in
 from slimconv_jax.models.slimconv import SlimConv
 
@@ -27,8 +29,9 @@ class ResNetConfig:
 
     Attributes:
       blocks: residual blocks in each of the four stages.
-      block: "bottleneck" or "basic"; a basic block has no SlimConv, since SlimConv needs
-        the 1x1 convolution that follows it in a bottleneck.
+      block: "bottleneck"; "basic", which has no SlimConv, since SlimConv needs the 1x1 convolution
+        that follows it in a bottleneck; or "ghost", a bottleneck whose convolutions are ghost
+        modules.
       groups: groups of the 3x3 convolutions, in SlimConv those of the upper path.
       base_width: channels per group of a bottleneck's 3x3 convolution in the first stage,
         at the standard `width` of 64 (ResNeXt's "4d").
@@ -41,6 +44,9 @@ class ResNetConfig:
         (3x3 convolution at stride 1) for small images.
       dilation: for each of stages 2, 3 and 4, whether dilation replaces its stride, which
         keeps the feature maps large for dense prediction.
+      channels: for networks whose widths a search has found, the channels of the stem, and for each
+        block of each stage those of its three convolutions' outputs, at the standard `width`;
+        None for the regular widths. For plain bottlenecks; the last is the same in a stage.
 
     Raises:
       ValueError: if a value is not one of those.
@@ -56,15 +62,16 @@ class ResNetConfig:
     width: int = 64
     stem: str = "imagenet"
     dilation: tuple[bool, bool, bool] = (False, False, False)
+    channels: tuple[int, tuple[tuple[tuple[int, int, int], ...], ...]] | None = None
 
     def __post_init__(self):
         for name, least in (("num_classes", 0), ("width", 1), ("groups", 1), ("base_width", 1)):
             require_integer(name, getattr(self, name), least)
         if self.block not in BLOCKS:
             raise InputError(f"block={self.block!r} must be one of {', '.join(map(repr, BLOCKS))}")
-        if self.block == "basic" and self.reduction is not None:
-            raise InputError("a basic block has no SlimConv, so it takes no reduction")
-        if self.block == "bottleneck" and self.width * self.base_width < 64:
+        if self.block != "bottleneck" and self.reduction is not None:
+            raise InputError(f"a {self.block} block has no SlimConv, so it takes no reduction")
+        if self.block != "basic" and self.width * self.base_width < 64:
             raise InputError(
                 f"width={self.width} with base_width={self.base_width} leaves the bottlenecks no "
                 f"channels; width must be at least {math.ceil(64 / self.base_width)}"
@@ -77,17 +84,64 @@ class ResNetConfig:
                 f"dilation={self.dilation!r} must be three booleans, one for each of stages 2, 3 "
                 "and 4: whether dilation replaces the stride"
             )
+        if self.block == "ghost" and (any(dilation) or self.groups != 1):
+            raise InputError("ghost modules take neither dilation nor groups")
+        if self.channels is not None:
+            self._check_channels()
+
+    def _check_channels(self) -> None:
+        if self.block != "bottleneck" or self.reduction is not None or self.groups != 1:
+            raise InputError("channels of each block are for plain bottlenecks of one group")
+        stem, stages = self.channels
+        if tuple(map(len, stages)) != self.blocks:
+            raise InputError(f"channels must have blocks={self.blocks} rows, one for each block")
+        require_integer("the stem's channels", stem, 1)
+        for number, blocks in enumerate(stages, 1):
+            for row in blocks:
+                if len(row) != 3:
+                    raise InputError(
+                        f"a block of stage {number} has channels {row!r}; it must have three: "
+                        "those of the outputs of its three convolutions"
+                    )
+                for value in row:
+                    require_integer(f"stage {number}: a number of channels", value, 1)
+            if len({row[2] for row in blocks}) > 1:
+                raise InputError(
+                    f"the blocks of stage {number} must have the same last number of channels, "
+                    "since their outputs are added up"
+                )
+
+    @property
+    def stem_channels(self) -> int:
+        """Outputs of the stem."""
+        return self.width if self.channels is None else self._scaled(self.channels[0])
+
+    def block_channels(self, stage: int, index: int) -> tuple[int, int, int]:
+        """Outputs of the first convolution of a block, of the next, and of the block.
+
+        Of a basic block, which has two convolutions, the last two are the same; the next is the
+        plain one, in place of which SlimConv has fewer.
+        """
+        if self.channels is not None:
+            return tuple(map(self._scaled, self.channels[1][stage][index]))
+        planes = self.width * 2**stage
+        if self.block == "basic":
+            return planes, planes, planes
+        inner = int(planes * self.base_width / 64) * self.groups
+        return inner, inner, 4 * planes
+
+    def _scaled(self, channels: int) -> int:
+        """From the standard width to this one, at least 1."""
+        return max(channels * self.width // 64, 1)
 
 
 class BasicBlock(nnx.Module):
     """Two 3x3 convolutions and a shortcut, the block of ResNet-18 and -34."""
 
-    expansion = 1
-
     def __init__(
         self,
         in_features: int,
-        planes: int,
+        channels: tuple[int, int, int],
         config: ResNetConfig,
         *,
         strides: int,
@@ -97,12 +151,13 @@ class BasicBlock(nnx.Module):
         rngs: nnx.Rngs,
     ):
         common = {"kernel_dilation": dilation, "dtype": dtype, "rngs": rngs}
-        self.conv1 = ConvBN(in_features, planes, 3, strides=strides, **common)
-        self.conv2 = ConvBN(planes, planes, 3, scale_init=scale_init, **common)
-        self.shortcut = _shortcut(in_features, planes, strides, dtype, rngs)
+        inner, _, self.out_features = channels
+        self.conv1 = ConvBN(in_features, inner, 3, strides=strides, **common)
+        self.conv2 = ConvBN(inner, self.out_features, 3, scale_init=scale_init, **common)
+        self.shortcut = _shortcut(ConvBN, in_features, self.out_features, strides, dtype, rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Maps (N, H, W, in_features) to (N, H', W', planes)."""
+        """Maps (N, H, W, in_features) to (N, H', W', out_features)."""
         y = self.conv2(nnx.relu(self.conv1(x)))
         return nnx.relu(y + (x if self.shortcut is None else self.shortcut(x)))
 
@@ -110,15 +165,14 @@ class BasicBlock(nnx.Module):
 class Bottleneck(nnx.Module):
     """1x1 convolution, SlimConv or 3x3 convolution, 1x1 convolution, and a shortcut.
 
-    The stride sits in the middle (ResNet v1.5).
+    The stride sits in the middle (ResNet v1.5). In a ghost bottleneck all of them are ghost
+    modules, the shortcut's convolution too.
     """
-
-    expansion = 4
 
     def __init__(
         self,
         in_features: int,
-        planes: int,
+        channels: tuple[int, int, int],
         config: ResNetConfig,
         *,
         strides: int,
@@ -128,46 +182,51 @@ class Bottleneck(nnx.Module):
         rngs: nnx.Rngs,
     ):
         common = {"dtype": dtype, "rngs": rngs}
-        middle = common | {
-            "strides": strides,
-            "kernel_dilation": dilation,
-            "feature_group_count": config.groups,
-        }
-        width = int(planes * config.base_width / 64) * config.groups
-        out_features = self.expansion * planes
-        self.conv1 = ConvBN(in_features, width, 1, **common)
+        middle = common | {"strides": strides}
+        if config.block == "ghost":
+            conv = GhostConvBN
+        else:
+            conv = ConvBN
+            middle |= {"kernel_dilation": dilation, "feature_group_count": config.groups}
+        first, second, self.out_features = channels
+        self.conv1 = conv(in_features, first, 1, **common)
         if config.reduction is None:
-            self.conv2 = ConvBN(width, width, 3, **middle)
+            self.conv2 = conv(first, second, 3, **middle)
         else:
             self.conv2 = SlimConv(
-                width,
+                first,
                 reduction=config.reduction,
                 lower_feature_group_count=config.lower_groups,
                 **middle,
             )
-        self.conv3 = ConvBN(
-            self.conv2.out_features, out_features, 1, scale_init=scale_init, **common
+        self.conv3 = conv(
+            self.conv2.out_features, self.out_features, 1, scale_init=scale_init, **common
         )
-        self.shortcut = _shortcut(in_features, out_features, strides, dtype, rngs)
+        self.shortcut = _shortcut(conv, in_features, self.out_features, strides, dtype, rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Maps (N, H, W, in_features) to (N, H', W', 4 * planes)."""
+        """Maps (N, H, W, in_features) to (N, H', W', out_features)."""
         y = nnx.relu(self.conv1(x))
         y = nnx.relu(self.conv2(y))
         y = self.conv3(y)
         return nnx.relu(y + (x if self.shortcut is None else self.shortcut(x)))
 
 
-BLOCKS = {"basic": BasicBlock, "bottleneck": Bottleneck}
+BLOCKS = {"basic": BasicBlock, "bottleneck": Bottleneck, "ghost": Bottleneck}
 
 
 def _shortcut(
-    in_features: int, out_features: int, strides: int, dtype: Dtype | None, rngs: nnx.Rngs
-) -> ConvBN | None:
+    conv: type[ConvBN | GhostConvBN],
+    in_features: int,
+    out_features: int,
+    strides: int,
+    dtype: Dtype | None,
+    rngs: nnx.Rngs,
+) -> ConvBN | GhostConvBN | None:
     """A 1x1 convolution where the block changes the shape, None (identity) elsewhere."""
     if strides == 1 and in_features == out_features:
         return None
-    return ConvBN(in_features, out_features, 1, strides=strides, dtype=dtype, rngs=rngs)
+    return conv(in_features, out_features, 1, strides=strides, dtype=dtype, rngs=rngs)
 
 
 def as_dtype(dtype: Dtype | None) -> jnp.dtype | None:
@@ -221,18 +280,18 @@ class ResNet(nnx.Module):
         self.config = config
         self.remat = remat
         dtype = as_dtype(dtype)
+        features = config.stem_channels
         if config.stem == "imagenet":
-            self.stem = ConvBN(3, config.width, 7, strides=2, dtype=dtype, rngs=rngs)
+            self.stem = ConvBN(3, features, 7, strides=2, dtype=dtype, rngs=rngs)
         else:
-            self.stem = ConvBN(3, config.width, 3, dtype=dtype, rngs=rngs)
+            self.stem = ConvBN(3, features, 3, dtype=dtype, rngs=rngs)
 
         block_type = BLOCKS[config.block]
         init = jax.nn.initializers
         scale_init = init.zeros if zero_init_residual else init.ones
-        features, dilation = config.width, 1
+        dilation = 1
         self.stages = nnx.List()
         for stage, num_blocks in enumerate(config.blocks):
-            planes = config.width * 2**stage
             strides = 1 if stage == 0 else 2
             # As in torchvision, the block in which dilation replaces the stride still
             # has the dilation of the stage before.
@@ -243,7 +302,7 @@ class ResNet(nnx.Module):
             for index in range(num_blocks):
                 block = block_type(
                     features,
-                    planes,
+                    config.block_channels(stage, index),
                     config,
                     strides=strides if index == 0 else 1,
                     dilation=first_dilation if index == 0 else dilation,
@@ -252,7 +311,7 @@ class ResNet(nnx.Module):
                     rngs=rngs,
                 )
                 blocks.append(block)
-                features = block_type.expansion * planes
+                features = block.out_features
             self.stages.append(blocks)
 
         if not config.num_classes:

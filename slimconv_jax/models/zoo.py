@@ -15,6 +15,7 @@ from flax import nnx
 from flax.typing import Dtype
 
 from slimconv_jax.errors import InputError
+from slimconv_jax.models.channels import read_channels
 from slimconv_jax.models.resnet import ResNet, ResNetConfig, as_dtype
 from slimconv_jax.models.slimconv import CompressionRatio, k_from_reduction, reduction_from_k
 
@@ -48,16 +49,9 @@ ARCHITECTURES: dict[str, ResNetConfig] = (
         "sc_resnext101_32x3d": ResNetConfig(
             (4, 8, 18, 3), groups=32, base_width=3, reduction=3, lower_groups=16
         ),
+        "ghost_resnet50": ResNetConfig((3, 4, 6, 3), block="ghost"),
     }
 )
-
-PUBLISHED: dict[tuple[str, str], str] = {
-    ("sc_resnet50", "4/3"): "16.76 M, 2.65 G, top-1 error 22.77 %",
-    ("sc_resnet50", "8/3"): "12.10 M, 1.88 G, top-1 error 24.48 %",
-    ("sc_resnet101", "4/3"): "27.96 M, (4.87 G), top-1 77.84 %",
-    ("sc_resnext101_32x3d", "2"): "23.70 M, 4.58 G, top-1 error 21.18 %",
-}
-"""The authors' ImageNet figures by (name, k): parameters, multiply-adds, top-1."""
 
 
 def list_models(pattern: str = "*") -> list[str]:
@@ -88,12 +82,13 @@ def create_model(
     """A new model of a named architecture, in training mode; `model.eval()` switches it.
 
     Args:
-      name: one of `list_models()`.
+      name: one of `list_models()`, or a JSON file of channels (`slimconv_jax.models.channels`).
       k: compression ratio of every SlimConv, 2r/3 for an integer r >= 2, as a string
         ("8/3"), Fraction or number; None for the architecture's own. Sc models only.
       num_classes: outputs of the classifier; 0 for none, which leaves the pooled features.
       stem: "imagenet", or "cifar" for small images.
-      width: channels of the stem and planes of the first stage, 64 in all published models.
+      width: channels of the stem and planes of the first stage, 64 in all published models; the
+        channels of a JSON file are those at 64.
       dilation: for each of stages 2, 3 and 4, whether dilation replaces its stride.
       zero_init_residual: whether the last batch norm of each residual branch starts with
         scale 0.
@@ -113,6 +108,25 @@ def create_model(
         return ResNet(config, **options, rngs=rngs)
 
 
+def parse_model(text: str) -> tuple[str, str | None]:
+    """The name and k of a model that is written NAME or NAME@K."""
+    name, _, k = text.partition("@")
+    return (text, None) if text.endswith(".json") else (name, k or None)
+
+
+def named_config(name: str) -> ResNetConfig:
+    """The architecture of a name or JSON file.
+
+    Raises:
+      ValueError: if there is none.
+    """
+    if isinstance(name, str) and name.endswith(".json"):
+        return read_channels(name)
+    if name not in ARCHITECTURES:
+        raise unknown_model(name)
+    return ARCHITECTURES[name]
+
+
 def resnet_config(
     name: str,
     *,
@@ -123,9 +137,7 @@ def resnet_config(
     dilation: Sequence[bool],
 ) -> ResNetConfig:
     """A named architecture with changes; arguments and errors are those of `create_model`."""
-    if name not in ARCHITECTURES:
-        raise unknown_model(name)
-    config = ARCHITECTURES[name]
+    config = named_config(name)
     if k is not None and config.reduction is None:
         raise InputError(f"{name} has no SlimConv, so it takes no k (k={k!r} was given)")
     reduction = config.reduction if k is None else reduction_from_k(k)
@@ -221,7 +233,7 @@ def name_of(config: ResNetConfig) -> str | None:
     for name, named in ARCHITECTURES.items():
         if (config.reduction is None) == (named.reduction is None) and all(
             getattr(config, field) == getattr(named, field)
-            for field in ("blocks", "block", "groups", "base_width", "lower_groups")
+            for field in ("blocks", "block", "groups", "base_width", "lower_groups", "channels")
         ):
             return name
     return None
@@ -244,7 +256,9 @@ def nearest_name(config: ResNetConfig) -> str:
 
 def describe(config: ResNetConfig) -> str:
     """An architecture in a few words, such as "sc_resnet50, k=4/3, 1000 classes"."""
-    words = [name_of(config) or f"{config.block} blocks {config.blocks}, of no known name"]
+    kind = f"{config.block} blocks {config.blocks}, "
+    kind += "of no known name" if config.channels is None else "of irregular widths"
+    words = [name_of(config) or kind]
     if config.reduction is not None:
         words.append(f"k={k_from_reduction(config.reduction)}")
     words.append(f"{config.num_classes} classes" if config.num_classes else "no classifier")

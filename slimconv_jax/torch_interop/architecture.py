@@ -48,6 +48,9 @@ def read_architecture(
             f"is named {missing[0]}.0.conv1.weight and so on; the first names are {some}"
         )
 
+    ghost = any(_PRIMARY in name for block in blocks.values() for name in block)
+    if ghost:  # of a ghost module, as if it were a convolution
+        blocks = {place: _without_ghosts(block) for place, block in blocks.items()}
     basic = not any("conv3.weight" in block for block in blocks.values())
     outputs = "conv2.weight" if basic else "conv3.weight"
     width = _most_voted(
@@ -55,16 +58,13 @@ def read_architecture(
         for (stage, _), block in blocks.items()
         if (shape := _conv(block, outputs))
     )
-    stem = _conv(shapes, "conv1.weight")
-    classifier = shapes.get("fc.weight") or shapes.get("fc.bias")
     if not width:
         raise InputError(f"no block has a convolution {outputs}, as those of a ResNet have")
     settings = {
         "blocks": tuple(1 + max(index for s, index in blocks if s == stage) for stage in range(4)),
-        "block": "basic" if basic else "bottleneck",
-        "num_classes": classifier[0] if classifier else 1000,
+        "block": "ghost" if ghost else "basic" if basic else "bottleneck",
         "width": width,
-        "stem": "cifar" if stem and stem[2:] == (3, 3) else "imagenet",
+        **read_ends(shapes),
     }
     if not basic:
         settings |= _bottleneck_settings(blocks, width, k)
@@ -74,6 +74,30 @@ def read_architecture(
         return ResNetConfig(**settings)
     except InputError as error:
         raise InputError(f"the shapes are those of no ResNet: {error}") from None
+
+
+def read_ends(shapes: Mapping[str, tuple[int, ...]]) -> dict:
+    """The classes and the stem that the shapes of a state dict say, as settings of a config."""
+    stem = _conv(shapes, "conv1.weight")
+    classifier = shapes.get("fc.weight") or shapes.get("fc.bias")
+    return {
+        "num_classes": classifier[0] if classifier else 1000,
+        "stem": "cifar" if stem and stem[2:] == (3, 3) else "imagenet",
+    }
+
+
+_PRIMARY = ".primary_conv.0"
+
+
+def _without_ghosts(block: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """The shapes of a block's convolutions in place of those of its ghost modules."""
+    return {
+        name.replace(_PRIMARY, ""): (2 * shape[0], *shape[1:])
+        if shape and _PRIMARY in name
+        else shape
+        for name, shape in block.items()
+        if "cheap_operation" not in name
+    }
 
 
 def _bottleneck_settings(blocks: Mapping, width: int, k: CompressionRatio | None) -> dict:

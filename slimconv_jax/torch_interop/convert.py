@@ -21,10 +21,10 @@ from slimconv_jax.models.zoo import (
     abstract_resnet,
     describe,
     name_of,
+    named_config,
     require_resnet,
-    unknown_model,
 )
-from slimconv_jax.torch_interop.architecture import read_architecture
+from slimconv_jax.torch_interop.architecture import read_architecture, read_ends
 from slimconv_jax.torch_interop.names import entries
 
 _LEAF = re.compile(r"(?:.*\.)?(?:weight|bias|running_mean|running_var)")
@@ -49,7 +49,8 @@ def from_torch(
         with or without a prefix such as `module.`. Entries of half precision become float32.
         Everything but `num_batches_tracked` must be used.
       arch: the name that the architecture must have, one of `list_models()`, at any k, width
-        and number of classes.
+        and number of classes; or a JSON file of channels, for networks of irregular widths, which
+        are not read off shapes.
       k: the compression ratio that it must have. To be given where the network is
         so narrow that its shapes do not tell.
       dtype: dtype of the computation, as in `create_model`.
@@ -74,10 +75,15 @@ def from_torch(
             "inside, such as checkpoint['state_dict']"
         )
     shapes = {name: array.shape for name, array in arrays.items()}
-    config = read_architecture(shapes, k=k)
-    if arch is not None and name_of(config) != arch:
-        if arch not in ARCHITECTURES:
-            raise unknown_model(arch)
+    is_file = arch is not None and arch.endswith(".json")
+    if is_file:
+        if k is not None:
+            raise InputError(f"{arch} has no SlimConv, so it takes no k (k={k!r} was given)")
+        config = dataclasses.replace(named_config(arch), **read_ends(shapes))
+    else:
+        config = read_architecture(shapes, k=k)
+    if arch is not None and not is_file and name_of(config) != arch:
+        named_config(arch)  # raises if there is none
         # Where only blocks are missing or too many, the report says which.
         complete = dataclasses.replace(config, blocks=ARCHITECTURES[arch].blocks)
         if name_of(config) is None and name_of(complete) == arch:

@@ -1,8 +1,8 @@
 """The released names beside ours: one table, from ours to theirs.
 
 The released files use torchvision's names for a ResNet and those of the authors' SlimConv
-inside a bottleneck's `conv2`. An architecture of this package gives the names and the shapes
-that its PyTorch state dict must have.
+inside a bottleneck's `conv2`; ghost modules have GhostNet's. An architecture of this package gives
+the names and the shapes that its PyTorch state dict must have.
 """
 
 import dataclasses
@@ -29,6 +29,11 @@ _MODULES = (
     (r"\bconv2\.lower_reduce\.bn", "conv2.conv2_2.1"),
     (r"\bconv2\.lower\.conv", "conv2.conv2_2.3"),
     (r"\bconv2\.lower\.bn", "conv2.conv2_2.4"),
+    (r"\bshortcut\.(?=primary|cheap)", "downsample."),
+    (r"\bprimary\.conv", "primary_conv.0"),
+    (r"\bprimary\.bn", "primary_conv.1"),
+    (r"\bcheap\.conv", "cheap_operation.0"),
+    (r"\bcheap\.bn", "cheap_operation.1"),
     (r"\bconv([123])\.conv$", r"conv\1"),
     (r"\bconv([123])\.bn$", r"bn\1"),
 )

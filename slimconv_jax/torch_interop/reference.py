@@ -46,18 +46,37 @@ class SlimConv(nn.Module):
         return torch.cat([self.conv2_1(upper), self.conv2_2(lower)], dim=1)
 
 
+class GhostModule(nn.Module):
+    """Half of the channels by a convolution, half by a depthwise one of these (names: GhostNet)."""
+
+    def __init__(self, in_channels, out_channels, kernel_size, stride=1):
+        super().__init__()
+        half = out_channels // 2
+        self.primary_conv = nn.Sequential(
+            nn.Conv2d(in_channels, half, kernel_size, stride, kernel_size // 2, bias=False),
+            nn.BatchNorm2d(half),
+        )
+        self.cheap_operation = nn.Sequential(
+            nn.Conv2d(half, half, 3, padding=1, groups=half, bias=False), nn.BatchNorm2d(half)
+        )
+
+    def forward(self, x):
+        x = self.primary_conv(x)
+        return torch.cat([x, self.cheap_operation(x)], dim=1)
+
+
 class BasicBlock(nn.Module):
     """Two 3x3 convolutions and a shortcut."""
 
-    def __init__(self, in_channels, planes, stride, dilation, config):
+    def __init__(self, in_channels, channels, stride, dilation, config):
         super().__init__()
+        planes = self.out_channels = channels[-1]
         self.conv1 = nn.Conv2d(
             in_channels, planes, 3, stride, padding=dilation, dilation=dilation, bias=False
         )
         self.bn1 = nn.BatchNorm2d(planes)
         self.conv2 = nn.Conv2d(planes, planes, 3, padding=dilation, dilation=dilation, bias=False)
         self.bn2 = nn.BatchNorm2d(planes)
-        self.out_channels = planes
         self.downsample = _downsample(in_channels, self.out_channels, stride)
 
     def forward(self, x):
@@ -68,16 +87,15 @@ class BasicBlock(nn.Module):
 class Bottleneck(nn.Module):
     """1x1 convolution, SlimConv or 3x3 convolution, 1x1 convolution, and a shortcut."""
 
-    def __init__(self, in_channels, planes, stride, dilation, config):
+    def __init__(self, in_channels, channels, stride, dilation, config):
         super().__init__()
-        width = int(planes * config.base_width / 64) * config.groups
-        self.out_channels = 4 * planes
+        width, inner, self.out_channels = channels
         self.conv1 = nn.Conv2d(in_channels, width, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
         if config.reduction is None:
             self.conv2 = nn.Conv2d(
                 width,
-                width,
+                inner,
                 3,
                 stride,
                 padding=dilation,
@@ -85,15 +103,15 @@ class Bottleneck(nn.Module):
                 groups=config.groups,
                 bias=False,
             )
-            self.bn2 = nn.BatchNorm2d(width)
+            self.bn2 = nn.BatchNorm2d(inner)
         else:
             lower_groups = config.lower_groups or config.groups
             self.conv2 = SlimConv(
                 width, config.reduction, stride, dilation, config.groups, lower_groups
             )
-            width = width // config.reduction + width // (2 * config.reduction)
+            inner = width // config.reduction + width // (2 * config.reduction)
             self.bn2 = nn.Identity()
-        self.conv3 = nn.Conv2d(width, self.out_channels, 1, bias=False)
+        self.conv3 = nn.Conv2d(inner, self.out_channels, 1, bias=False)
         self.bn3 = nn.BatchNorm2d(self.out_channels)
         self.downsample = _downsample(in_channels, self.out_channels, stride)
 
@@ -101,6 +119,35 @@ class Bottleneck(nn.Module):
         y = torch.relu(self.bn1(self.conv1(x)))
         y = torch.relu(self.bn2(self.conv2(y)))
         return torch.relu(self.bn3(self.conv3(y)) + self.downsample(x))
+
+
+class GhostBottleneck(nn.Module):
+    """A bottleneck whose convolutions are ghost modules."""
+
+    def __init__(self, in_channels, channels, stride, dilation, config):
+        super().__init__()
+        first, second, self.out_channels = channels
+        self.conv1 = GhostModule(in_channels, first, 1)
+        self.conv2 = GhostModule(first, second, 3, stride)
+        self.conv3 = GhostModule(second, self.out_channels, 1)
+        self.downsample = nn.Identity()
+        if stride != 1 or in_channels != self.out_channels:
+            self.downsample = GhostModule(in_channels, self.out_channels, 1, stride)
+
+    def forward(self, x):
+        y = torch.relu(self.conv2(torch.relu(self.conv1(x))))
+        return torch.relu(self.conv3(y) + self.downsample(x))
+
+
+def _channels(config, stage, index):
+    """What the convolutions of a block give."""
+    if config.channels is not None:
+        return [max(c * config.width // 64, 1) for c in config.channels[1][stage][index]]
+    planes = config.width * 2**stage
+    if config.block == "basic":
+        return [planes, planes]
+    width = int(planes * config.base_width / 64) * config.groups
+    return [width, width, 4 * planes]
 
 
 def _downsample(in_channels, out_channels, stride):
@@ -120,6 +167,8 @@ class ResNet(nn.Module):
     def __init__(self, config: ResNetConfig):
         super().__init__()
         channels = config.width
+        if config.channels is not None:
+            channels = max(config.channels[0] * config.width // 64, 1)
         if config.stem == "imagenet":
             self.conv1 = nn.Conv2d(3, channels, 7, stride=2, padding=3, bias=False)
             self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
@@ -127,7 +176,8 @@ class ResNet(nn.Module):
             self.conv1 = nn.Conv2d(3, channels, 3, padding=1, bias=False)
             self.maxpool = nn.Identity()
         self.bn1 = nn.BatchNorm2d(channels)
-        block_type = {"basic": BasicBlock, "bottleneck": Bottleneck}[config.block]
+        blocks_by_name = {"basic": BasicBlock, "bottleneck": Bottleneck, "ghost": GhostBottleneck}
+        block_type = blocks_by_name[config.block]
         dilation = 1
         for stage, count in enumerate(config.blocks):
             stride, first_dilation = (1 if stage == 0 else 2), dilation
@@ -135,9 +185,9 @@ class ResNet(nn.Module):
                 stride, dilation = 1, dilation * stride
             blocks = []
             for index in range(count):
-                planes = config.width * 2**stage
                 setting = (stride, first_dilation) if index == 0 else (1, dilation)
-                blocks.append(block_type(channels, planes, *setting, config))
+                outputs = _channels(config, stage, index)
+                blocks.append(block_type(channels, outputs, *setting, config))
                 channels = blocks[-1].out_channels
             self.add_module(f"layer{stage + 1}", nn.Sequential(*blocks))
         self.fc = nn.Linear(channels, config.num_classes) if config.num_classes else nn.Identity()

@@ -1,5 +1,6 @@
 """One training step: a pure function from state and batch to state and metrics."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -151,6 +152,8 @@ def make_train_step(
         raise InputError(
             f"step: batch_norm={batch_norm!r} must be one of {', '.join(map(repr, BATCH_NORM))}"
         )
+    # The key is an argument of the program, so that runs of other seeds find it in the cache.
+    impl = jax.random.key_impl(key)
     graphdef = nnx.graphdef(nnx.view(model, use_running_average=batch_norm == "frozen"))
 
     def loss_fn(params, stats, images, targets):
@@ -203,9 +206,10 @@ def make_train_step(
             check_vma=False,  # else JAX itself would add up the gradients, once for each part
         )
 
-    def train_step(state: TrainState, batch: dict[str, jax.Array]):
+    def train_step(key_data: jax.Array, state: TrainState, batch: dict[str, jax.Array]):
         targets = jax.nn.one_hot(batch["label"], num_classes)
-        images, targets = augment(jax.random.fold_in(key, state.step), batch["image"], targets)
+        step_key = jax.random.fold_in(jax.random.wrap_key_data(key_data, impl=impl), state.step)
+        images, targets = augment(step_key, batch["image"], targets)
         stats, grads, loss, accuracy = whole(state.params, state.batch_stats, images, targets)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
@@ -222,9 +226,10 @@ def make_train_step(
         }
         return TrainState(step, params, stats, opt_state, ema), metrics
 
-    return jax.jit(
+    compiled = jax.jit(
         train_step,
-        in_shardings=(replicated(mesh), batch_sharded(mesh)),
+        in_shardings=(replicated(mesh), replicated(mesh), batch_sharded(mesh)),
         out_shardings=replicated(mesh),
-        donate_argnums=0,
+        donate_argnums=1,
     )
+    return functools.partial(compiled, np.asarray(jax.random.key_data(key)))

@@ -118,7 +118,7 @@ def test_steps_compile_once_and_leave_no_host_work_behind():
     for _ in range(3):
         previous = state
         state, metrics = step(state, batch)
-    assert step._cache_size() == 1
+    assert step.func._cache_size() == 1
     # The loop hands over plain dicts of arrays, and their memory is used again.
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves((previous.params, previous.ema)))
     assert type(state.params) is dict

@@ -1,0 +1,42 @@
+"""ResNets of irregular widths, such as a pruning search finds, from a small JSON file.
+
+    {"stem": 60,
+     "stages": [[[40, 52, 232], [64, 64, 232], [64, 60, 232]], [...], [...], [...]]}
+
+A row for each block of each of the four stages: the channels that its 1x1, 3x3 and 1x1 convolutions
+give. The last is the same in a stage, since the outputs of its blocks are added up.
+"""
+
+import json
+
+from etils import epath
+
+from slimconv_jax.errors import InputError
+from slimconv_jax.models.resnet import ResNetConfig
+
+
+def read_channels(path: epath.PathLike) -> ResNetConfig:
+    """The architecture in a JSON file.
+
+    Raises:
+      ValueError: if there is no such file, or it is no such architecture.
+    """
+    try:
+        content = json.loads(epath.Path(path).read_text())
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror or error}") from None
+    except ValueError as error:
+        raise InputError(f"{path} is no JSON: {error}") from None
+    try:
+        if set(content) != {"stem", "stages"}:
+            raise InputError(f"its keys must be 'stem' and 'stages', not {list(content)}")
+        if len(content["stages"]) != 4:
+            raise InputError(f"it must have four stages, not {len(content['stages'])}")
+        stages = tuple(tuple(map(tuple, blocks)) for blocks in content["stages"])
+        return ResNetConfig(tuple(map(len, stages)), channels=(content["stem"], stages))
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+    except TypeError:
+        raise InputError(
+            f"{path}: stages must be four lists of blocks, each a list of three channels"
+        ) from None

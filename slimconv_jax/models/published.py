@@ -1,0 +1,56 @@
+"""The figures that the authors published, to set beside those counted and measured here."""
+
+from typing import NamedTuple
+
+
+class Published(NamedTuple):
+    """One row of the published ImageNet comparison.
+
+    Attributes:
+      system: what it is called there.
+      model: the same here, NAME or NAME@K; None if it cannot be built, since its channels were
+        found by a search and are not published.
+      params: millions of parameters, with the digits that are printed there.
+      macs: thousand millions of multiply-adds ("FLOPs") of an image of 224x224, likewise.
+      top1_error: in percent.
+    """
+
+    system: str
+    model: str | None
+    params: str
+    macs: str
+    top1_error: float
+
+
+IMAGENET = (
+    Published("Sc-ResNet-50 (k=4/3)", "sc_resnet50@4/3", "16.76", "2.65", 22.77),
+    Published("Sc-ResNet-50 (k=8/3)", "sc_resnet50@8/3", "12.10", "1.88", 24.48),
+    Published("Sc-ResNet-101 (k=4/3)", "sc_resnet101@4/3", "27.96", "4.87", 22.16),
+    Published("Sc-ResNeXt-101 (32x3d, k=2)", "sc_resnext101_32x3d@2", "23.70", "4.58", 21.18),
+    Published("Ghost-ResNet-50 (s=2)", "ghost_resnet50", "13.95", "2.15", 24.99),
+    Published("DMCP-ResNet-50", None, "23.18", "2.80", 23.50),
+    Published("DMCP-ResNet-50", None, "14.47", "1.10", 25.90),
+)
+"""Of Sc-ResNet-101 the published figure is a top-1 accuracy of 77.84 %."""
+
+CIFAR100 = {
+    "resnet50": 77.1,
+    "sc_resnet50@4/3": 78.5,
+    "sc_resnet50@2": 77.6,
+    "sc_resnet50@8/3": 78.1,
+    "sc_resnet50@10/3": 76.2,
+    "sc_resnet50@4": 75.9,
+    "sc_resnet50@14/3": 76.3,
+    "sc_resnet50@16/3": 75.4,
+}
+"""Top-1 accuracy in percent on CIFAR-100, read off the published figure."""
+
+
+def printed(count: int, like: str) -> str:
+    """A count in the unit and with the digits of a published one: "16.76" millions, "2.65" G.
+
+    Args:
+      count: parameters, or multiply-adds.
+      like: "params" or "macs", the field of `Published`.
+    """
+    return f"{count / {'params': 1e6, 'macs': 1e9}[like]:.2f}"
