@@ -25,12 +25,15 @@ import signal
 import statistics
 import subprocess
 import sys
+import textwrap
 import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from absl import flags
+from matplotlib import colormaps
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from ml_collections import ConfigDict, config_flags
 
@@ -165,7 +168,7 @@ class Trainer:
         if cores:
             os.sched_setaffinity(process.pid, cores)
         said = []
-        with (run.workdir / "train.log").open("a") as log:
+        with (run.workdir / "train.log").open("a", buffering=1) as log:
             for line in process.stdout:
                 log.write(line)
                 said.append(line.strip())
@@ -263,7 +266,7 @@ class Report:
                     "top1_sd": statistics.stdev(by_seed.values()) if len(by_seed) > 1 else None,
                     "gain": statistics.mean(gains) if gains else None,
                     "gain_sd": statistics.stdev(gains) if len(gains) > 1 else None,
-                    "published_top1": CIFAR100.get(model),
+                    "published_top1": CIFAR100.get(model, (None, None))[1],
                     "images_per_second": statistics.median(speeds),
                 }
             )
@@ -307,34 +310,55 @@ class Report:
 
     def draw(self, rows: Sequence[dict], path: Path) -> None:
         """Top-1 against compression, published and here, one above the other."""
-        figure = Figure(figsize=(7.5, 7), layout="constrained")
+        figure = Figure(figsize=(7.5, 8), layout="constrained")
         above, below = figure.subplots(2, 1, sharex=True)
-        everything = {model: counts["params"] for model, counts in self._counts.items()}
-        panels = (
-            (above, "published", [(row["model"], row["published_top1"], 0) for row in rows]),
-            (below, self.budget(), [(r["model"], r["top1"], r["top1_sd"] or 0) for r in rows]),
-        )
-        for ax, title, points in panels:
-            for model, top1, sd in points:
-                if top1 is None:
-                    continue
-                name, k = parse_model(model)
-                x = 100 * (1 - everything[model] / everything[BASELINE])
-                ax.errorbar(
-                    x, top1, yerr=sd, fmt="o" if k else "s", color="C0" if k else "0.3", capsize=3
-                )
-                label = f"k={k}" if k else Path(name).stem
-                ax.annotate(label, (x, top1), (5, 5), textcoords="offset points", fontsize=8)
-                if model == BASELINE:
-                    ax.axhline(top1, color="0.7", linewidth=1, zorder=0)
-            ax.set_title(title, loc="left", fontsize=10)
-            ax.set_ylabel("top-1 on CIFAR-100, %")
-            ax.grid(alpha=0.3)
-            ax.margins(0.1, 0.15)
+        published = [(model, *point, 0) for model, point in CIFAR100.items()]
+        here = [
+            (row["model"], 100 * row["compression"], row["top1"], row["top1_sd"] or 0)
+            for row in rows
+        ]
+        models = list(dict.fromkeys(model for model, *_ in published + here))
+        draw_points(above, "published", published, models)
+        draw_points(below, textwrap.fill(f"here: {self.budget()}", 90), here, models)
+        above.legend(*merged_legend(above, below), loc="lower left", fontsize=9)
+        label = "parameters saved against ResNet-50, %"
         seeds = max(len(row["top1_by_seed"]) for row in rows)
-        bars = f"; means and standard deviations of up to {seeds} seeds" if seeds > 1 else ""
-        below.set_xlabel(f"parameters saved against ResNet-50, %{bars}")
+        if seeds > 1:
+            label += f"\n(means and standard deviations of {seeds} seeds)"
+        below.set_xlabel(label)
         figure.savefig(path, dpi=120)
+
+
+def draw_points(
+    ax: Axes,
+    title: str,
+    points: Sequence[tuple[str, float, float, float]],
+    models: Sequence[str],
+) -> None:
+    """Draws models: their names, compression, top-1 and its standard deviation, in percent.
+
+    The place of a model in `models` gives its colour.
+    """
+    for model, x, top1, sd in points:
+        name, k = parse_model(model)
+        color = colormaps["turbo"](0.05 + 0.9 * models.index(model) / max(len(models) - 1, 1))
+        label = f"k = {k}" if name == "sc_resnet50" else Path(model).stem
+        ax.errorbar(x, top1, yerr=sd, fmt="o" if k else "s", color=color, capsize=3, label=label)
+        if model == BASELINE:
+            ax.axhline(top1, color="0.7", linewidth=1, zorder=0)
+    ax.set_title(title, loc="left", fontsize=9)
+    ax.set_ylabel("top-1 on CIFAR-100, %")
+    ax.grid(alpha=0.3)
+    ax.margins(0.08, 0.1)
+
+
+def merged_legend(*axes: Axes) -> tuple[list, list]:
+    """The handles and labels of several axes, each label once."""
+    entries = {}
+    for ax in axes:
+        for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):
+            entries.setdefault(label, handle)
+    return list(entries.values()), list(entries)
 
 
 def main() -> None:

@@ -10,49 +10,21 @@ import sys
 from pathlib import Path
 
 from slimconv_jax.errors import InputError
-from slimconv_jax.models.complexity import count_macs, count_params, layers
-from slimconv_jax.models.slimconv import k_from_reduction
-from slimconv_jax.models.zoo import ARCHITECTURES, PUBLISHED, abstract_model, describe, list_models
+from slimconv_jax.model_tables import print_architectures, print_layers, print_published
+from slimconv_jax.models.zoo import describe
 
 
 def list_command(args: argparse.Namespace) -> None:
-    """Prints every architecture, row by row as it is counted."""
-    row = "{:22} {:>4} {:>12} {:>15}  {}"
-    print(row.format("model", "k", "parameters", "MACs", "published"))
-    for name in list_models():
-        reduction = ARCHITECTURES[name].reduction
-        ratios = [None if reduction is None else str(k_from_reduction(reduction))]
-        ratios += [k for published, k in PUBLISHED if published == name and k not in ratios]
-        for k in ratios:
-            model = abstract_model(name, k=k)
-            params, macs = f"{count_params(model):,}", f"{count_macs(model):,}"
-            published = PUBLISHED.get((name, k), "")
-            print(row.format(name, k or "-", params, macs, published).rstrip(), flush=True)
-    print(
-        "\n1000 classes, 224x224 pixels. MACs: multiply-adds of convolutions and matrix "
-        "products,\nthe papers' \"FLOPs\". Published: the authors' parameters, MACs and "
-        "ImageNet top-1; in\nparentheses a figure that does not follow from the architecture."
-    )
+    """Prints every architecture, or the published comparison."""
+    if args.published:
+        print_published()
+    else:
+        print_architectures()
 
 
 def summary_command(args: argparse.Namespace) -> None:
-    """Prints the layers of one architecture as a tree."""
-    table = layers(abstract_model(args.name, k=args.k), args.image_size)
-    row = "{:26} {:10} {:>14} {:>12} {:>14}"
-    print(row.format("layer", "type", "output", "parameters", "MACs"))
-    enclosing = []
-    for layer in table:
-        while enclosing and layer.path[: len(enclosing[-1])] != enclosing[-1]:
-            enclosing.pop()
-        name = ".".join(map(str, layer.path[len(enclosing[-1]) :])) if enclosing else args.name
-        output = "x".join(map(str, layer.shape[1:]))
-        name = "  " * len(enclosing) + name
-        print(row.format(name, layer.type, output, f"{layer.params:,}", f"{layer.macs:,}"))
-        enclosing.append(layer.path)
-    print(
-        f"\nFor one image of {args.image_size}x{args.image_size} pixels; the figures of a layer "
-        "include those of its parts."
-    )
+    """Prints the layers of one architecture."""
+    print_layers(args.name, k=args.k, image_size=args.image_size)
 
 
 def evaluate_command(args: argparse.Namespace) -> None:
@@ -303,12 +275,19 @@ def main(argv: list[str] | None = None) -> int:
     command = commands.add_parser(
         "list", help="every architecture: k, parameters, multiply-adds, published figures"
     )
+    command.add_argument(
+        "--published",
+        action="store_true",
+        help="the paper's comparison instead: published and counted parameters and FLOPs, error",
+    )
     command.set_defaults(run=list_command)
 
     command = commands.add_parser(
         "summary", help="one architecture, layer by layer: shapes, parameters, multiply-adds"
     )
-    command.add_argument("name", help="an architecture, as `list` names it")
+    command.add_argument(
+        "name", help="an architecture, as `list` names it, or a JSON file of channels"
+    )
     command.add_argument("--k", help="compression ratio of a Sc model, such as 8/3")
     command.add_argument(
         "--image-size", type=int, default=224, metavar="N", help="pixels a side (default: 224)"
