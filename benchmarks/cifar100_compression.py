@@ -16,6 +16,7 @@ directory are those of all runs that are finished.
 
 import argparse
 import concurrent.futures
+import contextlib
 import dataclasses
 import json
 import os
@@ -107,7 +108,9 @@ def read_config(model: str, overrides: Sequence[str]) -> ConfigDict:
     try:
         values(command)
     except (AttributeError, KeyError, TypeError, ValueError, flags.Error) as error:
-        raise InputError(f"{' '.join(map(str, error.args))}; train.py takes no such") from None
+        reason = " ".join(str(error.args[0] if error.args else error).split())
+        file = config_file(model).name
+        raise InputError(f"configs/{file} does not go with the overrides: {reason}") from None
     return values["config"].value
 
 
@@ -166,21 +169,21 @@ class Trainer:
             )
             self._processes.add(process)
         if cores:
-            os.sched_setaffinity(process.pid, cores)
+            with contextlib.suppress(ProcessLookupError):  # it has failed already
+                os.sched_setaffinity(process.pid, cores)
         said = []
-        with (run.workdir / "train.log").open("a", buffering=1) as log:
+        with process, (run.workdir / "train.log").open("a", buffering=1) as log:
             for line in process.stdout:
                 log.write(line)
                 said.append(line.strip())
                 if line.startswith("step") and "test" in line:
                     self._status.update(f"{run}: {' '.join(line.split())}")
         self._cores.put(cores)
-        status = process.wait()
         with self._lock:
             self._processes.remove(process)
             if self._stopping:
                 return
-        if status != 0:
+        if process.returncode != 0:
             raise InputError(f"the training of {run} failed: {' '.join(said[-3:])}")
         lines = read_metrics(run.workdir)
         test = [line for line in lines if line["split"] == "test"][-1]
@@ -228,6 +231,8 @@ def train_all(runs: Sequence[Run], args: argparse.Namespace, report: "Report") -
             if isinstance(error, KeyboardInterrupt):
                 say("stopped; the same command continues")
             raise
+        finally:
+            report.write()
 
 
 class Report:
@@ -418,7 +423,6 @@ def main() -> None:
     ]
     report = Report(runs, counts, args)
     train_all(runs, args, report)
-    report.write()
     print((args.workdir / "results.md").read_text())
     print(f"in {args.workdir}: results.json, results.md, compression.png")
 

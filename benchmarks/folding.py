@@ -29,7 +29,7 @@ def randomized(name: str) -> nnx.Module:
         shape = variable.shape
         if path[-1] in ("scale", "var"):
             value = rng.uniform(0.5, 1.5, shape)
-            if path[-3:] == ("conv3", "bn", "scale"):  # of the end of a residual branch
+            if path[-1] == "scale" and "conv3" in path:  # of the end of a residual branch
                 value *= 0.3
         elif path[-1] == "kernel":
             value = rng.normal(size=shape) / np.sqrt(np.prod(shape[:-1]))

@@ -53,6 +53,21 @@ def test_list_has_every_published_row():
     assert "16.76 M, 2.65 G, top-1 error 22.77 %" in rows["sc_resnet50", "4/3"]
 
 
+def test_the_published_table(capsys):
+    assert main(["list", "--published"]) == 0
+    rows = [line for line in capsys.readouterr().out.splitlines() if "ResN" in line]
+    assert len(rows) == 7
+    assert rows[0].split()[-8:] == [
+        *("16.76", "16,758,740", "2.65", "2,652,222,208", "22.77"),
+        *("sc_resnet50", "--k", "4/3"),
+    ]
+    ghost = ["13.95", "13,953,512", "2.15", "2,151,023,360", "24.99", "ghost_resnet50"]
+    assert rows[4].split()[-6:] == ghost
+    assert [row.split()[0] for row in rows if "differs" in row] == ["Sc-ResNet-101"]
+    assert "differs: FLOPs would be 4.82" in rows[2]
+    assert rows[5].split()[1:6] == ["23.18", "-", "2.80", "-", "23.50"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -28,8 +28,9 @@ def read_channels(path: epath.PathLike) -> ResNetConfig:
     except ValueError as error:
         raise InputError(f"{path} is no JSON: {error}") from None
     try:
-        if set(content) != {"stem", "stages"}:
-            raise InputError(f"its keys must be 'stem' and 'stages', not {list(content)}")
+        if not isinstance(content, dict) or content.keys() != {"stem", "stages"}:
+            found = list(content) if isinstance(content, dict) else f"a {type(content).__name__}"
+            raise InputError(f"its keys must be 'stem' and 'stages', not {found}")
         if len(content["stages"]) != 4:
             raise InputError(f"it must have four stages, not {len(content['stages'])}")
         stages = tuple(tuple(map(tuple, blocks)) for blocks in content["stages"])

@@ -97,6 +97,8 @@ class ResNetConfig:
             raise InputError(f"channels must have blocks={self.blocks} rows, one for each block")
         require_integer("the stem's channels", stem, 1)
         for number, blocks in enumerate(stages, 1):
+            if not blocks:
+                raise InputError(f"stage {number} has no blocks")
             for row in blocks:
                 if len(row) != 3:
                     raise InputError(

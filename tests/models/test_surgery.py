@@ -298,8 +298,10 @@ def test_every_member_of_the_family_folds(name):
     model = randomized(lambda: abstract_model(name))
     for stage in model.stages:
         for block in stage:
-            last = block.conv3.bn if hasattr(block, "conv3") else block.conv2.bn
-            last.scale.set_value(0.3 * last.scale[...])  # as deep trained networks have it
+            last = block.conv3 if hasattr(block, "conv3") else block.conv2
+            for _, bn in nnx.iter_modules(last):
+                if isinstance(bn, nnx.BatchNorm):  # as deep trained networks have it
+                    bn.scale.set_value(0.3 * bn.scale[...])
     compare_folded(model, 64)
 
 

@@ -1,11 +1,9 @@
-from fractions import Fraction
-
 import numpy as np
 import pytest
 from flax import nnx
 
 from slimconv_jax import create_model, list_models
-from slimconv_jax.models.zoo import ARCHITECTURES, PUBLISHED, abstract_model
+from slimconv_jax.models.zoo import ARCHITECTURES, abstract_model
 
 
 def test_list_models():
@@ -19,11 +17,6 @@ def test_every_sc_model_but_one_has_its_plain_twin():
     for name in list_models("sc_*"):
         if name != "sc_resnext101_32x3d":
             assert name.removeprefix("sc_") in ARCHITECTURES
-
-
-def test_published_figures_belong_to_architectures_that_exist():
-    for name, k in PUBLISHED:
-        assert abstract_model(name, k=k).config.reduction == Fraction(k) * 3 / 2
 
 
 def test_overrides_reach_the_model():

@@ -21,6 +21,7 @@ KINDS = {
     "groups": ResNetConfig((1, 1, 1, 1), groups=4, base_width=24, reduction=3, lower_groups=2),
     "bottleneck": ResNetConfig((1, 2, 1, 1), groups=2, base_width=32, width=8),
     "basic": ResNetConfig((1, 1, 1, 2), block="basic", width=8, num_classes=1),
+    "ghost": ResNetConfig((1, 2, 1, 1), block="ghost", width=8, num_classes=3),
 }
 
 

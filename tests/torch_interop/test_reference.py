@@ -97,6 +97,7 @@ EVERY_BLOCK = (
     "sc_resnet50-16/3",
     "sc_resnext50_32x4d-4/3",
     "sc_resnext101_32x3d-2",
+    "ghost_resnet50",
 )
 
 
