@@ -105,7 +105,7 @@ def describe_workdir(model: ResNet, workdir: epath.Path, info: Mapping[str, Any]
       info: as in `save_model`; if there is a model.json, its `class_names` must be these.
 
     Raises:
-      ValueError: if the directory has other classes, or cannot be written.
+      ValueError: if the directory has other classes or another architecture, or cannot be written.
     """
     file = workdir / _DESCRIPTION
     if file.exists():
@@ -115,6 +115,14 @@ def describe_workdir(model: ResNet, workdir: epath.Path, info: Mapping[str, Any]
                 f"the classes of the data are not those that {workdir} was trained on: "
                 f"{len(info['class_names'])} there are now, such as {info['class_names'][0]!r}, "
                 f"and {len(there or ())} there were"
+            )
+        # A file of channels may have changed since.
+        before = _read_description(workdir).get("architecture", {})
+        now = json.loads(json.dumps(dataclasses.asdict(model.config)))
+        if other := [name for name in before if before[name] != now.get(name)]:
+            raise InputError(
+                f"{workdir} holds a model of another architecture: it differs in "
+                f"{', '.join(other)}; choose another --workdir, or delete this one"
             )
     text = json.dumps(_describe(model, CHECKPOINTS, info), indent=2) + "\n"
     try:

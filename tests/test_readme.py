@@ -36,6 +36,9 @@ def test_the_snippets_run(workdir, capsys):
         if language == "python":
             exec(compile(text, f"README.md, block {number}", "exec"), namespace)
             printed[number] = capsys.readouterr().out
+        elif language == "json":  # as in "channels.json"
+            Path("channels.json").write_text(text)
+            assert abstract_model("channels.json").config.blocks == (2, 1, 1, 1)
         elif language == "bash":
             for command in re.findall(
                 r"^python (-m slimconv_jax export .*--format (?:stablehlo|onnx).*)", text, re.M
