@@ -232,12 +232,13 @@ def test_other_classes_than_before_are_refused(run, tmp_path):
 
 def test_another_architecture_under_the_same_name_is_refused(run, tmp_path):
     # As of a file of channels that has changed since the run began.
-    shutil.copytree(run, tmp_path, dirs_exist_ok=True)
-    description = json.loads((tmp_path / "model.json").read_text())
+    workdir, _ = run
+    copy = shutil.copytree(workdir, tmp_path / "copy")
+    description = json.loads((copy / "model.json").read_text())
     description["architecture"]["width"] = 16
-    (tmp_path / "model.json").write_text(json.dumps(description))
+    (copy / "model.json").write_text(json.dumps(description))
     with pytest.raises(ValueError, match="another architecture: it differs in width; choose"):
-        train(small_config(), tmp_path)
+        train(small_config(), copy)
 
 
 def test_photos_with_an_unreadable_one_among_them(tmp_path, capsys):
