@@ -69,7 +69,7 @@ def convert(args: argparse.Namespace) -> None:
     say(f"model   {describe(model.config)}: {count_params(model):,} parameters")
     for warning in caught:
         print(f"warning: {warning.message}", file=sys.stderr)
-    if name_of(model.config) is None:
+    if name_of(model.config) is None and model.config.channels is None:
         print(
             "warning: this package has no architecture of these blocks; if the file is incomplete, "
             f"--arch lists what is missing (--arch {nearest_name(model.config)}?)",
@@ -212,7 +212,12 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("output", metavar="OUTPUT", help="the new directory")
     add("--overwrite", action="store_true", help="replace a model that is at OUTPUT already")
     add("--format", choices=FORMATS, default="orbax", help="of the weights (default: orbax)")
-    add("--arch", metavar="NAME", help="fail unless this is the architecture, at any k")
+    add(
+        "--arch",
+        metavar="NAME",
+        help="fail unless this is the architecture, at any k; or a JSON file of channels, needed "
+        "for a network of irregular widths",
+    )
     add("--k", metavar="K", help="fail unless this is the compression ratio, such as 8/3")
     add("--key", help="where in the file the state dict is, if it is not found: keys, with dots")
     add(

@@ -194,8 +194,9 @@ def main() -> None:
             f"in inference at most {PIXELS // args.image_size**2 or 1} images of this size go "
             "through a network at once; choose a smaller --batch-size"
         )
-    if abstract_model(args.model, k=args.k).config.block != "bottleneck":
-        parser.error(f"{args.model} has basic blocks; the account knows bottlenecks only")
+    block = abstract_model(args.model, k=args.k).config.block
+    if block != "bottleneck":
+        parser.error(f"{args.model} has {block} blocks; the account knows bottlenecks only")
     print(describe_environment(environment()))
     print(
         f"{args.model}, {args.mode}, {args.dtype}, {args.batch_size} images of "
