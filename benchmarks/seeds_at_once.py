@@ -20,10 +20,10 @@ import optax
 from flax import nnx
 
 from slimconv_jax import create_model
-from slimconv_jax.benchmark import describe_environment, environment
+from slimconv_jax.benchmark import describe_environment, environment_apart
 from slimconv_jax.compilation_cache import enable_compilation_cache
 from slimconv_jax.errors import InputError, require_integer, run_script
-from slimconv_jax.models.zoo import abstract_model, parse_model
+from slimconv_jax.models.zoo import abstract_model, normalize_model, parse_model
 from slimconv_jax.training.optimizer import create_optimizer
 from slimconv_jax.training.step import create_state, data_mesh, make_train_step
 
@@ -90,7 +90,10 @@ def measure(count: int, vmap: bool) -> float:
         for worker in workers:
             worker.stdin.write("go\n")
             worker.stdin.flush()
-        return sum(float(worker.stdout.readline()) for worker in workers)
+        speeds = [worker.stdout.readline() for worker in workers]
+        if not all(speeds):
+            raise InputError("a process failed; what it said is above")
+        return sum(map(float, speeds))
     finally:
         for worker in workers:
             worker.kill()
@@ -115,9 +118,10 @@ def main() -> None:
     if args.worker:
         work(args)
         return
+    args.model = normalize_model(args.model)
     name, k = parse_model(args.model)
     abstract_model(name, k=k, width=args.width, stem=args.stem)  # or one clear sentence
-    print(describe_environment(environment()))
+    print(describe_environment(environment_apart()))
     print(f"{args.model}, width {args.width}, batches of {args.batch_size}, {args.seeds} seeds")
     speeds = {way: [] for way in WAYS}
     for turn in range(args.repeats):

@@ -9,9 +9,12 @@ import dataclasses
 import datetime
 import importlib.metadata
 import itertools
+import json
 import os
 import platform
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -29,9 +32,8 @@ from slimconv_jax.errors import InputError, require_integer
 from slimconv_jax.models.complexity import count_macs
 from slimconv_jax.models.pieces import in_pieces
 from slimconv_jax.models.resnet import ResNet
-from slimconv_jax.models.slimconv import k_from_reduction
 from slimconv_jax.models.surgery import fold_batch_norm
-from slimconv_jax.models.zoo import abstract_model, create_model, parse_model
+from slimconv_jax.models.zoo import abstract_model, create_model, normalize_model, parse_model
 from slimconv_jax.torch_interop.checkpoint_file import import_torch
 from slimconv_jax.training.optimizer import create_optimizer
 from slimconv_jax.training.step import create_state, data_mesh, make_train_step
@@ -309,16 +311,11 @@ def plan(
     for name, values in (("batch size", batch_sizes), ("image size", [image_size])):
         for value in values:
             require_integer(f"the {name}", value, 1)
-    names = []
-    for model in models:
-        config = abstract_model(**_model_options(model)).config
-        name, _ = parse_model(model)
-        k = f"@{k_from_reduction(config.reduction)}" if config.reduction else ""
-        names.append(name + k)
+    names = list(dict.fromkeys(map(normalize_model, models)))
     return [
         [
             Case(model, mode, batch_size, image_size, dtype, implementation)
-            for model in dict.fromkeys(names)
+            for model in names
             for implementation in dict.fromkeys(implementations)
         ]
         for mode, dtype, batch_size in itertools.product(
@@ -382,6 +379,17 @@ def environment() -> dict:
     """When and where something is measured."""
     now = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
     return {"date": now, "device": describe_device(), "versions": versions()}
+
+
+def environment_apart() -> dict:
+    """What `environment` gives, found in another process: this one leaves the device to others."""
+    code = (
+        "import json; from slimconv_jax.benchmark import environment as e; print(json.dumps(e()))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise InputError(f"JAX finds no device: {done.stderr.strip().splitlines()[-1]}")
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def describe_environment(where: dict) -> str:

@@ -39,7 +39,6 @@ def print_published() -> None:
     for row in IMAGENET:
         params = macs = "-"
         here = "found by a search, not published"
-        flops = row.macs
         if row.model:
             name, k = parse_model(row.model)
             model = abstract_model(name, k=k)
@@ -54,7 +53,9 @@ def print_published() -> None:
             if differing:
                 here += f"; differs: {', '.join(differing)}"
         print(
-            line.format(row.system, row.params, params, flops, macs, f"{row.top1_error:.2f}", here),
+            line.format(
+                row.system, row.params, params, row.macs, macs, f"{row.top1_error:.2f}", here
+            ),
             flush=True,
         )
     print(

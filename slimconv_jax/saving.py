@@ -117,12 +117,14 @@ def describe_workdir(model: ResNet, workdir: epath.Path, info: Mapping[str, Any]
                 f"and {len(there or ())} there were"
             )
         # A file of channels may have changed since.
-        before = _read_description(workdir).get("architecture", {})
+        before = _read_description(workdir).get("architecture")
+        if not isinstance(before, dict):
+            raise InputError(f"{file} is damaged: it has no architecture")
         now = json.loads(json.dumps(dataclasses.asdict(model.config)))
         if other := [name for name in before if before[name] != now.get(name)]:
             raise InputError(
-                f"{workdir} holds a model of another architecture: it differs in "
-                f"{', '.join(other)}; choose another --workdir, or delete this one"
+                f"{workdir} holds a model of another architecture, of other {', '.join(other)}; "
+                "choose another --workdir, or delete this one"
             )
     text = json.dumps(_describe(model, CHECKPOINTS, info), indent=2) + "\n"
     try:

@@ -1,31 +1,23 @@
 """The script of the compression curve, on digits in place of CIFAR-100."""
 
 import argparse
-import importlib.util
 import json
 import os
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
+import cifar100_compression as sweep
+import compression_report
 import pytest
 from PIL import Image
+
+from slimconv_jax.console import Status
 
 # How ml_collections loads a config file.
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
 
-SCRIPT = Path(__file__).parents[1] / "benchmarks/cifar100_compression.py"
-
-
-@pytest.fixture(scope="module")
-def script():
-    spec = importlib.util.spec_from_file_location("cifar100_compression", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where its data classes look for themselves
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
+SCRIPT = sweep.__file__
 
 
 def arguments(workdir, *more):
@@ -39,7 +31,7 @@ def arguments(workdir, *more):
 
 
 def test_a_sweep_is_interrupted_and_continued(tmp_path):
-    command = [sys.executable, str(SCRIPT), *arguments(tmp_path)]
+    command = [sys.executable, SCRIPT, *arguments(tmp_path)]
     one_device = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
     pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": one_device}
     with subprocess.Popen(command, **pipe) as process:
@@ -67,22 +59,7 @@ def test_a_sweep_is_interrupted_and_continued(tmp_path):
     assert f"| resnet14 | {row['params']:,} |" in done.stdout
 
 
-def finished(script, workdir, args, accuracies):
-    """Runs that are finished, with these accuracies by model and seed."""
-    runs = []
-    for seed in range(args.seeds):
-        for model in accuracies:
-            name = model.replace("@", "_k").replace("/", "_")
-            overrides = (*script.recipe(model, args), f"--config.seed={seed}")
-            run = script.Run(model, seed, workdir / f"{name}_seed{seed}", overrides)
-            runs.append(run)
-            if accuracies[model][seed] is None:
-                continue
-            run.workdir.mkdir()
-            result = {"overrides": run.learnt_from(), "top1": accuracies[model][seed]}
-            result |= {"test_images": 10, "images_per_second": 100.0 + seed}
-            (run.workdir / "result.json").write_text(json.dumps(result))
-    return runs
+WHERE = {"date": "today", "device": "an abacus", "versions": {"python": "3"}}
 
 
 @pytest.fixture
@@ -91,18 +68,31 @@ def args(tmp_path):
     return argparse.Namespace(workdir=tmp_path, epochs=4, width=16, seeds=3, overrides=overrides)
 
 
-def test_the_report(script, tmp_path, args):
+def finish(run, top1, **changes):
+    """Writes what a finished run leaves."""
+    run.workdir.mkdir(exist_ok=True)
+    config = sweep.read_config(run.model, run.overrides)
+    (run.workdir / "config.json").write_text(config.to_json_best_effort())
+    values = (run.model, run.seed, *run.counts.values(), top1, 100.0 + run.seed, 2, WHERE)
+    result = dict(zip(compression_report.RESULT, values, strict=True)) | changes
+    (run.workdir / "result.json").write_text(json.dumps(result))
+
+
+@pytest.fixture
+def report(args):
+    baseline, *_ = sweep.plan("resnet50", args)
+    return compression_report.Report(args.workdir, baseline.settings, 1000, "a budget")
+
+
+def test_the_report(report, tmp_path, args):
     accuracies = {
+        "ghost_resnet50": [0.19],
         "resnet50": [0.20, 0.22, 0.24],
         "sc_resnet50@4/3": [0.21, 0.24, 0.24],
-        "ghost_resnet50": [0.19, None, None],
     }
-    counts = {
-        "resnet50": {"params": 1000, "macs": 9},
-        "sc_resnet50@4/3": {"params": 600, "macs": 5},
-        "ghost_resnet50": {"params": 500, "macs": 4},
-    }
-    report = script.Report(finished(script, tmp_path, args, accuracies), counts, args)
+    for model, top1 in accuracies.items():
+        for run, value in zip(sweep.plan(model, args), top1, strict=False):
+            finish(run, value, params=600 if "@" in model else 1000)
     report.write()
     plain, slim, ghost = json.loads((tmp_path / "results.json").read_text())["models"]
     assert plain["top1"] == pytest.approx(22) and plain["top1_sd"] == pytest.approx(2)
@@ -111,31 +101,76 @@ def test_the_report(script, tmp_path, args):
     assert slim["gain"] == pytest.approx(1) and slim["gain_sd"] == pytest.approx(1)
     assert ghost["gain"] == pytest.approx(-1) and ghost["gain_sd"] is None
     table = (tmp_path / "results.md").read_text()
-    assert table.startswith("width 16, 4 epochs (cosine), model.stem=imagenet; ")
+    assert table.startswith("a budget.\n")
+    start = f"| sc_resnet50@4/3 | 600 | 40.0% | {slim['macs']:,} | 3 |"
+    assert f"{start} 23.00 +- 1.73 | +1.00 +- 1.00 | 78.5 | 101 |" in table
     assert (
-        "| sc_resnet50@4/3 | 600 | 40.0% | 5 | 3 | 23.00 +- 1.73 | +1.00 +- 1.00 | 78.5 | 101 |"
-    ) in table
-    assert "| ghost_resnet50 | 500 | 50.0% | 4 | 1 | 19.00 | -1.00 |  | 100 |" in table
+        f"| ghost_resnet50 | 1,000 | 0.0% | {ghost['macs']:,} | 1 | 19.00 | -1.00 |  | 100 |"
+        in table
+    )
+    assert table.endswith("Measured on an abacus, 2 runs at once (python 3).\n")
     with Image.open(tmp_path / "compression.png") as picture:
         assert picture.width > 500 and len(picture.getcolors(10**6)) > 100
 
 
-def test_a_result_counts_for_its_own_settings_alone(script, tmp_path, args):
-    (run, *_) = finished(script, tmp_path, args, {"resnet50": [0.2, 0.2, 0.2]})
-    assert run.result()["top1"] == 0.2
+def test_a_result_counts_for_its_own_settings_alone(report, args):
+    run, other, _ = sweep.plan("resnet14", args)
+    assert not run.is_finished()
+    finish(run, 0.2)
+    assert run.is_finished() and not other.is_finished()
     # Where the data are is no part of them.
-    moved = tuple(text.replace("/data", "/elsewhere") for text in run.overrides)
-    assert script.dataclasses.replace(run, overrides=moved).result()
-    longer = tuple(text.replace("num_epochs=4", "num_epochs=5") for text in run.overrides)
-    assert script.dataclasses.replace(run, overrides=longer).result() is None
+    args.overrides = [text.replace("/data", "/elsewhere") for text in args.overrides]
+    assert sweep.plan("resnet14", args)[0].is_finished()
+    assert [row["model"] for row in report.rows()] == ["resnet14"]
+    finish(run, 0.2, params=1)  # of a file of channels that has changed
+    assert not run.is_finished()
+    finish(run, 0.2)
+    args.epochs = 5
+    (longer, *_) = sweep.plan("resnet14", args)
+    assert not longer.is_finished()
+    finish(longer, 0.3)
+    assert report.rows() == []  # of another budget
 
 
-def test_the_recipe(script, args):
-    config = script.read_config("sc_resnet50@8/3", script.recipe("sc_resnet50@8/3", args))
+@pytest.mark.parametrize("text", ["", "3", "null", "[]", "{}", '{"model": "resnet14"}'])
+def test_a_damaged_result_is_none(args, text):
+    (run, *_) = sweep.plan("resnet14", args)
+    finish(run, 0.2)
+    (run.workdir / "result.json").write_text(text)
+    assert not run.is_finished()
+
+
+def test_a_disk_that_is_full_stops_the_sweep(args, report):
+    runs = sweep.plan("resnet14", args)
+    for run in runs:
+        run.workdir.mkdir()
+        (run.workdir / "train.log").symlink_to("/dev/full")
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        with pytest.raises(ValueError, match="cannot write to .*resnet14_seed.: No space left"):
+            sweep.train_all(runs, 2, report)
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def test_two_at_once_have_their_share_of_the_cores(args, monkeypatch):
+    cores = os.sched_getaffinity(0)
+    monkeypatch.setattr(sweep, "environment_apart", lambda: WHERE)
+    with Status() as status:
+        trainer = sweep.Trainer(status, 2)
+    shares = [trainer._cores.get(), trainer._cores.get()]
+    assert shares[0] | shares[1] == cores and not shares[0] & shares[1]
+
+
+def test_the_recipe(args):
+    config = sweep.read_config("sc_resnet50@8/3", sweep.recipe("sc_resnet50@8/3", args))
     assert (config.model.k, config.model.width, config.num_epochs) == ("8/3", 16, 4)
     assert (config.optimizer.schedule, config.optimizer.warmup_epochs) == ("cosine", 0.4)
+    budget = sweep.describe_budget(config, args.overrides)
+    assert budget == "width 16, 4 epochs (cosine), model.stem=imagenet"
     args.epochs = 200
-    config = script.read_config("ghost_resnet50", script.recipe("ghost_resnet50", args))
+    config = sweep.read_config("ghost_resnet50", sweep.recipe("ghost_resnet50", args))
     assert config.model.name == "ghost_resnet50" and "k" not in config.model
     assert config.optimizer.schedule == "multistep"
     assert config.optimizer.milestones == (60, 120, 160)
@@ -147,6 +182,8 @@ def test_the_recipe(script, args):
         (["--width", "0"], "error: --width=0 must be an integer >= 1"),
         (["--config.model.widht=8"], "error: configs/cifar100_resnet50.py does not go with"),
         (["--models", "resnet51"], "error: unknown model 'resnet51'; did you mean resnet50"),
+        (["--models", "resnet50@2"], "error: resnet50 has no SlimConv, so it takes no k"),
+        (["--config.model.k=2"], "--config.model.k is for --models, --width, --epochs and --seeds"),
         (["--bogus"], "unrecognized argument --bogus; those of train.py are --config.KEY=VALUE"),
         (
             ["--config.optimizer.learning_rate=-1", "--models", "resnet14"],
@@ -154,11 +191,11 @@ def test_the_recipe(script, args):
         ),
     ],
 )
-def test_bad_input(script, tmp_path, monkeypatch, capfd, more, message):
-    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *arguments(tmp_path, *more)])
+def test_bad_input(tmp_path, monkeypatch, capfd, more, message):
+    monkeypatch.setattr(sys, "argv", [SCRIPT, *arguments(tmp_path, *more)])
     handler = signal.getsignal(signal.SIGTERM)
     with pytest.raises(SystemExit) as stopped:
-        script.run_script(script.main)
+        sweep.run_script(sweep.main)
     signal.signal(signal.SIGTERM, handler)
     said = f"{stopped.value.code}{capfd.readouterr().err}"  # a message, or a status and its reason
     assert stopped.value.code and message in said and "Traceback" not in said

@@ -30,6 +30,12 @@ def workdir(tmp_path, monkeypatch):
     return tmp_path
 
 
+def test_the_links_lead_somewhere():
+    for page in (README, *README.parent.glob("*/*.md")):
+        for link in re.findall(r"\]\(([^)]*)\)", page.read_text()):
+            assert link.startswith("http") or (page.parent / link).exists(), (page.name, link)
+
+
 def test_the_snippets_run(workdir, capsys):
     namespace, printed = {}, {}
     for number, (language, text) in enumerate(blocks()):

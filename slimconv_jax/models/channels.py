@@ -25,19 +25,17 @@ def read_channels(path: epath.PathLike) -> ResNetConfig:
         content = json.loads(epath.Path(path).read_text())
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror or error}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is no JSON: {error}") from None
     try:
         if not isinstance(content, dict) or content.keys() != {"stem", "stages"}:
             found = list(content) if isinstance(content, dict) else f"a {type(content).__name__}"
             raise InputError(f"its keys must be 'stem' and 'stages', not {found}")
-        if len(content["stages"]) != 4:
-            raise InputError(f"it must have four stages, not {len(content['stages'])}")
-        stages = tuple(tuple(map(tuple, blocks)) for blocks in content["stages"])
+        stages = content["stages"]
+        if not isinstance(stages, list) or not all(isinstance(blocks, list) for blocks in stages):
+            raise InputError("stages must be four lists of blocks, each a list of three channels")
+        if len(stages) != 4:
+            raise InputError(f"it must have four stages, not {len(stages)}")
         return ResNetConfig(tuple(map(len, stages)), channels=(content["stem"], stages))
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
-    except TypeError:
-        raise InputError(
-            f"{path}: stages must be four lists of blocks, each a list of three channels"
-        ) from None

@@ -46,6 +46,9 @@ CIFAR100 = {
 """The published figure: parameters saved against ResNet-50, and top-1 on CIFAR-100, in percent."""
 
 
+UNITS = {"params": 1e6, "macs": 1e9}
+
+
 def printed(count: int, like: str) -> str:
     """A count in the unit and with the digits of a published one: "16.76" millions, "2.65" G.
 
@@ -53,4 +56,4 @@ def printed(count: int, like: str) -> str:
       count: parameters, or multiply-adds.
       like: "params" or "macs", the field of `Published`.
     """
-    return f"{count / {'params': 1e6, 'macs': 1e9}[like]:.2f}"
+    return f"{count / UNITS[like]:.2f}"

@@ -90,9 +90,26 @@ class ResNetConfig:
             self._check_channels()
 
     def _check_channels(self) -> None:
-        if self.block != "bottleneck" or self.reduction is not None or self.groups != 1:
-            raise InputError("channels of each block are for plain bottlenecks of one group")
-        stem, stages = self.channels
+        plain = dataclasses.replace(self, channels=None)
+        if plain != ResNetConfig(
+            self.blocks,
+            num_classes=self.num_classes,
+            width=self.width,
+            stem=self.stem,
+            dilation=self.dilation,
+        ):
+            raise InputError(
+                "channels of each block are for plain bottlenecks, without groups, base_width and "
+                "reduction"
+            )
+        try:
+            stem, stages = self.channels
+            stages = tuple(tuple(map(tuple, blocks)) for blocks in stages)
+        except (TypeError, ValueError):
+            raise InputError(
+                "channels must be those of the stem and four lists of blocks, each of three numbers"
+            ) from None
+        object.__setattr__(self, "channels", (stem, stages))
         if tuple(map(len, stages)) != self.blocks:
             raise InputError(f"channels must have blocks={self.blocks} rows, one for each block")
         require_integer("the stem's channels", stem, 1)

@@ -157,7 +157,8 @@ def slimify(
             return slim_node
         if type(node) is Bottleneck:
             _use_following_conv(node, rngs)
-        if type(node) is ResNet and node.config.block == "bottleneck":
+        regular = type(node) is ResNet and node.config.channels is None
+        if regular and node.config.block == "bottleneck":
             units = [block.conv2 for stage in node.stages for block in stage]
             if all(isinstance(unit, SlimConv) and unit.reduction == reduction for unit in units):
                 node.config = dataclasses.replace(node.config, reduction=reduction)

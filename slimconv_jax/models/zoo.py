@@ -5,6 +5,7 @@ import dataclasses
 import difflib
 import fnmatch
 import functools
+import os
 import types
 from collections.abc import Callable, Iterator, Sequence
 
@@ -59,15 +60,15 @@ def list_models(pattern: str = "*") -> list[str]:
     return [name for name in ARCHITECTURES if fnmatch.fnmatch(name, pattern)]
 
 
-def unknown_model(name: str) -> InputError:
+def unknown_model(name: object) -> InputError:
     """The error to raise for a name that is not in `list_models()`."""
-    near = difflib.get_close_matches(name, ARCHITECTURES, n=3)
+    near = difflib.get_close_matches(str(name), ARCHITECTURES, n=3)
     hint = f"did you mean {' or '.join(near)}?" if near else "list_models() names them all"
     return InputError(f"unknown model {name!r}; {hint}")
 
 
 def create_model(
-    name: str,
+    name: str | os.PathLike,
     *,
     k: CompressionRatio | None = None,
     num_classes: int = 1000,
@@ -108,19 +109,38 @@ def create_model(
         return ResNet(config, **options, rngs=rngs)
 
 
+def is_channels_file(name: str | os.PathLike) -> bool:
+    """Whether what stands for an architecture is a JSON file of channels, not a name."""
+    return isinstance(name, str | os.PathLike) and os.fspath(name).endswith(".json")
+
+
 def parse_model(text: str) -> tuple[str, str | None]:
-    """The name and k of a model that is written NAME or NAME@K."""
+    """The name and k of a model that is written NAME, NAME@K, or FILE.json."""
+    if is_channels_file(text):
+        return text, None
     name, _, k = text.partition("@")
-    return (text, None) if text.endswith(".json") else (name, k or None)
+    return name, k or None
 
 
-def named_config(name: str) -> ResNetConfig:
+def normalize_model(text: str) -> str:
+    """NAME@K as the paper writes k, for Sc models without k too; other names as they are.
+
+    Raises:
+      ValueError: if there is no such model.
+    """
+    name, k = parse_model(text)
+    options = {"num_classes": 1000, "stem": "imagenet", "width": 64, "dilation": (False,) * 3}
+    reduction = resnet_config(name, k=k, **options).reduction
+    return name if reduction is None else f"{name}@{k_from_reduction(reduction)}"
+
+
+def named_config(name: str | os.PathLike) -> ResNetConfig:
     """The architecture of a name or JSON file.
 
     Raises:
       ValueError: if there is none.
     """
-    if isinstance(name, str) and name.endswith(".json"):
+    if is_channels_file(name):
         return read_channels(name)
     if name not in ARCHITECTURES:
         raise unknown_model(name)
@@ -128,7 +148,7 @@ def named_config(name: str) -> ResNetConfig:
 
 
 def resnet_config(
-    name: str,
+    name: str | os.PathLike,
     *,
     k: CompressionRatio | None,
     num_classes: int,
@@ -154,7 +174,7 @@ def resnet_config(
 
 
 @contextlib.contextmanager
-def _naming(name: str, reduction: int | None) -> Iterator[None]:
+def _naming(name: str | os.PathLike, reduction: int | None) -> Iterator[None]:
     """Says in an InputError which model it is about."""
     try:
         yield
@@ -163,7 +183,7 @@ def _naming(name: str, reduction: int | None) -> Iterator[None]:
         raise InputError(f"{name}{at}: {error}") from None
 
 
-def abstract_model(name: str, **overrides) -> ResNet:
+def abstract_model(name: str | os.PathLike, **overrides) -> ResNet:
     """`create_model` without the arrays: shapes and dtypes only, in about half a second.
 
     For counting. Arguments and errors are those of `create_model`, less `rngs`.

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import os
 import re
 import sys
 import warnings
@@ -20,6 +21,7 @@ from slimconv_jax.models.zoo import (
     ARCHITECTURES,
     abstract_resnet,
     describe,
+    is_channels_file,
     name_of,
     named_config,
     require_resnet,
@@ -35,7 +37,7 @@ _PREFIX = re.compile(r"(.*\.|)(layer[1-4]\.\d+\..+)")
 def from_torch(
     state_dict: Mapping[str, Any],
     *,
-    arch: str | None = None,
+    arch: str | os.PathLike | None = None,
     k: CompressionRatio | None = None,
     dtype: Dtype | None = None,
 ) -> ResNet:
@@ -49,8 +51,8 @@ def from_torch(
         with or without a prefix such as `module.`. Entries of half precision become float32.
         Everything but `num_batches_tracked` must be used.
       arch: the name that the architecture must have, one of `list_models()`, at any k, width
-        and number of classes; or a JSON file of channels, for networks of irregular widths, which
-        are not read off shapes.
+        and number of classes; or a JSON file of channels, for networks of irregular widths (at the
+        width of the file), which are not read off shapes.
       k: the compression ratio that it must have. To be given where the network is
         so narrow that its shapes do not tell.
       dtype: dtype of the computation, as in `create_model`.
@@ -75,7 +77,7 @@ def from_torch(
             "inside, such as checkpoint['state_dict']"
         )
     shapes = {name: array.shape for name, array in arrays.items()}
-    is_file = arch is not None and arch.endswith(".json")
+    is_file = arch is not None and is_channels_file(arch)
     if is_file:
         if k is not None:
             raise InputError(f"{arch} has no SlimConv, so it takes no k (k={k!r} was given)")
@@ -100,9 +102,11 @@ def from_torch(
     table = entries(model)
     expected = {name: entry.shape for name, entry in table.items()}
     if shapes != expected:
+        plain = config.block == "bottleneck" and config.reduction is None
+        irregular = " (if its widths are irregular, `arch` must be a JSON file of them)" * plain
         raise InputError(
             f"the entries are not those of {describe(config)}"
-            + (":\n" if arch else ", which they come nearest to:\n")
+            + (":\n" if arch else f", which they come nearest to{irregular}:\n")
             + "\n".join(_differences(shapes, expected))
         )
     if odd := [*filter(None, (_oddity(name, array) for name, array in arrays.items()))]:

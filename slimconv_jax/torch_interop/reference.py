@@ -140,7 +140,7 @@ class GhostBottleneck(nn.Module):
 
 
 def _channels(config, stage, index):
-    """What the convolutions of a block give."""
+    """What the convolutions of a block give, worked out again from the config's numbers."""
     if config.channels is not None:
         return [max(c * config.width // 64, 1) for c in config.channels[1][stage][index]]
     planes = config.width * 2**stage

@@ -3,6 +3,7 @@
 import contextlib
 import json
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
 import ml_collections
@@ -72,16 +73,29 @@ def claim_workdir(workdir: epath.PathLike, config: ml_collections.ConfigDict) ->
     return path
 
 
+def compared_keys(text: bytes | str) -> dict[str, Any]:
+    """The values of a config, as JSON text, that may not change when a run continues.
+
+    Raises:
+      ValueError: if it is no config.
+    """
+    try:
+        flat = _flatten(json.loads(text))
+    except (ValueError, AttributeError):
+        raise InputError("it cannot be read as a config") from None
+    return {key: value for key, value in flat.items() if key not in NOT_COMPARED}
+
+
 def _differences(there: bytes, here: str) -> str:
     """Which keys of two configs, as JSON texts, differ; empty if none do."""
     try:
-        old, new = _flatten(json.loads(there)), _flatten(json.loads(here))
-    except (ValueError, AttributeError):
+        old, new = compared_keys(there), compared_keys(here)
+    except InputError:
         return "its config.json cannot be read as a config"
     return ", ".join(
         f"config.{key} is {old.get(key, 'absent')!r} there and {new.get(key, 'absent')!r} here"
         for key in sorted(old | new)
-        if key not in NOT_COMPARED and old.get(key, "absent") != new.get(key, "absent")
+        if old.get(key, "absent") != new.get(key, "absent")
     )
 
 

@@ -138,9 +138,11 @@ def make_train_step(
         values.
 
     Returns:
-      A function whose metrics are scalars: `loss` (mean cross-entropy with the smoothed and mixed
-      targets) and `accuracy` (fraction, top-1; of mixed images, of the larger part) of the batch,
-      as the model was before the update, `grad_norm`, and `learning_rate`.
+      A `functools.partial` of the compiled function with the data of the key as its first argument
+      (`step.func.lower(*step.args, state, batch)` lowers it). Its metrics are scalars: `loss` (mean
+      cross-entropy with the smoothed and mixed targets) and `accuracy` (fraction, top-1; of mixed
+      images, of the larger part) of the batch, as the model was before the update, `grad_norm`,
+      and `learning_rate`.
 
     Raises:
       ValueError: if a setting is out of range.

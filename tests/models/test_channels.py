@@ -1,12 +1,30 @@
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
+from randomize import randomized
 from torch_state_dict import random_state_dict
 
-from slimconv_jax import count_macs, count_params, from_torch, save_model, to_torch
+from slimconv_jax import (
+    count_macs,
+    count_params,
+    create_model,
+    from_torch,
+    save_model,
+    slimify,
+    to_torch,
+)
 from slimconv_jax.models.channels import read_channels
-from slimconv_jax.models.zoo import abstract_model, describe, name_of, parse_model
+from slimconv_jax.models.resnet import ResNetConfig
+from slimconv_jax.models.zoo import (
+    abstract,
+    abstract_model,
+    describe,
+    name_of,
+    normalize_model,
+    parse_model,
+)
 from slimconv_jax.saving import load_model
 
 SMALL = {
@@ -40,7 +58,7 @@ def test_the_channels_of_resnet50_give_resnet50(written):
 
 
 def test_every_convolution_has_its_channels(written):
-    model = abstract_model(written(SMALL), num_classes=5)
+    model = abstract_model(Path(written(SMALL)), num_classes=5)
     assert model.stem.conv.kernel.shape == (7, 7, 3, 24)
     block = model.stages[2][1]
     kernels = [c.conv.kernel.shape for c in (block.conv1, block.conv2, block.conv3)]
@@ -75,10 +93,42 @@ def test_it_is_saved_loaded_and_equal_to_pytorch(written, tmp_path):
     np.testing.assert_allclose(model(images), expected, atol=1e-4 * np.abs(expected).max())
 
 
+def test_slimify_leaves_the_architecture_irregular(written):
+    path = written(SMALL)
+
+    def build(rngs):
+        slim, report = slimify(create_model(path, rngs=rngs), k="4/3", image_size=32, rngs=rngs)
+        assert len(report.replaced) == 6 and not report.left
+        return slim
+
+    slim = abstract(build)
+    assert count_params(slim) < count_params(abstract_model(path))
+    with pytest.raises(ValueError, match="this one was changed"):
+        to_torch(slim)
+
+
+def test_models_of_before_there_were_channels_are_loaded(tmp_path):
+    model = randomized(lambda: abstract_model("resnet14", width=8, num_classes=3))
+    save_model(model, tmp_path / "saved")
+    description = json.loads((tmp_path / "saved/model.json").read_text())
+    del description["architecture"]["channels"]
+    (tmp_path / "saved/model.json").write_text(json.dumps(description))
+    assert load_model(tmp_path / "saved").config == model.config
+
+
+def test_without_the_file_the_error_asks_for_it(written):
+    state_dict = random_state_dict(abstract_model(written(SMALL)).config)
+    with pytest.raises(ValueError, match="if its widths are irregular, `arch` must be a JSON file"):
+        from_torch(state_dict)
+
+
 def test_a_file_is_a_model_of_the_command_lines():
     assert parse_model("sc_resnet50@8/3") == ("sc_resnet50", "8/3")
     assert parse_model("resnet50") == ("resnet50", None)
     assert parse_model("at@home/channels.json") == ("at@home/channels.json", None)
+    assert normalize_model("sc_resnet50@2.0") == "sc_resnet50@2"
+    assert normalize_model("sc_resnet50") == "sc_resnet50@4/3"
+    assert normalize_model("ghost_resnet50") == "ghost_resnet50"
 
 
 @pytest.mark.parametrize(
@@ -93,6 +143,9 @@ def test_a_file_is_a_model_of_the_command_lines():
         ({"stem": 8, "stages": [[[8, "8", 8]]] * 4}, "stage 1: a number of channels='8' must be"),
         ({"stem": 8, "stages": [[[8, 8, 8], [8, 8, 9]]] * 4}, "stage 1 must have the same last"),
         ({"stem": 8, "stages": [8] * 4}, "stages must be four lists of blocks"),
+        ({"stem": 8, "stages": "abcd"}, "stages must be four lists of blocks"),
+        ({"stem": 8, "stages": [[8]] * 4}, "four lists of blocks, each of three numbers"),
+        ("[" * 100_000, "is no JSON"),
         ({"stem": 8, "stages": [[]] * 4}, "stage 1 has no blocks"),
     ],
 )
@@ -101,6 +154,21 @@ def test_bad_files(content, message, written):
     with pytest.raises(ValueError, match=message) as caught:
         read_channels(path)
     assert str(caught.value).startswith(path)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"channels": 5}, "channels must be those of the stem and four lists of blocks"),
+        ({"channels": (1, 2, 3)}, "channels must be those of the stem and four lists of blocks"),
+        ({"channels": (8, ()), "blocks": (1, 1, 1, 1)}, r"must have blocks=\(1, 1, 1, 1\) rows"),
+        ({"channels": (8, [[(8, 8, 8)]] * 4), "groups": 2}, "are for plain bottlenecks"),
+        ({"channels": (8, [[(8, 8, 8)]] * 4), "block": "ghost"}, "are for plain bottlenecks"),
+    ],
+)
+def test_bad_configs(settings, message):
+    with pytest.raises(ValueError, match=message):
+        ResNetConfig(**{"blocks": (1, 1, 1, 1)} | settings)
 
 
 def test_other_bad_input(written, tmp_path):
