@@ -223,7 +223,10 @@ def load_model(
     directory = absolute(path)
     description = _read_description(directory)
     try:
-        fields = {k: _as_tuple(value) for k, value in description["architecture"].items()}
+        fields = {
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in description["architecture"].items()
+        }
         is_run = description["format"] == CHECKPOINTS
         weights = directory / (CHECKPOINTS if is_run else _WEIGHTS[description["format"]])
         files = {} if is_run else dict(description["files"])
@@ -265,11 +268,6 @@ def load_model(
         variable.set_value(jnp.asarray(arrays[name], variable.dtype))
     model.eval()
     return model
-
-
-def _as_tuple(value: Any) -> Any:
-    """What was nested tuples before it was JSON."""
-    return tuple(map(_as_tuple, value)) if isinstance(value, list) else value
 
 
 def verify_weights(model: ResNet, path: epath.PathLike) -> None:
