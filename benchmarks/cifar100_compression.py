@@ -205,6 +205,7 @@ class Trainer:
                     env=self._environment,
                 )
                 self._processes.add(process)
+            self._status.update(f"{run}: starting")
             if cores:
                 with contextlib.suppress(ProcessLookupError):  # it has failed already
                     os.sched_setaffinity(process.pid, cores)
@@ -213,7 +214,7 @@ class Trainer:
                     for line in process.stdout:
                         said.append(line.strip())
                         log.write(line)
-                        if line.startswith("step") and "test" in line:
+                        if line.startswith("step") and ("test" in line or sys.stderr.isatty()):
                             self._status.update(f"{run}: {' '.join(line.split())}")
             except OSError:
                 process.terminate()
@@ -240,6 +241,7 @@ def train_all(runs: Sequence[Run], jobs: int, report: Report) -> None:
     left = [run for run in runs if not run.is_finished()]
     say(f"{len(runs)} runs, {len(runs) - len(left)} of them finished")
     if not left:
+        report.write()
         return
     for name in ("SIGTERM", "SIGHUP"):
         if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) != signal.SIG_IGN:
@@ -328,7 +330,6 @@ def main() -> None:
     budget = describe_budget(read_config(BASELINE, baseline.overrides), args.overrides)
     report = Report(args.workdir, baseline.settings, baseline.counts["params"], budget)
     train_all(runs, args.jobs, report)
-    report.write()
     print((args.workdir / "results.md").read_text())
     print(f"in {args.workdir}: results.json, results.md, compression.png")
 
