@@ -147,7 +147,7 @@ def test_a_disk_that_is_full_stops_the_sweep(args, report):
         (run.workdir / "train.log").symlink_to("/dev/full")
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
     try:
-        with pytest.raises(ValueError, match="cannot write to .*resnet14_seed.: No space left"):
+        with pytest.raises(ValueError, match=r"cannot write to .*resnet14_seed.: No space left"):
             sweep.train_all(runs, 2, report)
     finally:
         for number, handler in handlers.items():
