@@ -106,7 +106,7 @@ def read_config(model: str, overrides: Sequence[str]) -> ConfigDict:
     try:
         values(command)
     except (AttributeError, KeyError, TypeError, ValueError, flags.Error) as error:
-        reason = " ".join(str(error.args[0] if error.args else error).split())
+        reason = "; ".join(str(error.args[0] if error.args else error).splitlines())
         if isinstance(error, AttributeError | KeyError):
             reason = f"there is no key {reason}"
         raise InputError(f"configs/{file.name} does not go with the overrides: {reason}") from None
@@ -239,13 +239,14 @@ def train_all(runs: Sequence[Run], jobs: int, report: Report) -> None:
       ValueError: when one fails; what is under way beside it is saved and stopped.
     """
     left = [run for run in runs if not run.is_finished()]
-    say(f"{len(runs)} runs, {len(runs) - len(left)} of them finished")
+    say(f"{len(runs) - len(left)} of {len(runs)} runs are finished")
     if not left:
         report.write()
         return
     for name in ("SIGTERM", "SIGHUP"):
         if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) != signal.SIG_IGN:
             signal.signal(getattr(signal, name), signal.default_int_handler)
+    jobs = min(jobs, len(left))
     pool = concurrent.futures.ThreadPoolExecutor(jobs)
     with Status() as status:
         trainer = Trainer(status, jobs)
@@ -256,7 +257,7 @@ def train_all(runs: Sequence[Run], jobs: int, report: Report) -> None:
                 done.result()
                 report.write()
         except BaseException as error:
-            status.update("saving and stopping")
+            status.update("stopping")
             trainer.stop()
             pool.shutdown(cancel_futures=True)
             if isinstance(error, KeyboardInterrupt):
@@ -314,7 +315,9 @@ def main() -> None:
         if not text.startswith("--config.") or "=" not in text:
             parser.error(f"unrecognized argument {text}; those of train.py are --config.KEY=VALUE")
         if key in (*OF_ONE_RUN, "model.width", "num_epochs"):
-            parser.error(f"--config.{key} is for --models, --width, --epochs and --seeds to say")
+            parser.error(
+                f"--config.{key} is for --models NAME@K, --width, --epochs, --seeds to say"
+            )
     for name in ("epochs", "width", "seeds", "jobs"):
         require_integer(f"--{name}", getattr(args, name), 1)
     args.models = list(dict.fromkeys(map(normalize_model, args.models)))

@@ -17,6 +17,8 @@ from slimconv_jax.models.zoo import parse_model
 from slimconv_jax.training.checkpoint import compared_keys
 
 BASELINE = "resnet50"
+OTHERS = ("black", "magenta", "grey", "saddlebrown")
+"""Colours of models that are not in the published figure."""
 
 RESULT = ("model", "seed", "params", "macs", "top1", "images_per_second", "jobs", "where")
 """What is in a result.json."""
@@ -107,7 +109,7 @@ class Report:
             if row[key] is None:
                 return "-"
             sd = row[f"{key}_sd"]
-            return f"{row[key]:{sign}.2f}" + ("" if sd is None else f" +- {sd:.2f}")
+            return f"{row[key]:{sign}.2f}" + ("" if sd is None else f" ± {sd:.2f}")
 
         lines = [
             f"{self._budget}.",
@@ -125,11 +127,20 @@ class Report:
                 f"| {row['published_top1'] or ''} | {f'{speed:,.0f}' if speed else '-'} |"
             )
         machines = sorted({machine for row in rows for machine in row["measured"]})
-        return "\n".join([*lines, "", *(f"Measured on {machine}." for machine in machines), ""])
+        lines += [
+            "",
+            "Compression: parameters saved against resnet50 of the same width. Top-1: after the "
+            "last epoch, mean and standard deviation over the seeds; against resnet50: of the "
+            "differences seed by seed, where resnet50 is among the runs. Images/s: in training.",
+            "",
+            *(f"Measured on {machine}." for machine in machines),
+            "",
+        ]
+        return "\n".join(lines)
 
     def draw(self, rows: Sequence[dict], path: Path) -> None:
         """Top-1 against compression, published and here, one above the other."""
-        figure = Figure(figsize=(7.5, 8), layout="constrained")
+        figure = Figure(figsize=(8.5, 8), layout="constrained")
         above, below = figure.subplots(2, 1, sharex=True)
         published = [(model, *point, 0) for model, point in CIFAR100.items()]
         here = [
@@ -139,12 +150,10 @@ class Report:
         models = list(dict.fromkeys(model for model, *_ in published + here))
         draw_points(above, "published", published, models)
         draw_points(below, textwrap.fill(f"here: {self._budget}", 90), here, models)
-        above.legend(*merged_legend(above, below), loc="lower left", fontsize=9)
-        label = "parameters saved against ResNet-50, %"
-        seeds = max(len(row["top1_by_seed"]) for row in rows)
-        if seeds > 1:
-            label += f"\n(means and standard deviations of {seeds} seeds)"
-        below.set_xlabel(label)
+        figure.legend(*merged_legend(above, below), loc="outside right upper", fontsize=9)
+        below.set_xlabel("parameters saved against ResNet-50, %")
+        if any(sd for *_, sd in here):
+            below.set_ylabel("top-1, % (mean and standard deviation over seeds)")
         figure.savefig(path, dpi=120)
 
 
@@ -168,7 +177,11 @@ def draw_points(
     """
     for model, x, top1, sd in points:
         name, k = parse_model(model)
-        color = colormaps["turbo"](0.05 + 0.9 * models.index(model) / max(len(models) - 1, 1))
+        place = models.index(model)  # first those of the published figure
+        if place < len(CIFAR100):
+            color = colormaps["turbo"](0.05 + 0.9 * place / (len(CIFAR100) - 1))
+        else:
+            color = OTHERS[(place - len(CIFAR100)) % len(OTHERS)]
         label = f"k = {k}" if name == "sc_resnet50" else model.removesuffix(".json")
         ax.errorbar(x, top1, yerr=sd, fmt="o" if k else "s", color=color, capsize=3, label=label)
         if model == BASELINE:

@@ -48,7 +48,7 @@ def test_a_sweep_is_interrupted_and_continued(tmp_path):
     assert list(row["top1_by_seed"]) == ["0"] and row["top1_sd"] is None
 
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=one_device)
-    assert "2 runs, 1 of them finished" in done.stdout
+    assert "1 of 2 runs are finished" in done.stdout
     assert (tmp_path / "resnet14_seed0/metrics.jsonl").read_bytes() == first
     (row,) = json.loads((tmp_path / "results.json").read_text())["models"]
     for seed in ("0", "1"):
@@ -103,7 +103,7 @@ def test_the_report(report, tmp_path, args):
     table = (tmp_path / "results.md").read_text()
     assert table.startswith("a budget.\n")
     start = f"| sc_resnet50@4/3 | 600 | 40.0% | {slim['macs']:,} | 3 |"
-    assert f"{start} 23.00 +- 1.73 | +1.00 +- 1.00 | 78.5 | 101 |" in table
+    assert f"{start} 23.00 ± 1.73 | +1.00 ± 1.00 | 78.5 | 101 |" in table
     assert (
         f"| ghost_resnet50 | 1,000 | 0.0% | {ghost['macs']:,} | 1 | 19.00 | -1.00 |  | 100 |"
         in table
@@ -183,7 +183,7 @@ def test_the_recipe(args):
         (["--config.model.widht=8"], "error: configs/cifar100_resnet50.py does not go with"),
         (["--models", "resnet51"], "error: unknown model 'resnet51'; did you mean resnet50"),
         (["--models", "resnet50@2"], "error: resnet50 has no SlimConv, so it takes no k"),
-        (["--config.model.k=2"], "--config.model.k is for --models, --width, --epochs and --seeds"),
+        (["--config.model.k=2"], "--config.model.k is for --models NAME@K, --width, --epochs"),
         (["--bogus"], "unrecognized argument --bogus; those of train.py are --config.KEY=VALUE"),
         (
             ["--config.optimizer.learning_rate=-1", "--models", "resnet14"],
