@@ -18,6 +18,7 @@ from slimconv_jax.console import Status
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
 
 SCRIPT = sweep.__file__
+WHERE = {"date": "today", "device": "an abacus", "versions": {"python": "3"}}
 
 
 def arguments(workdir, *more):
@@ -30,7 +31,24 @@ def arguments(workdir, *more):
     ]
 
 
-def test_a_sweep_is_interrupted_and_continued(tmp_path):
+@pytest.fixture
+def sweep_here(monkeypatch):
+    """`main` of the script in this process, for the time that another start would take."""
+    # The runs are processes of their own, which have one device.
+    monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")
+    monkeypatch.setattr(sweep, "environment_apart", lambda: WHERE)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+
+    def run(arguments):
+        monkeypatch.setattr(sys, "argv", [SCRIPT, *arguments])
+        sweep.run_script(sweep.main)
+
+    yield run
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def test_a_sweep_is_interrupted_and_continued(tmp_path, sweep_here, capsys):
     command = [sys.executable, SCRIPT, *arguments(tmp_path)]
     one_device = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
     pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": one_device}
@@ -47,8 +65,9 @@ def test_a_sweep_is_interrupted_and_continued(tmp_path):
     (row,) = json.loads((tmp_path / "results.json").read_text())["models"]
     assert list(row["top1_by_seed"]) == ["0"] and row["top1_sd"] is None
 
-    done = subprocess.run(command, capture_output=True, text=True, check=True, env=one_device)
-    assert "1 of 2 runs are finished" in done.stdout
+    sweep_here(arguments(tmp_path))
+    output = capsys.readouterr().out
+    assert "1 of 2 runs are finished" in output
     assert (tmp_path / "resnet14_seed0/metrics.jsonl").read_bytes() == first
     (row,) = json.loads((tmp_path / "results.json").read_text())["models"]
     for seed in ("0", "1"):
@@ -56,10 +75,7 @@ def test_a_sweep_is_interrupted_and_continued(tmp_path):
         test = json.loads((workdir / "metrics.jsonl").read_text().splitlines()[-1])
         assert row["top1_by_seed"][seed] == 100 * test["top1"]
         assert f"top-1 {test['top1']:.2%}" in (workdir / "train.log").read_text()
-    assert f"| resnet14 | {row['params']:,} |" in done.stdout
-
-
-WHERE = {"date": "today", "device": "an abacus", "versions": {"python": "3"}}
+    assert f"| resnet14 | {row['params']:,} |" in output
 
 
 @pytest.fixture
@@ -140,18 +156,13 @@ def test_a_damaged_result_is_none(args, text):
     assert not run.is_finished()
 
 
-def test_a_disk_that_is_full_stops_the_sweep(args, report):
+def test_a_disk_that_is_full_stops_the_sweep(args, report, sweep_here):
     runs = sweep.plan("resnet14", args)
     for run in runs:
         run.workdir.mkdir()
         (run.workdir / "train.log").symlink_to("/dev/full")
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
-    try:
-        with pytest.raises(ValueError, match=r"cannot write to .*resnet14_seed.: No space left"):
-            sweep.train_all(runs, 2, report)
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+    with pytest.raises(ValueError, match=r"cannot write to .*resnet14_seed.: No space left"):
+        sweep.train_all(runs, 2, report)
 
 
 def test_two_at_once_have_their_share_of_the_cores(args, monkeypatch):
@@ -191,12 +202,9 @@ def test_the_recipe(args):
         ),
     ],
 )
-def test_bad_input(tmp_path, monkeypatch, capfd, more, message):
-    monkeypatch.setattr(sys, "argv", [SCRIPT, *arguments(tmp_path, *more)])
-    handler = signal.getsignal(signal.SIGTERM)
+def test_bad_input(tmp_path, sweep_here, capfd, more, message):
     with pytest.raises(SystemExit) as stopped:
-        sweep.run_script(sweep.main)
-    signal.signal(signal.SIGTERM, handler)
+        sweep_here(arguments(tmp_path, *more))
     said = f"{stopped.value.code}{capfd.readouterr().err}"  # a message, or a status and its reason
     assert stopped.value.code and message in said and "Traceback" not in said
     assert not (tmp_path / "results.json").exists()

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from randomize import randomized
+from randomize import apply, randomized
 from torch_state_dict import random_state_dict
 
 from slimconv_jax import (
@@ -90,7 +90,7 @@ def test_it_is_saved_loaded_and_equal_to_pytorch(written, tmp_path):
     images = np.random.default_rng(0).normal(size=(2, 16, 16, 3)).astype(np.float32)
     with torch.inference_mode():
         expected = reference(torch.from_numpy(images).permute(0, 3, 1, 2)).numpy()
-    np.testing.assert_allclose(model(images), expected, atol=1e-4 * np.abs(expected).max())
+    np.testing.assert_allclose(apply(model, images), expected, atol=1e-4 * np.abs(expected).max())
 
 
 def test_slimify_leaves_the_architecture_irregular(written):
