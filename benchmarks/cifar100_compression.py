@@ -35,7 +35,7 @@ from compression_report import BASELINE, OF_ONE_RUN, RESULT, Report, read_result
 from ml_collections import ConfigDict, config_flags
 
 import slimconv_jax as sc
-from slimconv_jax.benchmark import environment_apart
+from slimconv_jax.benchmark import core_shares, environment_apart
 from slimconv_jax.console import Status, say
 from slimconv_jax.errors import InputError, require_integer, run_script
 from slimconv_jax.files import replace_file
@@ -146,9 +146,8 @@ class Trainer:
         self._lock, self._stopping = threading.Lock(), False
         self._environment = os.environ | {"PYTHONUNBUFFERED": "1"}
         self._cores = queue.Queue()
-        cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
-        for job in range(jobs):
-            self._cores.put(set(cores[job::jobs]) if jobs > 1 else None)
+        for share in core_shares(jobs):
+            self._cores.put(share)
         if jobs > 1:  # which then share an accelerator's memory
             self._environment["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
 
@@ -182,7 +181,7 @@ class Trainer:
         minutes = (time.perf_counter() - start) / 60
         say(f"{run}: top-1 {test['top1']:.2%}, {minutes:.1f} min")
 
-    def _run(self, run: Run, cores: set[int] | None) -> tuple[int | None, list[str]]:
+    def _run(self, run: Run, cores: set[int]) -> tuple[int | None, list[str]]:
         """Runs train.py; its exit status (None if it was not started) and what it said."""
         command = [
             *(sys.executable, str(ROOT / "train.py"), f"--config={config_file(run.model)}"),

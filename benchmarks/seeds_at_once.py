@@ -20,7 +20,7 @@ import optax
 from flax import nnx
 
 from slimconv_jax import create_model
-from slimconv_jax.benchmark import describe_environment, environment_apart
+from slimconv_jax.benchmark import core_shares, describe_environment, environment_apart
 from slimconv_jax.compilation_cache import enable_compilation_cache
 from slimconv_jax.errors import InputError, require_integer, run_script
 from slimconv_jax.models.zoo import abstract_model, normalize_model, parse_model
@@ -74,13 +74,12 @@ def work(args: argparse.Namespace) -> None:
 def measure(count: int, vmap: bool) -> float:
     """Images a second of so many processes together."""
     command = [sys.executable, *sys.argv, "--worker", *(["--vmap"] if vmap else [])]
-    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
     environment = os.environ | ({"XLA_PYTHON_CLIENT_PREALLOCATE": "false"} if count > 1 else {})
     workers = []
-    for index in range(count):
+    for share in core_shares(count):
         pipe = subprocess.PIPE
         worker = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment)
-        if share := cores[index::count]:
+        if share:
             os.sched_setaffinity(worker.pid, share)
         workers.append(worker)
     try:

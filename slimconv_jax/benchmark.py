@@ -381,6 +381,15 @@ def environment() -> dict:
     return {"date": now, "device": describe_device(), "versions": versions()}
 
 
+def core_shares(count: int) -> list[set[int]]:
+    """The CPU cores of this process in so many shares, for processes that run side by side.
+
+    They are empty where there are fewer cores, or where the system does not tell.
+    """
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    return [set(cores[index::count]) for index in range(count)]
+
+
 def environment_apart() -> dict:
     """What `environment` gives, found in another process: this one leaves the device to others."""
     code = (

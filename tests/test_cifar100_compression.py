@@ -187,6 +187,13 @@ def test_the_recipe(args):
     assert config.optimizer.milestones == (60, 120, 160)
 
 
+def test_a_file_of_channels_has_the_recipe_without_k(tmp_path):
+    path = tmp_path / "sc_found.json"  # whatever its name
+    path.write_text(json.dumps({"stem": 8, "stages": [[[8, 8, 32]]] * 4}))
+    assert sweep.config_file(str(path)).name == "cifar100_resnet50.py"
+    assert sweep.config_file("sc_resnet14").name == "cifar100_sc_resnet50.py"
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [

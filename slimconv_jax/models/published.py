@@ -31,7 +31,7 @@ IMAGENET = (
     Published("DMCP-ResNet-50", None, "23.18", "2.80", 23.50),
     Published("DMCP-ResNet-50", None, "14.47", "1.10", 25.90),
 )
-"""Of Sc-ResNet-101 the published figure is a top-1 accuracy of 77.84 %."""
+"""The published comparison (of Sc-ResNet-101, the published figure is an accuracy of 77.84 %)."""
 
 CIFAR100 = {
     "resnet50": (0.0, 77.1),

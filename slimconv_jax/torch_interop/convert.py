@@ -102,8 +102,9 @@ def from_torch(
     table = entries(model)
     expected = {name: entry.shape for name, entry in table.items()}
     if shapes != expected:
-        plain = config.block == "bottleneck" and config.reduction is None
-        irregular = " (if its widths are irregular, `arch` must be a JSON file of them)" * plain
+        irregular = ""
+        if config.block == "bottleneck" and config.reduction is None:
+            irregular = " (if its widths are irregular, `arch` must be a JSON file of them)"
         raise InputError(
             f"the entries are not those of {describe(config)}"
             + (":\n" if arch else f", which they come nearest to{irregular}:\n")
