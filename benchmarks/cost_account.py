@@ -34,7 +34,7 @@ from slimconv_jax.benchmark import (
     train_program,
 )
 from slimconv_jax.errors import require_integer, run_script
-from slimconv_jax.models.layers import max_pool
+from slimconv_jax.models.operations import max_pool
 from slimconv_jax.models.pieces import PIXELS
 from slimconv_jax.models.slimconv import Gate, SlimConv
 from slimconv_jax.models.zoo import abstract_model

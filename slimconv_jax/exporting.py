@@ -100,6 +100,10 @@ def _read_stablehlo(path: Path) -> Program:
 
 
 def _write_onnx(model: ResNet, prepare: Program, images: jax.ShapeDtypeStruct, path: Path):
+    for _, module in nnx.iter_modules(model):
+        if isinstance(module, nnx.Conv):  # as one node each, which runtimes know best
+            module.conv_general_dilated = jax.lax.conv_general_dilated
+
     def program(images: jax.Array) -> jax.Array:
         x = nnx.relu(model.stem(prepare(images)))
         if model.config.stem == "imagenet":

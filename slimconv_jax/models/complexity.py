@@ -127,7 +127,10 @@ def _products(
             yield scopes, repeats * math.prod(output) * math.prod(lhs[i] for i in contracted)
         else:
             inner_repeats = repeats * eqn.params.get("length", 1)  # of a scan
-            for inner in jax.tree.leaves(list(eqn.params.values()), is_leaf=_is_jaxpr):
+            params = dict(eqn.params)
+            if params.get("branches_platforms"):  # one of which runs, and all compute the same
+                params["branches"] = params["branches"][-1:]
+            for inner in jax.tree.leaves(list(params.values()), is_leaf=_is_jaxpr):
                 if _is_jaxpr(inner):
                     inner = getattr(inner, "jaxpr", inner)
                     yield from _products(inner, inner_repeats, scopes)

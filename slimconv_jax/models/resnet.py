@@ -16,7 +16,8 @@ from flax.typing import Dtype, Initializer
 
 from slimconv_jax.errors import InputError, require_integer
 from slimconv_jax.models.ghost import GhostConvBN
-from slimconv_jax.models.layers import ConvBN, max_pool, uniform_fan_in
+from slimconv_jax.models.layers import ConvBN, uniform_fan_in
+from slimconv_jax.models.operations import max_pool
 from slimconv_jax.models.slimconv import SlimConv
 
 STEMS = {"imagenet": 4, "cifar": 1}

@@ -5,6 +5,8 @@ convolves the two folded halves. It stands where a 3x3 convolution stood and ret
 fewer channels than it gets.
 """
 
+import functools
+import operator
 from collections.abc import Sequence
 from fractions import Fraction
 from numbers import Real
@@ -221,17 +223,27 @@ class SlimConv(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps (..., H, W, in_features) to (..., H', W', out_features)."""
         upper, lower = self.reconstruct(x)
-        upper = self.upper(upper)
-        lower = self.lower(nnx.relu(self.lower_reduce(lower)))
+        with jax.named_scope("upper"):
+            upper = self.upper(upper)
+        with jax.named_scope("lower"):
+            lower = self.lower(nnx.relu(self.lower_reduce(lower)))
         return jnp.concatenate([upper, lower], axis=-1)
 
     def reconstruct(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The upper and the lower features, each (..., H, W, a), of (..., H, W, in_features)."""
-        weights = self.gate(x)
-        return self._fold(weights * x), self._fold(jnp.flip(weights, axis=-1) * x)
+        with jax.named_scope("gate"):
+            weights = self.gate(x)
+        with jax.named_scope("fold"):
+            # As a sum of parts: a reshape of the channels would be a change of layout on
+            # accelerators. Split once, so that their gradients are put together in one pass.
+            chunks = self._split(x)
+            return tuple(
+                functools.reduce(operator.add, map(operator.mul, self._split(w), chunks))
+                for w in (weights, jnp.flip(weights, axis=-1))
+            )
 
-    def _fold(self, x: jax.Array) -> jax.Array:
-        """Adds up the first r chunks of a consecutive channels: (..., C) to (..., a)."""
-        features = self.in_features // self.reduction
-        x = x[..., : self.reduction * features]
-        return x.reshape(*x.shape[:-1], self.reduction, features).sum(axis=-2)
+    def _split(self, x: jax.Array) -> list[jax.Array]:
+        """The first r chunks of a consecutive channels, each (..., a), of (..., C)."""
+        size = self.in_features // self.reduction
+        ends = [size * index for index in range(1, self.reduction + 1)]
+        return jnp.split(x, ends, axis=-1)[: self.reduction]

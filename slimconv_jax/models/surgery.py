@@ -16,7 +16,8 @@ from flax.nnx.nn import dtypes
 
 from slimconv_jax.errors import InputError, require_integer
 from slimconv_jax.models.complexity import as_image_shape, count_macs, count_params
-from slimconv_jax.models.layers import ConvBN, conv_general_dilated, kaiming_normal
+from slimconv_jax.models.layers import ConvBN, kaiming_normal
+from slimconv_jax.models.operations import conv_general_dilated
 from slimconv_jax.models.resnet import STEMS, Bottleneck, ResNet
 from slimconv_jax.models.slimconv import (
     CompressionRatio,

@@ -93,6 +93,11 @@ def _variables(model: nnx.Module) -> tuple[PyTree, ...]:
     return tuple(nnx.to_pure_dict(nnx.state(model, kind)) for kind in (nnx.Param, nnx.BatchStat))
 
 
+def _norm(tree: PyTree) -> jax.Array:
+    """The Euclidean norm of all leaves together, added up at once, not one after the other."""
+    return jnp.sqrt(jnp.stack([jnp.vdot(x, x) for x in jax.tree.leaves(tree)]).sum())
+
+
 def make_train_step(
     model: nnx.Module,
     optimizer: optax.GradientTransformation,
@@ -111,7 +116,7 @@ def make_train_step(
     """The compiled step, `state, metrics = step(state, batch)`; the last four arguments are the
     keys of `config.step`.
 
-    The old state's memory is reused for the new one. The batch is split over the devices of
+    On TPUs the old state's memory is reused for the new one. The batch is split over the devices of
     the mesh, and everything is computed as on one device that had the whole batch: gradient,
     batch statistics and random numbers do not depend on the number of devices (with
     `batch_norm="per_device"`, all but the statistics).
@@ -223,15 +228,18 @@ def make_train_step(
         metrics = {
             "loss": loss,
             "accuracy": accuracy,
-            "grad_norm": optax.tree.norm(grads),
+            "grad_norm": _norm(grads),
             "learning_rate": jnp.asarray(learning_rate_fn(state.step)),
         }
         return TrainState(step, params, stats, opt_state, ema), metrics
 
+    # A TPU's memory is the smallest. Elsewhere XLA copies what is donated, array by array, since
+    # it cannot see that each is read before it is written: 258 kernels of sc_resnet50 on a GPU.
+    donated = (1,) if mesh.devices.flat[0].platform == "tpu" else ()
     compiled = jax.jit(
         train_step,
         in_shardings=(replicated(mesh), replicated(mesh), batch_sharded(mesh)),
         out_shardings=replicated(mesh),
-        donate_argnums=1,
+        donate_argnums=donated,
     )
     return functools.partial(compiled, np.asarray(jax.random.key_data(key)))

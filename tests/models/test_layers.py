@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from slimconv_jax.models.layers import BatchNorm, ConvBN, conv_general_dilated, max_pool
+from slimconv_jax.models import layers
+from slimconv_jax.models.layers import BatchNorm, ConvBN
+from slimconv_jax.models.operations import conv_general_dilated, max_pool
 from slimconv_jax.models.zoo import abstract_model
 
 
@@ -22,13 +24,15 @@ def test_batch_norm_keeps_nine_tenths_of_its_running_averages():
     np.testing.assert_array_equal(norm.mean[...], before)
 
 
-@pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
-def test_batch_norm_equals_its_base_class(train):
+@pytest.mark.parametrize("mode", ["eval", "train", "train in one pass"])
+def test_batch_norm_equals_its_base_class(mode, monkeypatch):
+    if mode == "train in one pass":
+        monkeypatch.setattr(layers, "SMALL", 0)
     x = jax.random.normal(jax.random.key(0), (4, 6, 6, 5))
     ours = BatchNorm(5, rngs=nnx.Rngs(0))
     base = nnx.BatchNorm(5, momentum=0.9, epsilon=1e-5, rngs=nnx.Rngs(0))
     for norm in (ours, base):
-        norm.train() if train else norm.eval()
+        norm.eval() if mode == "eval" else norm.train()
     np.testing.assert_allclose(ours(x), base(x), atol=1e-6)
     for mine, theirs in ((ours.mean, base.mean), (ours.var, base.var)):
         np.testing.assert_allclose(mine[...], theirs[...], atol=1e-7)
@@ -56,15 +60,25 @@ def test_padding_is_symmetric(side, strides):
     np.testing.assert_allclose(layer(x), x[:, ::strides, ::strides], rtol=1e-5)
 
 
-def test_batch_norm_does_not_cancel():
-    # Values that differ in the fifth digit, as global averages within a batch may.
+@pytest.mark.parametrize("in_one_pass", [False, True])
+def test_batch_norm_does_not_cancel(in_one_pass, monkeypatch):
+    # Values that differ in the fifth digit, as global averages within a batch may. One pass needs
+    # a running mean that is about right; two need none.
     x = 100 + 1e-2 * np.random.default_rng(0).normal(size=(64, 1, 1, 4)).astype(np.float32)
     norm = BatchNorm(4, rngs=nnx.Rngs(0))
+    if in_one_pass:
+        monkeypatch.setattr(layers, "SMALL", 0)
+        norm.mean.set_value(jnp.full(4, 100.02))
     norm(jnp.asarray(x))
     expected = 0.9 + 0.1 * x.astype(np.float64).var((0, 1, 2))
     np.testing.assert_allclose(norm.var[...], expected, rtol=1e-7)
     variance = (np.asarray(norm.var[...], np.float64) - 0.9) / 0.1
     np.testing.assert_allclose(variance, (expected - 0.9) / 0.1, atol=2e-6)
+
+
+def lowered_text(function, platform, *args):
+    """The program that another platform, which need not be here, would get."""
+    return function.trace(*args).lower(lowering_platforms=(platform,)).as_text()
 
 
 @pytest.mark.parametrize(
@@ -105,8 +119,10 @@ def test_convolution_equals_that_of_lax(side, kernel_size, strides, padding, dil
     ours = outputs(conv_general_dilated)
     for a, b in zip(ours, outputs(jax.lax.conv_general_dilated), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
-    program = str(jax.make_jaxpr(lambda: outputs(conv_general_dilated))())
-    assert ("conv_general_dilated[" not in program) == as_product
+    convolve = jax.jit(lambda: outputs(conv_general_dilated))
+    assert ("stablehlo.convolution" not in lowered_text(convolve, "cpu")) == as_product
+    for platform in ("tpu", "cuda"):
+        assert "stablehlo.convolution" in lowered_text(convolve, platform)
 
 
 @pytest.mark.parametrize("kernel_size", [1, 3])
@@ -120,7 +136,18 @@ def test_convolution_of_nothing_and_of_symbolic_size(kernel_size):
     assert str(exported.out_avals[0].shape) == "(b, h, h, 4)"
 
 
-def test_models_have_neither_1x1_convolutions_nor_scatters():
+@pytest.mark.parametrize(
+    ("platform", "convolutions", "products", "pool_gradient"),
+    [
+        # Forward and for the kernel each: the stem; in stages of 16, 8 and 4 pixels, not in that
+        # of 2, the two 3x3 convolutions. And for the input, of all but the stem.
+        ("cpu", 3 * 7 - 1, 3 * (2 + 4 * 4) + 26, False),
+        # Elsewhere all 25 are convolutions, and products are the 26 of gates and classifier.
+        ("cuda", 3 * 25 - 1, 26, False),
+        ("tpu", 3 * 25 - 1, 26, True),
+    ],
+)
+def test_each_platform_has_what_is_fast_there(platform, convolutions, products, pool_gradient):
     model = abstract_model("sc_resnet14", width=8, num_classes=3)
     graphdef, params, rest = nnx.split(model, nnx.Param, ...)
 
@@ -128,11 +155,11 @@ def test_models_have_neither_1x1_convolutions_nor_scatters():
         return nnx.merge(graphdef, params, rest)(images).sum()
 
     images = jax.ShapeDtypeStruct((2, 64, 64, 3), jnp.float32)
-    program = str(jax.make_jaxpr(jax.grad(loss))(*map(nnx.to_pure_dict, (params, rest)), images))
-    assert "select_and_scatter" not in program
-    # Forward and for the kernel each: the stem; in stages of 16, 8 and 4 pixels, not in that of 2,
-    # the two 3x3 convolutions. And for the input, of all but the stem.
-    assert program.count("conv_general_dilated[") == 2 * 7 + 6
+    args = (*map(nnx.to_pure_dict, (params, rest)), images)
+    program = lowered_text(jax.jit(jax.grad(loss)), platform, *args)
+    assert ("select_and_scatter" in program) == pool_gradient
+    found = program.count("stablehlo.convolution"), program.count("stablehlo.dot_general")
+    assert found == (convolutions, products)
 
 
 @pytest.mark.parametrize("shape", [(2, 8, 8, 3), (1, 7, 4, 2), (1, 1, 2, 1), (6, 5, 2)])
