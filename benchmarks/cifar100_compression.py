@@ -30,9 +30,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from absl import flags
 from compression_report import BASELINE, OF_ONE_RUN, RESULT, Report, read_result
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
 import slimconv_jax as sc
 from slimconv_jax.benchmark import core_shares, environment_apart
@@ -42,6 +41,7 @@ from slimconv_jax.files import replace_file
 from slimconv_jax.models.published import CIFAR100
 from slimconv_jax.models.zoo import abstract_model, named_config, normalize_model, parse_model
 from slimconv_jax.training.checkpoint import NOT_COMPARED, compared_keys
+from slimconv_jax.training.config import read_config
 from slimconv_jax.training.report import read_metrics
 
 ROOT = Path(__file__).parents[1]
@@ -97,29 +97,13 @@ def recipe(model: str, args: argparse.Namespace) -> tuple[str, ...]:
     return (*(f"--config.{key}={value}" for key, value in settings.items()), *args.overrides)
 
 
-def read_config(model: str, overrides: Sequence[str]) -> ConfigDict:
-    """The config that train.py will see."""
-    file = config_file(model)
-    values = flags.FlagValues()
-    command = ["train.py", f"--config={file}", *overrides]
-    config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=command)
-    try:
-        values(command)
-    except (AttributeError, KeyError, TypeError, ValueError, flags.Error) as error:
-        reason = "; ".join(str(error.args[0] if error.args else error).splitlines())
-        if isinstance(error, AttributeError | KeyError):
-            reason = f"there is no key {reason}"
-        raise InputError(f"configs/{file.name} does not go with the overrides: {reason}") from None
-    return values["config"].value
-
-
 def plan(model: str, args: argparse.Namespace) -> list[Run]:
     """The runs of a model, one for each seed."""
     counts = {}
     runs = []
     for seed in range(args.seeds):
         overrides = (*recipe(model, args), f"--config.seed={seed}")
-        config = read_config(model, overrides)
+        config = read_config(config_file(model), overrides)
         if not counts:
             network = abstract_model(num_classes=NUM_CLASSES, **config.model)
             size = config.transform.get("image_size") or 32
@@ -329,7 +313,8 @@ def main() -> None:
     if len({run.workdir for run in runs}) < len(runs):
         raise InputError("two of the models would have the same work directory; rename a file")
     baseline, *_ = by_model[BASELINE]
-    budget = describe_budget(read_config(BASELINE, baseline.overrides), args.overrides)
+    config = read_config(config_file(BASELINE), baseline.overrides)
+    budget = describe_budget(config, args.overrides)
     report = Report(args.workdir, baseline.settings, baseline.counts["params"], budget)
     train_all(runs, args.jobs, report)
     print((args.workdir / "results.md").read_text())

@@ -196,7 +196,9 @@ def benchmark_command(args: argparse.Namespace) -> None:
 
     from slimconv_jax import benchmark, benchmark_report
 
-    implementations = benchmark_report.choose_implementations(args.implementation)
+    implementations = benchmark_report.choose_implementations(
+        args.implementation, modes=args.mode, dtypes=args.dtype
+    )
     groups = benchmark.plan(
         args.models,
         modes=args.mode,
@@ -212,6 +214,22 @@ def benchmark_command(args: argparse.Namespace) -> None:
         command=shlex.join(["python", "-m", "slimconv_jax", *args.argv]),
         json_path=args.json,
         chart_path=args.chart,
+    )
+
+
+def plan_command(args: argparse.Namespace) -> None:
+    """Prints what a training run needs on devices that are not here."""
+    # Imported here since they take seconds.
+    from slimconv_jax import planning_report
+
+    planning_report.run(
+        args.config,
+        args.overrides,
+        topology=args.topology,
+        num_classes=args.num_classes,
+        image_size=args.image_size,
+        fit=args.fit,
+        json_path=args.json,
     )
 
 
@@ -396,14 +414,48 @@ def main(argv: list[str] | None = None) -> int:
     add(
         "--implementation",
         nargs="+",
-        choices=["jax", "torch", "torch.compile"],
-        help="what to measure (default: jax, and torch if it is installed)",
+        choices=["jax", "torch", "torch.compile", "onnxruntime"],
+        help="what to measure; onnxruntime runs what `export` writes (default: jax, and torch if "
+        "it is installed)",
     )
     add("--repeats", type=int, default=10, metavar="N", help="turns (default: 10)")
     add("--json", type=Path, metavar="FILE", help="write the figures here too")
     add("--chart", type=Path, metavar="FILE", help="draw them here, as .png, .svg or .pdf")
 
-    args = parser.parse_args(argv)
+    command = commands.add_parser(
+        "plan",
+        help="what a training run needs on TPUs or GPUs that are not here, by their compilers",
+        usage="%(prog)s --config FILE --topology NAME [options] [--config.KEY=VALUE ...]",
+    )
+    command.set_defaults(run=plan_command)
+    add = command.add_argument
+    add("--config", metavar="FILE", required=True, help="such as configs/imagenet_sc_resnet50.py")
+    add(
+        "--topology",
+        metavar="NAME",
+        required=True,
+        help="slices of TPUs: v5e:4x4, v5p:2x2x2 or v6e:4x4 (v5e:1 for one chip); the GPUs of a "
+        "host: h100:8 or a100:8, of two: h100:2x8",
+    )
+    add(
+        "--fit",
+        action="store_true",
+        help="where it does not fit, compile it with remat, in parts and with smaller batches, too",
+    )
+    for name, what in (("num-classes", "classes"), ("image-size", "pixels a side")):
+        add(
+            f"--{name}",
+            type=int,
+            metavar="N",
+            help=f"{what}, where the data are not here (default: as in ImageNet)",
+        )
+    add("--json", type=Path, metavar="FILE", help="write the figures here too")
+
+    args, rest = parser.parse_known_args(argv)
+    args.overrides = [text for text in rest if text.startswith("--config.") and "=" in text]
+    unknown = [text for text in rest if text not in args.overrides or args.run is not plan_command]
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     args.argv = sys.argv[1:] if argv is None else argv
     try:
         args.run(args)

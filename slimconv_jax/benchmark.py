@@ -15,6 +15,7 @@ import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -28,7 +29,9 @@ import numpy as np
 import optax
 from flax import nnx
 
-from slimconv_jax.errors import InputError, require_integer
+from slimconv_jax.errors import InputError, import_extra, require_integer
+from slimconv_jax.evaluation import Preprocessing
+from slimconv_jax.exporting import export_program, read_onnx
 from slimconv_jax.models.complexity import count_macs
 from slimconv_jax.models.pieces import in_pieces
 from slimconv_jax.models.resnet import ResNet
@@ -67,7 +70,7 @@ class Case:
       batch_size: images at once.
       image_size: their height and width.
       dtype: "float32" or "bfloat16", of the computation; parameters are float32.
-      implementation: "jax", "torch" or "torch.compile".
+      implementation: "jax", "torch", "torch.compile", or "onnxruntime" for what `export` writes.
     """
 
     model: str
@@ -87,6 +90,16 @@ def _images(case: Case) -> tuple[np.ndarray, np.ndarray]:
     rng = np.random.default_rng(0)
     shape = (case.batch_size, case.image_size, case.image_size, 3)
     return rng.standard_normal(shape, np.float32), rng.integers(1000, size=case.batch_size)
+
+
+def onnxruntime_obstacle(modes: Sequence[str], dtypes: Sequence[str]) -> str | None:
+    """Why onnxruntime cannot be compared with here, or None if it can."""
+    if jax.default_backend() != "cpu":
+        return "onnxruntime is compared with on CPUs only"
+    if "train" in modes or set(dtypes) != {"float32"}:
+        return "onnxruntime is for --mode inference and --dtype float32"
+    import_extra("onnxruntime", extra="export")
+    return None
 
 
 def torch_obstacle() -> str | None:
@@ -110,6 +123,8 @@ def build(case: Case) -> Program:
     try:
         if case.implementation == "jax":
             program = _jax_program(case)
+        elif case.implementation == "onnxruntime":
+            program = _onnxruntime_program(case)
         else:
             from slimconv_jax.torch_interop.timing import torch_program
 
@@ -147,6 +162,24 @@ def _jax_program(case: Case) -> Program:
     if case.mode == "train":
         return train_program(model, images, labels)
     return inference_program(model, images)
+
+
+def _onnxruntime_program(case: Case) -> Program:
+    """The program that `export --format onnx` writes, with the logits of the model."""
+    model = create_model(**_model_options(case.model), rngs=nnx.Rngs(0))
+    model.eval()
+    images, _ = _images(case)
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / "model.onnx"
+        preprocessing = Preprocessing(image_size=case.image_size)
+        export_program(model, path, format="onnx", preprocessing=preprocessing)
+        program = read_onnx(path)
+
+    def run(rounds: int) -> None:
+        for _ in range(rounds):
+            program(images)
+
+    return Program(run, None, None)
 
 
 def inference_program(model: ResNet, images: jax.Array) -> Program:

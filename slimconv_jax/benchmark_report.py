@@ -12,6 +12,7 @@ from slimconv_jax.benchmark import (
     describe_environment,
     environment,
     measure,
+    onnxruntime_obstacle,
     torch_obstacle,
 )
 from slimconv_jax.console import Status
@@ -58,13 +59,18 @@ def ratios(rows: Sequence[dict]) -> Iterator[str]:
             )
 
 
-def choose_implementations(wanted: Sequence[str] | None) -> Sequence[str]:
+def choose_implementations(
+    wanted: Sequence[str] | None, *, modes: Sequence[str], dtypes: Sequence[str]
+) -> Sequence[str]:
     """What to measure: what is wanted, or JAX and, where it can be compared with, PyTorch.
 
     Raises:
-      ValueError: if PyTorch is wanted and cannot be compared with here.
+      ValueError: if something is wanted and cannot be compared with here.
     """
-    obstacle = torch_obstacle() if set(wanted or ["torch"]) - {"jax"} else None
+    if "onnxruntime" in (wanted or ()) and (obstacle := onnxruntime_obstacle(modes, dtypes)):
+        raise InputError(obstacle)
+    needs_torch = {"torch", "torch.compile"} & set(wanted or ["torch"])
+    obstacle = torch_obstacle() if needs_torch else None
     if obstacle and wanted:
         raise InputError(obstacle)
     if obstacle:

@@ -128,7 +128,8 @@ def _write_onnx(model: ResNet, prepare: Program, images: jax.ShapeDtypeStruct, p
     path.write_bytes(proto.SerializeToString())
 
 
-def _read_onnx(path: Path) -> Program:
+def read_onnx(path: Path) -> Program:
+    """An exported program, run by onnxruntime on the CPU."""
     onnxruntime = import_extra("onnxruntime", extra="export")
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     return lambda images: session.run(None, {"images": np.asarray(images)})[0]
@@ -175,6 +176,6 @@ def _verify(
 
 _WRITE_AND_READ = {
     "stablehlo": (_write_stablehlo, _read_stablehlo),
-    "onnx": (_write_onnx, _read_onnx),
+    "onnx": (_write_onnx, read_onnx),
 }
 FORMATS = tuple(_WRITE_AND_READ)

@@ -47,6 +47,19 @@ def test_a_turn_has_as_many_rounds_as_take_the_time(monkeypatch):
     assert now[0] == 0.25 * (2 + 2 * (1 + 4))
 
 
+def test_onnxruntime_runs_what_is_exported():
+    case = dataclasses.replace(CASE, implementation="onnxruntime")
+    program = benchmark.build(case)
+    program.run(2)
+    assert program.compile_seconds is None and program.memory is None
+
+
+def test_onnxruntime_is_for_inference_in_float32(capsys):
+    for options in (["--mode", "train"], ["--dtype", "bfloat16"]):
+        assert main(["benchmark", "resnet14", "--implementation", "onnxruntime", *options]) == 1
+        assert "onnxruntime is for --mode inference and --dtype float32" in capsys.readouterr().err
+
+
 def test_plan_puts_together_what_is_compared():
     groups = benchmark.plan(
         ["sc_resnet14", "sc_resnet14@8/3", "resnet14", "sc_resnet14@4/3"],

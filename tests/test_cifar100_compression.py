@@ -87,7 +87,7 @@ def args(tmp_path):
 def finish(run, top1, **changes):
     """Writes what a finished run leaves."""
     run.workdir.mkdir(exist_ok=True)
-    config = sweep.read_config(run.model, run.overrides)
+    config = sweep.read_config(sweep.config_file(run.model), run.overrides)
     (run.workdir / "config.json").write_text(config.to_json_best_effort())
     values = (run.model, run.seed, *run.counts.values(), top1, 100.0 + run.seed, 2, WHERE)
     result = dict(zip(compression_report.RESULT, values, strict=True)) | changes
@@ -174,14 +174,18 @@ def test_two_at_once_have_their_share_of_the_cores(args, monkeypatch):
     assert shares[0] | shares[1] == cores and not shares[0] & shares[1]
 
 
+def read_recipe(model, args):
+    return sweep.read_config(sweep.config_file(model), sweep.recipe(model, args))
+
+
 def test_the_recipe(args):
-    config = sweep.read_config("sc_resnet50@8/3", sweep.recipe("sc_resnet50@8/3", args))
+    config = read_recipe("sc_resnet50@8/3", args)
     assert (config.model.k, config.model.width, config.num_epochs) == ("8/3", 16, 4)
     assert (config.optimizer.schedule, config.optimizer.warmup_epochs) == ("cosine", 0.4)
     budget = sweep.describe_budget(config, args.overrides)
     assert budget == "width 16, 4 epochs (cosine), model.stem=imagenet"
     args.epochs = 200
-    config = sweep.read_config("ghost_resnet50", sweep.recipe("ghost_resnet50", args))
+    config = read_recipe("ghost_resnet50", args)
     assert config.model.name == "ghost_resnet50" and "k" not in config.model
     assert config.optimizer.schedule == "multistep"
     assert config.optimizer.milestones == (60, 120, 160)

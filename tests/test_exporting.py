@@ -1,12 +1,15 @@
 """`python -m slimconv_jax export`: programs that run without this package, and weights."""
 
+import collections
 import dataclasses
 import subprocess
 import sys
 
 import jax.numpy as jnp
 import numpy as np
+import onnx
 import pytest
+from flax import nnx
 from randomize import apply, randomized
 
 from slimconv_jax import compilation_cache, exporting, load_model, save_model
@@ -59,6 +62,12 @@ def test_a_program_gives_the_logits_without_this_package(
     kind = "uint8" if input == "uint8" else "normalised float32"
     assert f"for {kind} images (batch, 33, 33, 3); its logits at batch sizes 1 and 5" in printed
     assert sorted(path.name for path in tmp_path.iterdir()) == ["images.npy", program.name]
+
+    if format == "onnx":
+        nodes = collections.Counter(node.op_type for node in onnx.load(program).graph.node)
+        convolutions = [module for _, module in nnx.iter_modules(model) if type(module) is nnx.Conv]
+        assert nodes["Conv"] == len(convolutions)
+        assert nodes["Gemm"] == 2 * 4 + 1  # of the four gates and the classifier
 
     script = tmp_path / "run.py"
     script.write_text(

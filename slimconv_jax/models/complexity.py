@@ -56,6 +56,14 @@ def count_macs(model: nnx.Module, image_size: int | Sequence[int] = 224) -> int:
     return sum(macs for _, macs in _products(_trace(model, image_size).jaxpr))
 
 
+def count_program_macs(jaxpr: Jaxpr) -> int:
+    """Multiply-adds of the convolutions and matrix products of any traced program.
+
+    The zeros that the gradient of a strided convolution puts between its inputs are not counted.
+    """
+    return sum(macs for _, macs in _products(jaxpr))
+
+
 def layers(model: nnx.Module, image_size: int | Sequence[int] = 224) -> list[Layer]:
     """The modules that a forward pass calls, in the order of the calls, whole before parts.
 
@@ -120,7 +128,9 @@ def _products(
         if eqn.primitive.name == "conv_general_dilated":
             _, kernel, output = shapes
             out_features = kernel[eqn.params["dimension_numbers"].rhs_spec[0]]
-            yield scopes, repeats * math.prod(output) * math.prod(kernel) // out_features
+            zeros = math.prod(eqn.params["lhs_dilation"])
+            macs = math.prod(output) * math.prod(kernel) // out_features // zeros
+            yield scopes, repeats * macs
         elif eqn.primitive.name == "dot_general":
             lhs, _, output = shapes
             (contracted, _), _ = eqn.params["dimension_numbers"]

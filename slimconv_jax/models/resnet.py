@@ -226,10 +226,15 @@ class Bottleneck(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps (N, H, W, in_features) to (N, H', W', out_features)."""
-        y = nnx.relu(self.conv1(x))
-        y = nnx.relu(self.conv2(y))
-        y = self.conv3(y)
-        return nnx.relu(y + (x if self.shortcut is None else self.shortcut(x)))
+        with jax.named_scope("conv1"):
+            y = nnx.relu(self.conv1(x))
+        with jax.named_scope("conv2"):
+            y = nnx.relu(self.conv2(y))
+        with jax.named_scope("conv3"):
+            y = self.conv3(y)
+        with jax.named_scope("shortcut"):
+            x = x if self.shortcut is None else self.shortcut(x)
+        return nnx.relu(y + x)
 
 
 BLOCKS = {"basic": BasicBlock, "bottleneck": Bottleneck, "ghost": Bottleneck}
@@ -351,9 +356,10 @@ class ResNet(nnx.Module):
         Four maps (N, H', W', C'), at strides 4, 8, 16 and 32 with the "imagenet" stem, at
         1, 2, 4 and 8 with the "cifar" stem; a dilated stage keeps the stride before it.
         """
-        x = nnx.relu(self.stem(x))
-        if self.config.stem == "imagenet":
-            x = max_pool(x)
+        with jax.named_scope("stem"):
+            x = nnx.relu(self.stem(x))
+            if self.config.stem == "imagenet":
+                x = max_pool(x)
         return self.stage_outputs(x)
 
     def stage_outputs(self, x: jax.Array) -> list[jax.Array]:
@@ -373,6 +379,7 @@ class ResNet(nnx.Module):
         """
         return self.head(self.features(x)[-1])
 
+    @jax.named_scope("head")
     def head(self, x: jax.Array) -> jax.Array:
         """Logits (N, num_classes), or pooled features, of the last feature map (N, H', W', C')."""
         x = x.astype(jnp.promote_types(x.dtype, jnp.float32)).mean(axis=(1, 2))

@@ -6,9 +6,12 @@ themselves say which keys there are.
 
 import difflib
 import inspect
-from collections.abc import Callable, Collection
+import os
+from collections.abc import Callable, Collection, Sequence
 
 import ml_collections
+from absl import flags
+from ml_collections import config_flags
 
 from slimconv_jax.data.loader import load_dataset
 from slimconv_jax.data.sources import load_source, load_splits
@@ -54,6 +57,34 @@ INTEGERS = {
 
 There is one more, `init_from`, a path or None.
 """
+
+
+def read_config(path: os.PathLike | str, overrides: Sequence[str]) -> ml_collections.ConfigDict:
+    """The config of a file, changed as on the command line of train.py.
+
+    Args:
+      path: a file in `configs/`.
+      overrides: such as "--config.model.k=8/3".
+
+    Raises:
+      ValueError: if the file has no such key, or the key no such value.
+    """
+    if not os.path.isfile(path):
+        raise InputError(f"there is no config file {os.fspath(path)!r}; configs/ holds some")
+    values = flags.FlagValues()
+    command = ["train.py", f"--config={path}", *overrides]
+    try:
+        config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=command)
+        values(command)
+        config = values["config"].value
+    except (AttributeError, KeyError, TypeError, ValueError, flags.Error) as error:
+        reason = "; ".join(str(error.args[0] if error.args else error).splitlines())
+        if isinstance(error, AttributeError | KeyError):
+            reason = f"there is no key {reason}"
+        raise InputError(
+            f"{os.path.relpath(path)} does not go with the overrides: {reason}"
+        ) from None
+    return config
 
 
 def check_config(config: ml_collections.ConfigDict, num_devices: int) -> None:

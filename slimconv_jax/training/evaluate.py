@@ -13,6 +13,15 @@ from slimconv_jax.training.step import PyTree, batch_sharded, replicated
 
 Totals = dict[str, jax.Array]
 
+TOTALS = {
+    "loss": jnp.float32,
+    "loss_rest": jnp.float32,
+    "top1": jnp.int32,
+    "top5": jnp.int32,
+    "examples": jnp.int32,
+}
+"""What an evaluation adds up; `loss_rest` is what rounding took from `loss`."""
+
 
 def make_evaluate(
     model: nnx.Module,
@@ -34,6 +43,42 @@ def make_evaluate(
       `latencies` is a list, it waits for each batch and appends the seconds that the devices
       took for it.
     """
+    add_batch = make_eval_step(model, preprocess=preprocess, mesh=mesh)
+
+    def new_totals() -> Totals:
+        zeros = {name: jnp.zeros((), dtype) for name, dtype in TOTALS.items()}
+        return jax.device_put(zeros, replicated(mesh))
+
+    def evaluate(
+        params: PyTree,
+        batch_stats: PyTree,
+        batches: Iterable[dict[str, jax.Array]],
+        latencies: list[float] | None = None,
+    ) -> Totals:
+        totals = new_totals()
+        for batch in batches:
+            start = time.perf_counter()
+            totals = add_batch(totals, params, batch_stats, batch)
+            if latencies is not None:
+                jax.block_until_ready(totals)
+                latencies.append(time.perf_counter() - start)
+        totals["loss"] += totals.pop("loss_rest")
+        return totals
+
+    return evaluate
+
+
+def make_eval_step(
+    model: nnx.Module,
+    *,
+    preprocess: Callable[[jax.Array], jax.Array],
+    mesh: jax.sharding.Mesh,
+) -> Callable[[Totals, PyTree, PyTree, dict[str, jax.Array]], Totals]:
+    """The jitted step of an evaluation: adds the sums over a batch to those before it.
+
+    Arguments are those of `make_evaluate`. `totals = step(totals, params, batch_stats, batch)`,
+    with the names and dtypes of `TOTALS`.
+    """
     graphdef = nnx.graphdef(nnx.view(model, use_running_average=True))
 
     def add_batch(totals: Totals, params: PyTree, batch_stats: PyTree, batch) -> Totals:
@@ -54,35 +99,12 @@ def make_evaluate(
         }
 
     everywhere = replicated(mesh)
-    add_batch = jax.jit(
+    return jax.jit(
         add_batch,
         in_shardings=(everywhere, everywhere, everywhere, batch_sharded(mesh)),
         out_shardings=everywhere,
         donate_argnums=0,
     )
-
-    def new_totals() -> Totals:
-        zeros = {key: jnp.float32(0) for key in ("loss", "loss_rest")}
-        zeros |= {key: jnp.int32(0) for key in ("top1", "top5", "examples")}
-        return jax.device_put(zeros, everywhere)
-
-    def evaluate(
-        params: PyTree,
-        batch_stats: PyTree,
-        batches: Iterable[dict[str, jax.Array]],
-        latencies: list[float] | None = None,
-    ) -> Totals:
-        totals = new_totals()
-        for batch in batches:
-            start = time.perf_counter()
-            totals = add_batch(totals, params, batch_stats, batch)
-            if latencies is not None:
-                jax.block_until_ready(totals)
-                latencies.append(time.perf_counter() - start)
-        totals["loss"] += totals.pop("loss_rest")
-        return totals
-
-    return evaluate
 
 
 def summarize(totals: dict[str, float]) -> dict[str, float]:

@@ -28,13 +28,12 @@ from slimconv_jax.saving import (
     list_checkpoints,
     load_model,
 )
-from slimconv_jax.training.augment import augment, normalize
+from slimconv_jax.training.augment import augment
 from slimconv_jax.training.checkpoint import Checkpoints, claim_workdir, newest_intact
-from slimconv_jax.training.config import arguments, check_config
+from slimconv_jax.training.config import check_config
 from slimconv_jax.training.evaluate import make_evaluate, summarize
 from slimconv_jax.training.hosts import on_first
 from slimconv_jax.training.interruption import RunInterruptedError, StopSignal
-from slimconv_jax.training.optimizer import create_optimizer, create_schedule
 from slimconv_jax.training.profiling import Profiler
 from slimconv_jax.training.report import (
     Reporter,
@@ -43,13 +42,13 @@ from slimconv_jax.training.report import (
     rank_evaluations,
     read_metrics,
 )
+from slimconv_jax.training.setup import create_preprocess, create_step, random_keys, uses_ema
 from slimconv_jax.training.step import (
     TrainState,
     abstract_state,
     batch_sharded,
     create_state,
     data_mesh,
-    make_train_step,
     replicated,
 )
 
@@ -89,7 +88,7 @@ def train(
     # What is wrong with a config is found before it claims the directory, most of it before images
     # are decoded.
     augment_images = functools.partial(augment, **config.augment)
-    prepare = functools.partial(normalize, **config.normalize)
+    prepare = create_preprocess(config)
     image = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.uint8)
     target = jax.ShapeDtypeStruct((1, len(class_names)), jnp.float32)
     jax.eval_shape(augment_images, jax.random.key(0), image, target)
@@ -114,27 +113,11 @@ def train(
     every = config.eval_every_epochs
     eval_epochs = range(every, config.num_epochs, every)
     eval_steps = {round(epoch * steps_per_epoch) for epoch in eval_epochs} | {total_steps}
-    learning_rate_fn = create_schedule(
-        batch_size=config.batch_size,
-        steps_per_epoch=steps_per_epoch,
-        total_steps=total_steps,
-        **arguments(config.optimizer, create_schedule),
-    )
-    optimizer = create_optimizer(learning_rate_fn, **arguments(config.optimizer, create_optimizer))
-    params_key, step_key = jax.random.split(jax.random.key(config.seed))
-    train_step = make_train_step(
-        model,
-        optimizer,
-        learning_rate_fn,
-        num_classes=len(class_names),
-        augment=augment_images,
-        normalize=prepare,
-        key=step_key,
-        mesh=mesh,
-        **config.step,
+    optimizer, train_step = create_step(
+        config, model, steps_per_epoch=steps_per_epoch, total_steps=total_steps, mesh=mesh
     )
     evaluate = make_evaluate(model, preprocess=prepare, mesh=mesh)
-    use_ema = config.step.get("ema_decay", 0) > 0
+    use_ema = uses_ema(config)
     height, width, _ = train_data.image_shape
     macs = count_macs(model, height)
 
@@ -147,7 +130,7 @@ def train(
 
     starting, words = None, f"continuing {workdir}"
     if not list_checkpoints(workdir):
-        starting = create_model(rngs=nnx.Rngs(params_key), **model_args)
+        starting = create_model(rngs=nnx.Rngs(random_keys(config)[0]), **model_args)
         words = "from scratch"
         if config.init_from:
             words = _initialize(starting, config.init_from)

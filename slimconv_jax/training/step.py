@@ -216,10 +216,12 @@ def make_train_step(
     def train_step(key_data: jax.Array, state: TrainState, batch: dict[str, jax.Array]):
         targets = jax.nn.one_hot(batch["label"], num_classes)
         step_key = jax.random.fold_in(jax.random.wrap_key_data(key_data, impl=impl), state.step)
-        images, targets = augment(step_key, batch["image"], targets)
+        with jax.named_scope("augment"):
+            images, targets = augment(step_key, batch["image"], targets)
         stats, grads, loss, accuracy = whole(state.params, state.batch_stats, images, targets)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        with jax.named_scope("optimizer"):
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+            params = optax.apply_updates(state.params, updates)
         step = state.step + 1
         ema = state.ema
         if ema is not None:

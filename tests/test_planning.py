@@ -1,0 +1,177 @@
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import ml_collections
+import pytest
+
+from slimconv_jax import planning
+from slimconv_jax.__main__ import main
+from slimconv_jax.errors import InputError
+from slimconv_jax.training.config import read_config
+
+# ml_collections loads config files so.
+pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
+
+ROOT = Path(__file__).parents[1]
+
+HLO = """
+HloModule jit_step
+
+%inner (p: f32[8]) -> f32[8] {
+  %p = f32[8]{0} parameter(0)
+  ROOT %big = f32[8]{0} add(%p, %p), backend_config={"estimated_cycles":"999"}
+}
+
+ENTRY %main (a: bf16[4,2]) -> f32[8] {
+  %a = bf16[4,2]{1,0} parameter(0)
+  %b = (f32[8]{0:T(8)S(1)}, s8[4096]{0}) custom-call(%a), custom_call_target="x", \
+metadata={op_name="jit(step)/jvp(conv2)/upper/norm/add"}, backend_config={"estimated_cycles":"30"}
+  %c = f32[8]{0} get-tuple-element(%b), index=0
+  %d = f32[8]{0} fusion(%c, %c), kind=kLoop, calls=%inner, \
+metadata={op_name="jit(step)/transpose(jvp(conv1))/conv"}, backend_config={"estimated_cycles":"10"}
+  %e = (f32[8]{0}, f32[8]{0}) all-reduce-start(%d), metadata={op_name="jit(step)/optimizer/add"}
+  ROOT %f = f32[8]{0} all-reduce(%d), to_apply=%inner
+}
+"""
+
+
+def test_operations_are_those_of_the_entry_in_order():
+    custom_call, fusion, *_ = planning.entry_operations(HLO)
+    assert (custom_call.bytes, custom_call.cycles) == (16 + 32, 30)  # without the scratch memory
+    assert {"conv2", "upper", "norm"} <= custom_call.scopes
+    assert (fusion.bytes, fusion.cycles) == (64, 10)  # an operand that it has twice is read once
+    assert list(planning._collectives(HLO)) == [("all-reduce", 64), ("all-reduce", 32)]
+
+
+def test_shares_add_up_and_name_the_innermost_part():
+    operations = list(planning.entry_operations(HLO))
+    shares = planning._shares(operations, [3.0, 1.0, 0.5, 0.5])
+    assert shares == {"norms": 0.6, "1x1": 0.2, "optimiser": 0.1, "sums and rest": 0.1}
+
+
+@pytest.mark.parametrize(
+    ("topology", "message"),
+    [
+        ("v9:2x2", "there is no topology 'v9:2x2'; there are v5e:1"),
+        ("v5e", "there is no topology 'v5e'"),
+        ("h100:2x", "there is no topology 'h100:2x'"),
+    ],
+)
+def test_unknown_topologies(topology, message, capsys):
+    command = ["plan", "--config", str(ROOT / "configs/digits.py"), "--topology", topology]
+    assert main(command) == 1
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+def test_another_processor(monkeypatch):
+    monkeypatch.setattr(planning.platform, "machine", lambda: "arm64")
+    with pytest.raises(InputError, match="run on Linux with an x86-64 processor, and this is"):
+        planning.get_devices("v5e:1")
+
+
+@pytest.mark.parametrize(
+    ("topology", "modules"),
+    [("v5e:1", ["libtpu"]), ("h100:1", ["jax_plugins.xla_cuda13", "jax_plugins.xla_cuda12"])],
+)
+def test_a_missing_compiler(topology, modules, monkeypatch):
+    for module in modules:
+        monkeypatch.setitem(sys.modules, module, None)  # as if it were not installed
+    with pytest.raises(InputError, match=r"pip install 'slimconv_jax\[plan\]'"):
+        planning.get_devices(topology)
+
+
+def test_other_arguments_are_still_refused(capsys):
+    with pytest.raises(SystemExit):
+        main(["list", "--config.model.k=2"])
+    assert "unrecognized arguments: --config.model.k=2" in capsys.readouterr().err
+
+
+def test_a_config_is_read_as_train_reads_it():
+    config = read_config(ROOT / "configs/digits.py", ["--config.model.k=8/3"])
+    assert config.model.k == "8/3"
+    for path, overrides, message in (
+        ("none.py", [], "there is no config file 'none.py'"),
+        (ROOT / "configs/digits.py", ["--config.model.kk=2"], "does not go with the overrides"),
+        (ROOT / "configs/digits.py", ["--config.batch_size=x"], "does not go with the overrides"),
+    ):
+        with pytest.raises(InputError, match=message):
+            read_config(path, overrides)
+
+
+def test_what_helps_is_tried():
+    config = ml_collections.ConfigDict(
+        {"model": {"remat": False}, "step": {"accumulation_steps": 1}, "batch_size": 96}
+    )
+    tried = []
+
+    def fits(changed):
+        tried.append(changed)
+        return changed.batch_size / changed.step.accumulation_steps <= 40
+
+    found = dict(planning.find_fit(config, fits, 8))
+    assert found == {
+        "--config.model.remat=True": False,
+        "--config.step.accumulation_steps=2": False,
+        "--config.step.accumulation_steps=4": True,
+        "--config.batch_size=48": False,
+        "--config.batch_size=24": True,
+        "--config.batch_size=32": True,
+        "--config.batch_size=40": True,
+    }
+    assert tried[0].model.remat and not config.model.remat
+
+
+def installed(module):
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:
+        return False
+
+
+def plan(tmp_path, topology, *options):
+    """The JSON and the output of `plan` of the digits, in a process of its own."""
+    path = tmp_path / "plan.json"
+    command = [sys.executable, "-m", "slimconv_jax", "plan", "--topology", topology]
+    command += [f"--config={ROOT / 'configs/digits.py'}", f"--json={path}", *options]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    assert not done.returncode, done.stderr
+    return json.loads(path.read_text()), done.stdout
+
+
+needs_cuda = pytest.mark.skipif(
+    not installed("jax_plugins.xla_cuda12") and not installed("jax_plugins.xla_cuda13"),
+    reason="the compiler for GPUs is not installed: pip install -e '.[plan]'",
+)
+needs_libtpu = pytest.mark.skipif(
+    not installed("libtpu"),
+    reason="the compiler for TPUs is not installed: pip install -e '.[plan]'",
+)
+
+
+@pytest.mark.slow
+@needs_cuda
+def test_plan_for_gpus(tmp_path):
+    report, output = plan(tmp_path, "h100:2")
+    step = report["steps"]["training"]
+    assert step["fits"] and step["device_bytes"] == 84_942_979_072
+    assert step["estimated_seconds"] is None
+    assert step["bytes_seconds"] == step["bytes_accessed"] / 3350e9
+    assert step["collectives"]["all-reduce"] > 10
+    assert "2 x h100" in output and "not measured" in output and "DOES NOT FIT" not in output
+
+
+@pytest.mark.slow
+@needs_libtpu
+def test_what_must_not_come_back_on_four_tpus(tmp_path):
+    one, _ = plan(tmp_path, "v5e:1", "--config.model.dtype=bfloat16")
+    four, output = plan(tmp_path, "v5e:2x2", "--config.model.dtype=bfloat16")
+    whole, part = one["steps"]["training"], four["steps"]["training"]
+    assert not whole["collectives"]
+    assert part["estimated_seconds"] > 0 and "by the compiler" in output
+    assert part["bytes_accessed"] < whole["bytes_accessed"]
+    assert part["flops"] == whole["flops"] / 4
+    print(whole, part)
