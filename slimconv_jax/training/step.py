@@ -95,7 +95,7 @@ def _variables(model: nnx.Module) -> tuple[PyTree, ...]:
 
 def _norm(tree: PyTree) -> jax.Array:
     """The Euclidean norm of all leaves together, added up at once, not one after the other."""
-    return jnp.sqrt(jnp.stack([jnp.vdot(x, x) for x in jax.tree.leaves(tree)]).sum())
+    return jnp.sqrt(jnp.stack([jnp.square(x).sum() for x in jax.tree.leaves(tree)]).sum())
 
 
 def make_train_step(
