@@ -12,6 +12,7 @@ import jax
 import numpy as np
 import pytest
 
+from slimconv_jax.training import hosts
 from slimconv_jax.training.hosts import initialize, is_lost_contact, on_first
 
 ROOT = Path(__file__).parents[2]
@@ -210,6 +211,7 @@ def test_bad_arguments(arguments, message):
 def test_alone_nothing_is_connected(monkeypatch):
     for name in ("SLURM_NTASKS", "SLURM_STEP_NODELIST"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(hosts.importlib.util, "find_spec", lambda name: None)  # no TPU's library
     initialize()
     assert not jax.distributed.is_initialized()
     monkeypatch.setenv("SLURM_NTASKS", "1")
