@@ -293,8 +293,7 @@ class Account:
       peak_bytes: of all that is there at once.
       device_bytes: of the device.
       flops: counted in the program: two for each multiply-add.
-      bytes_accessed: read and written, as the compiler counts it (TPU), or operands and results of
-        all kernels (GPU).
+      bytes_accessed: of the operands and results of all operations, less what stays on the chip.
       flops_seconds: that the FLOPs need at least.
       bytes_seconds: that the bytes need at least.
       estimated_seconds: the compiler's estimate (TPU), or None.
@@ -310,7 +309,7 @@ class Account:
     peak_bytes: int
     device_bytes: int
     flops: float
-    bytes_accessed: float
+    bytes_accessed: int
     flops_seconds: float
     bytes_seconds: float
     estimated_seconds: float | None
@@ -357,10 +356,9 @@ def compile_account(program: Lowered, device: Device, num_devices: int) -> Accou
     operations = list(entry_operations(text))
     cycles = [operation.cycles for operation in operations]
     estimated, weights = None, [operation.bytes for operation in operations]
-    bytes_accessed = float(sum(weights))
+    bytes_accessed = sum(weights)
     if device.gpu is None:
         estimated, weights = sum(cycles) / device.clock, cycles
-        bytes_accessed = compiled.cost_analysis()["bytes accessed"]
     collectives = list(_collectives(text))
     flops = 2 * program.macs / num_devices
     return Account(
@@ -389,7 +387,7 @@ class Operation(NamedTuple):
 
     Attributes:
       scopes: the words of its name, such as {"transpose", "jvp", "conv2", "upper"}.
-      bytes: of its operands and results.
+      bytes: of its operands and results in the main memory.
       cycles: the compiler's estimate; 0 where there is none.
     """
 
@@ -403,9 +401,14 @@ _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "afte
 
 
 def _type_bytes(text: str) -> int:
-    """The bytes of the arrays of an HLO type, such as "(f32[3,4]{1,0}, bf16[5])"."""
+    """The bytes of the arrays of an HLO type, such as "(f32[3,4]{1,0}, bf16[5])".
+
+    Without those that a TPU keeps on the chip, whose layouts say S(1).
+    """
     total = 0
-    for dtype, dims in re.findall(r"\b(pred|bf16|[fsuc]\d+)\[([\d,]*)\]", text):
+    for dtype, dims, layout in re.findall(r"\b(pred|bf16|[fsuc]\d+)\[([\d,]*)\](\{[^}]*\})?", text):
+        if "S(1)" in layout:
+            continue
         size = _SIZES.get(dtype) or int(re.sub(r"\D", "", dtype)) // 8
         total += size * math.prod(int(dim) for dim in dims.split(",") if dim)
     return total
@@ -422,8 +425,10 @@ def entry_operations(text: str) -> Iterator[Operation]:
         if kind == "custom-call":  # the scratch memory of a library is no traffic
             result = re.sub(r"\b[su]8\[\d+\]", "", result)
         types[name] = result
-        if kind in _FREE:
+        if kind in _FREE or kind.endswith("-done"):
             continue
+        if kind.endswith("-start"):  # the result has the operand in it, too
+            result = result.lstrip("(").split("}")[0] + "}"
         operands = dict.fromkeys(re.findall(r"%([\w.\-]+)", rest.split("), ")[0]))
         size = _type_bytes(result) + sum(_type_bytes(types.get(name, "")) for name in operands)
         cycles = re.search(r'"estimated_cycles":"(\d+)"', line)
@@ -445,6 +450,8 @@ def _shares(operations: Iterable[Operation], weights: Iterable[float]) -> dict[s
 
 
 def _collectives(text: str) -> Iterator[tuple[str, int]]:
+    """The kind of each collective of a program, and the bytes of its results."""
+    text = text.replace("S(1)", "")  # on the chip or not
     kinds = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
     for result, kind in re.findall(rf" = (.*?) ({kinds})(?:-start)?\(", text):
         yield kind, _type_bytes(result)

@@ -41,7 +41,8 @@ metadata={op_name="jit(step)/transpose(jvp(conv1))/conv"}, backend_config={"esti
 
 def test_operations_are_those_of_the_entry_in_order():
     custom_call, fusion, *_ = planning.entry_operations(HLO)
-    assert (custom_call.bytes, custom_call.cycles) == (16 + 32, 30)  # without the scratch memory
+    # Without the scratch memory, and what stays on the chip.
+    assert (custom_call.bytes, custom_call.cycles) == (16, 30)
     assert {"conv2", "upper", "norm"} <= custom_call.scopes
     assert (fusion.bytes, fusion.cycles) == (64, 10)  # an operand that it has twice is read once
     assert list(planning._collectives(HLO)) == [("all-reduce", 64), ("all-reduce", 32)]
@@ -220,7 +221,7 @@ def test_what_must_not_come_back_on_four_tpus(tmp_path):
     assert step["peak_bytes"] < 2 * arguments + temporary  # the state's memory is used again
     assert step["estimated_seconds"] > 0 and "by the compiler" in output
     assert not maps(text, "f32", BATCH // 4)
-    assert len(maps(text, "bf16", BATCH // 4)) > 50
+    assert len(maps(text, "bf16", BATCH // 4)) > 30
     assert list(step["collectives"]) == ["all-reduce"]
     assert step["collectives"]["all-reduce"] <= 62
-    assert step["bytes_accessed"] < 0.92e9
+    assert step["bytes_accessed"] < 0.27e9
