@@ -26,9 +26,10 @@ from flax import linen as nn
 from flax import nnx
 
 import slimconv_jax as sc
+from slimconv_jax.benchmark_report import check_outputs, write_json
 from slimconv_jax.console import Status
 from slimconv_jax.data.transforms import IMAGENET_MEAN, IMAGENET_STD
-from slimconv_jax.errors import InputError, run_script
+from slimconv_jax.errors import run_script
 from slimconv_jax.models.complexity import count_program_macs
 from slimconv_jax.models.zoo import parse_model
 from slimconv_jax.planning import (
@@ -188,6 +189,7 @@ def main() -> None:
     add("--batch-size", type=int, metavar="N", default=64, help="on all devices (default: 64)")
     add("--json", type=Path, metavar="FILE", help="rows, read and written")
     args = parser.parse_args()
+    check_outputs(args.json)
     rows = json.loads(args.json.read_text()) if args.json and args.json.exists() else []
     for topology in args.topologies:
         device, devices = get_devices(topology)
@@ -207,10 +209,7 @@ def main() -> None:
                         row = {"refused": str(error)}
                 rows.append(key | row | {"jax": jax.__version__})
                 if args.json:
-                    try:
-                        args.json.write_text(json.dumps(rows, indent=1) + "\n")
-                    except OSError as error:
-                        raise InputError(f"cannot write {args.json}: {error.strerror}") from None
+                    write_json(args.json, rows)
             shown = [row for row in rows if wanted.items() <= row.items()]
             print_table([row for row in shown if row["model"] in args.models])
 

@@ -114,7 +114,7 @@ def run(
         print("\n".join([HEADER, *table_rows(rows), *ratios(rows)]), flush=True)
         report["results"] += rows
         if json_path:
-            _write(json_path, report)
+            write_json(json_path, report)
     print(
         f"\nimages/s: medians of {repeats} turns, in which the programs of a group follow each "
         "other.\nFLOP/s: two for each multiply-add of the architecture, in training three times "
@@ -126,7 +126,7 @@ def run(
         draw_chart(report, chart_path)
 
 
-def check_outputs(*paths: Path | None, chart: Path | None) -> None:
+def check_outputs(*paths: Path | None, chart: Path | None = None) -> None:
     """Makes sure that files can be written, before anything is measured.
 
     Raises:
@@ -141,7 +141,12 @@ def check_outputs(*paths: Path | None, chart: Path | None) -> None:
         raise InputError(f"cannot draw {chart}: it must end in {', '.join(CHARTS)}")
 
 
-def _write(path: Path, report: Mapping) -> None:
+def write_json(path: Path, report: Mapping | Sequence) -> None:
+    """Writes figures.
+
+    Raises:
+      ValueError: if the file cannot be written.
+    """
     try:
         path.write_text(json.dumps(report, indent=2) + "\n")
     except OSError as error:

@@ -12,6 +12,7 @@ import jaxlib
 import ml_collections
 
 from slimconv_jax import planning
+from slimconv_jax.benchmark_report import check_outputs, write_json
 from slimconv_jax.console import Status
 from slimconv_jax.data.sources import load_splits
 from slimconv_jax.data.transforms import Transform
@@ -44,6 +45,7 @@ def run(
     Raises:
       ValueError: if something cannot be used.
     """
+    check_outputs(json_path)
     config = read_config(config_path, overrides)
     device, devices = planning.get_devices(topology)
     num_classes, image_shape, assumed = _data(config, num_classes, image_size)
@@ -108,10 +110,7 @@ def run(
             },
             "tried": tried,
         }
-        try:
-            json_path.write_text(json.dumps(report, indent=2) + "\n")
-        except OSError as error:
-            raise InputError(f"cannot write {json_path}: {error.strerror}") from None
+        write_json(json_path, report)
 
 
 def _as_dict(account: planning.Account) -> dict[str, Any]:

@@ -86,6 +86,12 @@ def test_a_missing_compiler(topology, modules, monkeypatch):
         planning.get_devices(topology)
 
 
+def test_where_nothing_can_be_written_nothing_is_compiled(tmp_path, capsys):
+    command = ["plan", "--config", str(ROOT / "configs/digits.py"), "--topology", "v5e:1"]
+    assert main([*command, "--json", str(tmp_path / "none/plan.json")]) == 1
+    assert f"there is no directory {tmp_path}/none" in capsys.readouterr().err
+
+
 def test_other_arguments_are_still_refused(capsys):
     with pytest.raises(SystemExit):
         main(["list", "--config.model.k=2"])
