@@ -430,7 +430,10 @@ def entry_operations(text: str) -> Iterator[Operation]:
         if kind.endswith("-start"):  # the result has the operand in it, too
             result = result.lstrip("(").split("}")[0] + "}"
         operands = dict.fromkeys(re.findall(r"%([\w.\-]+)", rest.split("), ")[0]))
-        size = _type_bytes(result) + sum(_type_bytes(types.get(name, "")) for name in operands)
+        read = sum(_type_bytes(types.get(operand, "")) for operand in operands)
+        if kind == "slice" or name.startswith("wrapped_slice"):  # reads what it takes
+            read = _type_bytes(result)
+        size = _type_bytes(result) + read
         cycles = re.search(r'"estimated_cycles":"(\d+)"', line)
         scopes = re.search(r'op_name="([^"]*)"', line)
         yield Operation(

@@ -1,5 +1,6 @@
 """The pieces that SlimConv and the ResNets share: initialisers, convolution, batch norm."""
 
+import itertools
 from collections.abc import Sequence
 
 import jax
@@ -24,19 +25,15 @@ def uniform_fan_in(fan_in: int) -> Initializer:
     return init
 
 
-SMALL = 2**20
-"""So many numbers stay in a device's caches, where a second pass over them is free."""
-
-
 class BatchNorm(nnx.BatchNorm):
     """Batch norm as everywhere in the paper: epsilon 1e-5, running average kept at 0.9.
 
     It differs from its base class in three ways. With a `dtype`, only the input and the output
     have it: statistics, scale and bias enter the arithmetic in float32, in evaluation too. The
     variance does not cancel, where the base class by default has E[x^2] - E[x]^2: both statistics
-    come from one pass over the input, in which the running mean is subtracted first. (Of an input
-    so small that it can be read twice for nothing, such as the global averages that the gates
-    see, it is the mean itself, as in PyTorch.) And the running statistics are replaced as a whole:
+    come from one pass over the input, in which the running mean is subtracted first. (Of a map of
+    one pixel, such as the gates see, it is the mean itself, as in PyTorch: their inputs are so
+    few that a second pass is free.) And the running statistics are replaced as a whole:
     with jax 0.10 and flax 0.12.8 the base class's `mean[...] = ` looks for the sharding of a
     tracer, for which JAX walks the whole program traced so far, so that tracing takes time
     quadratic in the depth (sc_resnet101: 25 s in place of 1 s).
@@ -44,6 +41,8 @@ class BatchNorm(nnx.BatchNorm):
     Args:
       features: channels, the last axis of the input.
       scale_init: initialiser of the scale.
+      axis_name: of the devices whose inputs are one batch, under `jax.shard_map` and the like;
+        `nnx.view(model, axis_name=...)` sets it, too.
       dtype: dtype of the output; inferred from input and parameters if None.
       rngs: source of the initial parameters.
     """
@@ -53,35 +52,79 @@ class BatchNorm(nnx.BatchNorm):
         features: int,
         *,
         scale_init: Initializer = jax.nn.initializers.ones,
+        axis_name: str | None = None,
         dtype: Dtype | None = None,
         rngs: nnx.Rngs,
     ):
         super().__init__(
-            features, momentum=0.9, epsilon=1e-5, scale_init=scale_init, dtype=dtype, rngs=rngs
+            features,
+            momentum=0.9,
+            epsilon=1e-5,
+            scale_init=scale_init,
+            axis_name=axis_name,
+            dtype=dtype,
+            rngs=rngs,
         )
 
-    @jax.named_scope("norm")
+    def set_view(self, use_running_average: bool | None = None, axis_name: str | None = None):
+        """What `nnx.view` sets."""
+        super().set_view(use_running_average)
+        if axis_name is not None:
+            self.axis_name = axis_name
+
     def __call__(self, x: jax.Array, use_running_average: bool | None = None) -> jax.Array:
         """Normalises (..., features), over the whole batch in training mode."""
-        if use_running_average is None:
-            use_running_average = self.use_running_average
-        mean, var, scale, bias = (v[...] for v in (self.mean, self.var, self.scale, self.bias))
-        dtype = jnp.result_type(x, scale) if self.dtype is None else self.dtype
-        x = x.astype(jnp.promote_types(dtype, jnp.float32))
-        axes = tuple(range(x.ndim - 1))
-        shift, offset = mean, 0.0
-        if not use_running_average and x.size <= SMALL:
-            shift = x.mean(axes)
-        x -= jax.lax.stop_gradient(shift)  # whatever is subtracted, the results are the same
-        if not use_running_average:
-            offset = x.mean(axes)
-            var_of_batch = jnp.maximum(jnp.square(x).mean(axes) - jnp.square(offset), 0)
-            self.mean.set_value(self.momentum * mean + (1 - self.momentum) * (shift + offset))
-            self.var.set_value(self.momentum * var + (1 - self.momentum) * var_of_batch)
-            var = var_of_batch
-        # One product and one sum, of which the backward pass needs two sums over the input.
-        factor = jax.lax.rsqrt(var + self.epsilon) * scale
-        return (x * factor + (bias - offset * factor)).astype(dtype)
+        return normalize([self], x, use_running_average)
+
+
+@jax.named_scope("norm")
+def normalize(
+    norms: Sequence[BatchNorm], x: jax.Array, use_running_average: bool | None = None
+) -> jax.Array:
+    """What the norms make of their inputs, side by side along the channels, in one pass.
+
+    Args:
+      norms: of the same settings, those of the first.
+      x: (..., C), where C is the sum of their features.
+      use_running_average: in place of their own.
+    """
+    norm = norms[0]
+    if use_running_average is None:
+        use_running_average = norm.use_running_average
+    mean, var, scale, bias = (
+        jnp.concatenate([getattr(norm, name)[...] for norm in norms])
+        for name in ("mean", "var", "scale", "bias")
+    )
+    dtype = jnp.result_type(x, scale) if norm.dtype is None else norm.dtype
+    x = x.astype(jnp.promote_types(dtype, jnp.float32))
+    axes = tuple(range(x.ndim - 1))
+
+    def over_devices(mean: jax.Array) -> jax.Array:
+        if norm.axis_name is None:
+            return mean
+        return jax.lax.pmean(mean, norm.axis_name, axis_index_groups=norm.axis_index_groups)
+
+    shift, offset = mean, 0.0
+    if not use_running_average and x.size == x.shape[0] * x.shape[-1]:
+        shift = over_devices(x.mean(axes))
+    x -= jax.lax.stop_gradient(shift)  # whatever is subtracted, the results are the same
+    if not use_running_average:
+        moments = jnp.stack([x.mean(axes), jnp.square(x).mean(axes)])
+        offset, mean_square = over_devices(moments)  # both with one collective
+        batch_mean, batch_var = shift + offset, jnp.maximum(mean_square - jnp.square(offset), 0)
+        running = (
+            norm.momentum * old + (1 - norm.momentum) * new
+            for old, new in ((mean, batch_mean), (var, batch_var))
+        )
+        ends = list(itertools.accumulate(norm.num_features for norm in norms))
+        parts = zip(*(jnp.split(statistic, ends[:-1]) for statistic in running), strict=True)
+        for each, (running_mean, running_var) in zip(norms, parts, strict=True):
+            each.mean.set_value(running_mean)
+            each.var.set_value(running_var)
+        var = batch_var
+    # One product and one sum, of which the backward pass needs two sums over the input.
+    factor = jax.lax.rsqrt(var + norm.epsilon) * scale
+    return (x * factor + (bias - offset * factor)).astype(dtype)
 
 
 class ConvBN(nnx.Module):

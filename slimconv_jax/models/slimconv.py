@@ -17,7 +17,7 @@ from flax import nnx
 from flax.typing import Dtype, PaddingLike
 
 from slimconv_jax.errors import InputError, require_integer
-from slimconv_jax.models.layers import BatchNorm, ConvBN, kaiming_normal, uniform_fan_in
+from slimconv_jax.models.layers import BatchNorm, ConvBN, kaiming_normal, normalize, uniform_fan_in
 
 CompressionRatio = str | Fraction | float
 
@@ -223,11 +223,16 @@ class SlimConv(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps (..., H, W, in_features) to (..., H', W', out_features)."""
         upper, lower = self.reconstruct(x)
+        paths = [self.upper, self.lower]
+        # In training the batch norms of both paths pass over what they normalise once, together.
+        together = all(type(p) is ConvBN and not p.bn.use_running_average for p in paths)
         with jax.named_scope("upper"):
-            upper = self.upper(upper)
+            upper = self.upper.conv(upper) if together else self.upper(upper)
         with jax.named_scope("lower"):
-            lower = self.lower(nnx.relu(self.lower_reduce(lower)))
-        return jnp.concatenate([upper, lower], axis=-1)
+            lower = nnx.relu(self.lower_reduce(lower))
+            lower = self.lower.conv(lower) if together else self.lower(lower)
+        y = jnp.concatenate([upper, lower], axis=-1)
+        return normalize([path.bn for path in paths], y) if together else y
 
     def reconstruct(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The upper and the lower features, each (..., H, W, a), of (..., H, W, in_features)."""

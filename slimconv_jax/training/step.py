@@ -161,7 +161,13 @@ def make_train_step(
         )
     # The key is an argument of the program, so that runs of other seeds find it in the cache.
     impl = jax.random.key_impl(key)
-    graphdef = nnx.graphdef(nnx.view(model, use_running_average=batch_norm == "frozen"))
+    graphdef = nnx.graphdef(
+        nnx.view(
+            model,
+            use_running_average=batch_norm == "frozen",
+            axis_name="data" if batch_norm == "global" else None,
+        )
+    )
 
     def loss_fn(params, stats, images, targets):
         model = nnx.merge(graphdef, params, stats)
@@ -198,27 +204,29 @@ def make_train_step(
         (stats, *sums), _ = jax.lax.scan(add_part, start, parts)
         return stats, *jax.tree.map(lambda x: x / accumulation_steps, sums)
 
-    if batch_norm == "per_device":
-        everywhere, split = PartitionSpec(), PartitionSpec("data")
-        local = whole
+    everywhere, split = PartitionSpec(), PartitionSpec("data")
 
-        def whole(*args):
-            return jax.lax.pmean(local(*args), "data")
-
-        whole = jax.shard_map(
-            whole,
-            mesh=mesh,
-            in_specs=(everywhere, everywhere, split, split),
-            out_specs=everywhere,
-            check_vma=False,  # else JAX itself would add up the gradients, once for each part
-        )
+    @functools.partial(
+        jax.shard_map,
+        mesh=mesh,
+        in_specs=(everywhere, everywhere, split, split),
+        out_specs=everywhere,
+        check_vma=False,  # else JAX itself would add up the gradients, once for each part
+    )
+    def whole_on_all_devices(*args):
+        stats, *rest = whole(*args)
+        if batch_norm == "per_device":  # else they are the same on all devices
+            stats = jax.lax.pmean(stats, "data")
+        return stats, *jax.lax.pmean(rest, "data")
 
     def train_step(key_data: jax.Array, state: TrainState, batch: dict[str, jax.Array]):
         targets = jax.nn.one_hot(batch["label"], num_classes)
         step_key = jax.random.fold_in(jax.random.wrap_key_data(key_data, impl=impl), state.step)
         with jax.named_scope("augment"):
             images, targets = augment(step_key, batch["image"], targets)
-        stats, grads, loss, accuracy = whole(state.params, state.batch_stats, images, targets)
+        stats, grads, loss, accuracy = whole_on_all_devices(
+            state.params, state.batch_stats, images, targets
+        )
         with jax.named_scope("optimizer"):
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
             params = optax.apply_updates(state.params, updates)

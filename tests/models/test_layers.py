@@ -3,9 +3,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from randomize import randomized
 
-from slimconv_jax.models import layers
-from slimconv_jax.models.layers import BatchNorm, ConvBN
+from slimconv_jax.models.layers import BatchNorm, ConvBN, normalize
 from slimconv_jax.models.operations import conv_general_dilated, max_pool
 from slimconv_jax.models.zoo import abstract_model
 
@@ -24,11 +24,10 @@ def test_batch_norm_keeps_nine_tenths_of_its_running_averages():
     np.testing.assert_array_equal(norm.mean[...], before)
 
 
-@pytest.mark.parametrize("mode", ["eval", "train", "train in one pass"])
-def test_batch_norm_equals_its_base_class(mode, monkeypatch):
-    if mode == "train in one pass":
-        monkeypatch.setattr(layers, "SMALL", 0)
-    x = jax.random.normal(jax.random.key(0), (4, 6, 6, 5))
+@pytest.mark.parametrize("shape", [(4, 6, 6, 5), (144, 1, 1, 5), (144, 5)])
+@pytest.mark.parametrize("mode", ["eval", "train"])
+def test_batch_norm_equals_its_base_class(mode, shape):
+    x = jax.random.normal(jax.random.key(0), shape)
     ours = BatchNorm(5, rngs=nnx.Rngs(0))
     base = nnx.BatchNorm(5, momentum=0.9, epsilon=1e-5, rngs=nnx.Rngs(0))
     for norm in (ours, base):
@@ -36,6 +35,20 @@ def test_batch_norm_equals_its_base_class(mode, monkeypatch):
     np.testing.assert_allclose(ours(x), base(x), atol=1e-6)
     for mine, theirs in ((ours.mean, base.mean), (ours.var, base.var)):
         np.testing.assert_allclose(mine[...], theirs[...], atol=1e-7)
+
+
+@pytest.mark.parametrize("mode", ["eval", "train"])
+def test_batch_norms_side_by_side_are_each_itself(mode):
+    norms = [randomized(lambda n=n: BatchNorm(n, rngs=nnx.Rngs(0))) for n in (3, 2)]
+    apart = nnx.clone(norms)
+    for norm in (*norms, *apart):
+        norm.eval() if mode == "eval" else norm.train()
+    x = jax.random.normal(jax.random.key(0), (4, 6, 6, 5))
+    y = normalize(norms, x)
+    np.testing.assert_allclose(y[..., :3], apart[0](x[..., :3]), atol=1e-6)
+    np.testing.assert_allclose(y[..., 3:], apart[1](x[..., 3:]), atol=1e-6)
+    states = [nnx.to_pure_dict(nnx.state(each, nnx.BatchStat)) for each in (norms, apart)]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), *states)
 
 
 def test_batch_norm_in_bfloat16_has_float32_statistics():
@@ -61,13 +74,13 @@ def test_padding_is_symmetric(side, strides):
 
 
 @pytest.mark.parametrize("in_one_pass", [False, True])
-def test_batch_norm_does_not_cancel(in_one_pass, monkeypatch):
+def test_batch_norm_does_not_cancel(in_one_pass):
     # Values that differ in the fifth digit, as global averages within a batch may. One pass needs
     # a running mean that is about right; two need none.
-    x = 100 + 1e-2 * np.random.default_rng(0).normal(size=(64, 1, 1, 4)).astype(np.float32)
+    shape = (16, 2, 2, 4) if in_one_pass else (64, 1, 1, 4)
+    x = 100 + 1e-2 * np.random.default_rng(0).normal(size=shape).astype(np.float32)
     norm = BatchNorm(4, rngs=nnx.Rngs(0))
     if in_one_pass:
-        monkeypatch.setattr(layers, "SMALL", 0)
         norm.mean.set_value(jnp.full(4, 100.02))
     norm(jnp.asarray(x))
     expected = 0.9 + 0.1 * x.astype(np.float64).var((0, 1, 2))

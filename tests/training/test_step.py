@@ -1,3 +1,5 @@
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -230,6 +232,21 @@ def test_bfloat16_is_for_the_computation_only():
     state, metrics = jax.eval_shape(step, state, make_batch())
     dtypes = {leaf.dtype for leaf in jax.tree.leaves((state, metrics))}
     assert dtypes == {np.dtype("float32"), np.dtype("int32")}
+
+
+def test_devices_exchange_few_numbers_and_in_float32():
+    model = small_model(name="sc_resnet14", width=8, dtype="bfloat16")
+    step, state = build(model, devices=4)
+    batch = make_batch(pixels=32)  # so that no map has one pixel, as those of the gates
+    program = step.func.lower(*step.args, state, batch).as_text()
+    sums = re.findall(r"stablehlo.all_reduce.*?\}\) : \((.*?)\) ->", program, re.DOTALL)
+    assert sums and all("f32" in types for types in sums)
+    # What is not a gradient, the loss or the accuracy: two of each norm, one more of the gates'.
+    # The upper and the lower path of a block are normalised together, so there is one less of each.
+    norms = [path for path, _ in nnx.iter_graph(model) if path and path[-1] == "bn"]
+    gates = sum("gate" in path for path in norms)
+    params = len(jax.tree.leaves(state.params))
+    assert len(sums) == 2 * (len(norms) - gates) + gates + params + 2
 
 
 def test_bfloat16_gives_nearly_the_same():
