@@ -1,10 +1,12 @@
 """What training steps and inference need on accelerators that are not here, by their compilers.
 
     python benchmarks/compiled_for.py [--models NAME@K ...] [--topologies v5e:1 h100:1 ...] \
-        [--modes train inference] [--batch-size N] [--json FILE]
+        [--modes train inference] [--batch-size N] [--parts] [--json FILE]
 
 A row for each model, device and mode: temporary memory, FLOPs, bytes, the compiler's estimate
-(TPU) or the least time that FLOPs and bytes need (GPU), and its ratio to that of resnet50.
+(TPU) or the least time that FLOPs and bytes need (GPU), and its ratio to that of resnet50. With
+--parts, then, of each part of the network, the bytes that it moves, the least time that they need,
+and the compiler's estimate (TPU).
 `linen_resnet50` is the peer: a ResNet-50 in Flax Linen as Flax's own ImageNet example writes it.
 Nothing is measured. With --json, rows that the file has already are not compiled again. Needs the
 extra `plan`.
@@ -178,6 +180,20 @@ def print_table(rows: Sequence[dict]) -> None:
         )
 
 
+def print_parts(rows: Sequence[dict], bandwidth: float) -> None:
+    """Of each part, its GB, the least ms that they need, and the estimated ms of each row."""
+    names = dict.fromkeys(name for row in rows for name in row["parts"])
+    models = "".join(f"{row['model']:>30}" for row in rows)
+    print(f"\n{'part':16}{models}\n{'':16}" + len(rows) * f"{'GB':>10} {'least ms':>9} {'ms':>9}")
+    for name in names:
+        cells = ""
+        for row in rows:
+            part = row["parts"].get(name, {"bytes": 0, "estimated_seconds": 0})
+            cells += f"{part['bytes'] / 1e9:10.2f} {1e3 * part['bytes'] / bandwidth:9.2f} "
+            cells += f"{1e3 * part['estimated_seconds']:9.2f}"
+        print(f"{name:16}{cells}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -187,6 +203,7 @@ def main() -> None:
     add("--topologies", nargs="+", metavar="NAME", default=["v5e:1", "h100:1"])
     add("--modes", nargs="+", choices=["train", "inference"], default=["train", "inference"])
     add("--batch-size", type=int, metavar="N", default=64, help="on all devices (default: 64)")
+    add("--parts", action="store_true", help="print the parts of each network, too")
     add("--json", type=Path, metavar="FILE", help="rows, read and written")
     args = parser.parse_args()
     check_outputs(args.json)
@@ -211,7 +228,10 @@ def main() -> None:
                 if args.json:
                     write_json(args.json, rows)
             shown = [row for row in rows if wanted.items() <= row.items()]
-            print_table([row for row in shown if row["model"] in args.models])
+            shown = [row for row in shown if row["model"] in args.models]
+            print_table(shown)
+            if args.parts:
+                print_parts([row for row in shown if "refused" not in row], device.bandwidth)
 
 
 if __name__ == "__main__":

@@ -298,7 +298,7 @@ class Account:
       bytes_seconds: that the bytes need at least.
       estimated_seconds: the compiler's estimate (TPU), or None.
       kernels: operations that the device is given one after the other.
-      shares: of each of the `PARTS`, its share of the estimate (TPU) or of the bytes (GPU).
+      parts: of each of the `PARTS`, its bytes and the estimate (TPU, in seconds).
       collectives: how many of each kind.
       collective_bytes: of their results.
       compile_seconds: on this machine.
@@ -314,7 +314,7 @@ class Account:
     bytes_seconds: float
     estimated_seconds: float | None
     kernels: int
-    shares: dict[str, float]
+    parts: dict[str, dict[str, float]]
     collectives: dict[str, int]
     collective_bytes: int
     compile_seconds: float
@@ -323,6 +323,13 @@ class Account:
     def fits(self) -> bool:
         """Whether the device has the memory."""
         return self.peak_bytes <= self.device_bytes
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """Of each part, its share of the estimate (TPU) or of the bytes (GPU)."""
+        key = "bytes" if self.estimated_seconds is None else "estimated_seconds"
+        whole = sum(part[key] for part in self.parts.values()) or 1
+        return {name: part[key] / whole for name, part in self.parts.items()}
 
     @property
     def seconds(self) -> float:
@@ -354,11 +361,10 @@ def compile_account(program: Lowered, device: Device, num_devices: int) -> Accou
     memory = compiled.memory_analysis()
     text = compiled.as_text()
     operations = list(entry_operations(text))
-    cycles = [operation.cycles for operation in operations]
-    estimated, weights = None, [operation.bytes for operation in operations]
-    bytes_accessed = sum(weights)
+    bytes_accessed = sum(operation.bytes for operation in operations)
+    estimated = None
     if device.gpu is None:
-        estimated, weights = sum(cycles) / device.clock, cycles
+        estimated = sum(operation.cycles for operation in operations) / device.clock
     collectives = list(_collectives(text))
     flops = 2 * program.macs / num_devices
     return Account(
@@ -375,7 +381,7 @@ def compile_account(program: Lowered, device: Device, num_devices: int) -> Accou
         bytes_seconds=bytes_accessed / device.bandwidth,
         estimated_seconds=estimated,
         kernels=len(operations),
-        shares=_shares(operations, weights),
+        parts=_parts(operations, device.clock),
         collectives=dict(collections.Counter(kind for kind, _ in collectives)),
         collective_bytes=sum(size for _, size in collectives),
         compile_seconds=seconds,
@@ -427,12 +433,13 @@ def entry_operations(text: str) -> Iterator[Operation]:
         types[name] = result
         if kind in _FREE or kind.endswith("-done"):
             continue
-        if kind.endswith("-start"):  # the result has the operand in it, too
-            result = result.lstrip("(").split("}")[0] + "}"
         operands = dict.fromkeys(re.findall(r"%([\w.\-]+)", rest.split("), ")[0]))
         read = sum(_type_bytes(types.get(operand, "")) for operand in operands)
-        if kind == "slice" or name.startswith("wrapped_slice"):  # reads what it takes
-            read = _type_bytes(result)
+        if kind.endswith("-start"):  # the result has the operand in it, too
+            first, *others = re.findall(r"\w+\[[\d,]*\](?:\{[^}]*\})?", result)
+            result = others[0] if kind == "slice-start" else first
+        if "slice-start" in kind or kind == "slice" or name.startswith("wrapped_slice"):
+            read = _type_bytes(result.replace("S(1)", ""))  # no more than it takes
         size = _type_bytes(result) + read
         cycles = re.search(r'"estimated_cycles":"(\d+)"', line)
         scopes = re.search(r'op_name="([^"]*)"', line)
@@ -443,13 +450,12 @@ def entry_operations(text: str) -> Iterator[Operation]:
         )
 
 
-def _shares(operations: Iterable[Operation], weights: Iterable[float]) -> dict[str, float]:
-    totals = dict.fromkeys([*PARTS, REST], 0.0)
-    for operation, weight in zip(operations, weights, strict=True):
+def _parts(operations: Iterable[Operation], clock: float) -> dict[str, dict[str, float]]:
+    totals = {part: collections.Counter() for part in [*PARTS, REST]}
+    for operation in operations:
         part = next((part for part, names in PARTS.items() if names & operation.scopes), REST)
-        totals[part] += weight
-    whole = sum(totals.values()) or 1
-    return {part: total / whole for part, total in totals.items() if total}
+        totals[part].update(bytes=operation.bytes, estimated_seconds=operation.cycles / clock)
+    return {part: dict(total) for part, total in totals.items() if total}
 
 
 def _collectives(text: str) -> Iterator[tuple[str, int]]:

@@ -34,24 +34,36 @@ metadata={op_name="jit(step)/jvp(conv2)/upper/norm/add"}, backend_config={"estim
   %d = f32[8]{0} fusion(%c, %c), kind=kLoop, calls=%inner, \
 metadata={op_name="jit(step)/transpose(jvp(conv1))/conv"}, backend_config={"estimated_cycles":"10"}
   %e = (f32[8]{0}, f32[8]{0}) all-reduce-start(%d), metadata={op_name="jit(step)/optimizer/add"}
+  %s = ((f32[8]{0}), f32[2]{0:T(8)S(1)}, s32[]{:S(2)}) slice-start(%d), slice={[0:2]}
+  %t = f32[2]{0:T(8)S(1)} slice-done(%s)
+  %u = (f32[8]{0:T(8)S(1)}, f32[8]{0}, u32[]{:S(2)}) copy-start(%d), cross_program_prefetch_index=0
   ROOT %f = f32[8]{0} all-reduce(%d), to_apply=%inner
 }
 """
 
 
 def test_operations_are_those_of_the_entry_in_order():
-    custom_call, fusion, *_ = planning.entry_operations(HLO)
+    custom_call, fusion, _, sliced, copied, _ = planning.entry_operations(HLO)
     # Without the scratch memory, and what stays on the chip.
     assert (custom_call.bytes, custom_call.cycles) == (16, 30)
     assert {"conv2", "upper", "norm"} <= custom_call.scopes
     assert (fusion.bytes, fusion.cycles) == (64, 10)  # an operand that it has twice is read once
+    # What is brought onto the chip is read once, and of a slice no more than it is.
+    assert (sliced.bytes, copied.bytes) == (8, 32)
     assert list(planning._collectives(HLO)) == [("all-reduce", 64), ("all-reduce", 32)]
 
 
-def test_shares_add_up_and_name_the_innermost_part():
+def test_parts_add_up_and_are_named_by_the_innermost():
     operations = list(planning.entry_operations(HLO))
-    shares = planning._shares(operations, [3.0, 1.0, 0.5, 0.5])
-    assert shares == {"norms": 0.6, "1x1": 0.2, "optimiser": 0.1, "sums and rest": 0.1}
+    parts = planning._parts(operations, clock=10)
+    assert {name: part["bytes"] for name, part in parts.items()} == {
+        "norms": 16,
+        "1x1": 64,
+        "optimiser": 64,
+        "sums and rest": 8 + 32 + 64,
+    }
+    assert sum(part["bytes"] for part in parts.values()) == sum(o.bytes for o in operations)
+    assert (parts["norms"]["estimated_seconds"], parts["1x1"]["estimated_seconds"]) == (3, 1)
 
 
 @pytest.mark.parametrize(
