@@ -149,7 +149,8 @@ class Trainer:
                 return
             if status != 0:
                 self.stop()
-                raise InputError(f"the training of {run} failed: {' '.join(said[-3:])}")
+                reason = [line for line in said if line.startswith("error: ")] or said[-3:]
+                raise InputError(f"the training of {run} failed: {' '.join(reason)}")
             lines = read_metrics(run.workdir)
             test = [line for line in lines if line["split"] == "test"][-1]
             speeds = [line["images_per_second"] for line in lines if "images_per_second" in line]

@@ -11,6 +11,7 @@ import pytest
 import safetensors.numpy
 import torch
 from PIL import Image
+from processes import own_errors
 from torch_state_dict import as_tensors, random_state_dict
 
 import convert_weights
@@ -73,7 +74,7 @@ def test_a_file_of_the_original_training_script(tmp_path, state_dict, monkeypatc
         capture_output=True,
         text=True,
     )
-    assert (done.returncode, done.stderr) == (0, "")
+    assert (done.returncode, own_errors(done.stderr)) == (0, "")
     lines = done.stdout.splitlines()
     assert "model_best.pth.tar" in lines[0] and "under 'state_dict'" in lines[0]
     assert "sc_resnet14, k=4/3, 5 classes, cifar stem, width 8: " in lines[2]
@@ -197,7 +198,7 @@ def test_an_interruption_leaves_nothing(tmp_path, checkpoint):
             break
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate()
-    assert (process.returncode, errors) == (130, "interrupted; nothing was written\n")
+    assert (process.returncode, own_errors(errors)) == (130, "interrupted; nothing was written\n")
     assert [name for name in os.listdir(tmp_path) if name != "cache"] == []
 
 
