@@ -1,5 +1,6 @@
 """The pieces that SlimConv and the ResNets share: initialisers, convolution, batch norm."""
 
+import functools
 import itertools
 from collections.abc import Sequence
 
@@ -74,18 +75,20 @@ class BatchNorm(nnx.BatchNorm):
 
     def __call__(self, x: jax.Array, use_running_average: bool | None = None) -> jax.Array:
         """Normalises (..., features), over the whole batch in training mode."""
-        return normalize([self], x, use_running_average)
+        return normalize([self], [x], use_running_average)
 
 
 @jax.named_scope("norm")
 def normalize(
-    norms: Sequence[BatchNorm], x: jax.Array, use_running_average: bool | None = None
+    norms: Sequence[BatchNorm],
+    parts: Sequence[jax.Array],
+    use_running_average: bool | None = None,
 ) -> jax.Array:
-    """What the norms make of their inputs, side by side along the channels, in one pass.
+    """What the norms make of their inputs, concatenated, in one pass over all of them.
 
     Args:
       norms: of the same settings, those of the first.
-      x: (..., C), where C is the sum of their features.
+      parts: the input of each, (..., features).
       use_running_average: in place of their own.
     """
     norm = norms[0]
@@ -95,9 +98,14 @@ def normalize(
         jnp.concatenate([getattr(norm, name)[...] for norm in norms])
         for name in ("mean", "var", "scale", "bias")
     )
+    x = jnp.concatenate(parts, axis=-1)
     dtype = jnp.result_type(x, scale) if norm.dtype is None else norm.dtype
-    x = x.astype(jnp.promote_types(dtype, jnp.float32))
+    wide = jnp.promote_types(dtype, jnp.float32)
     axes = tuple(range(x.ndim - 1))
+    split = functools.partial(
+        jnp.split,
+        indices_or_sections=list(itertools.accumulate(norm.num_features for norm in norms[:-1])),
+    )
 
     def over_devices(mean: jax.Array) -> jax.Array:
         if norm.axis_name is None:
@@ -106,25 +114,24 @@ def normalize(
 
     shift, offset = mean, 0.0
     if not use_running_average and x.size == x.shape[0] * x.shape[-1]:
-        shift = over_devices(x.mean(axes))
-    x -= jax.lax.stop_gradient(shift)  # whatever is subtracted, the results are the same
+        shift = over_devices(x.astype(wide).mean(axes))
+    shift = jax.lax.stop_gradient(shift)  # whatever is subtracted, the results are the same
     if not use_running_average:
-        moments = jnp.stack([x.mean(axes), jnp.square(x).mean(axes)])
-        offset, mean_square = over_devices(moments)  # both with one collective
+        # Of each part by itself: what computes it can add it up, too.
+        shifted = [part.astype(wide) - s for part, s in zip(parts, split(shift), strict=True)]
+        moments = [jnp.stack([part.mean(axes), jnp.square(part).mean(axes)]) for part in shifted]
+        # All of them together: one collective.
+        offset, mean_square = over_devices(jnp.concatenate(moments, axis=-1))
         batch_mean, batch_var = shift + offset, jnp.maximum(mean_square - jnp.square(offset), 0)
-        running = (
-            norm.momentum * old + (1 - norm.momentum) * new
-            for old, new in ((mean, batch_mean), (var, batch_var))
-        )
-        ends = list(itertools.accumulate(norm.num_features for norm in norms))
-        parts = zip(*(jnp.split(statistic, ends[:-1]) for statistic in running), strict=True)
-        for each, (running_mean, running_var) in zip(norms, parts, strict=True):
-            each.mean.set_value(running_mean)
-            each.var.set_value(running_var)
+        running_mean = norm.momentum * mean + (1 - norm.momentum) * batch_mean
+        running_var = norm.momentum * var + (1 - norm.momentum) * batch_var
+        for each, m, v in zip(norms, split(running_mean), split(running_var), strict=True):
+            each.mean.set_value(m)
+            each.var.set_value(v)
         var = batch_var
     # One product and one sum, of which the backward pass needs two sums over the input.
     factor = jax.lax.rsqrt(var + norm.epsilon) * scale
-    return (x * factor + (bias - offset * factor)).astype(dtype)
+    return ((x.astype(wide) - shift) * factor + (bias - offset * factor)).astype(dtype)
 
 
 class ConvBN(nnx.Module):

@@ -231,8 +231,9 @@ class SlimConv(nnx.Module):
         with jax.named_scope("lower"):
             lower = nnx.relu(self.lower_reduce(lower))
             lower = self.lower.conv(lower) if together else self.lower(lower)
-        y = jnp.concatenate([upper, lower], axis=-1)
-        return normalize([path.bn for path in paths], y) if together else y
+        if together:
+            return normalize([path.bn for path in paths], [upper, lower])
+        return jnp.concatenate([upper, lower], axis=-1)
 
     def reconstruct(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The upper and the lower features, each (..., H, W, a), of (..., H, W, in_features)."""

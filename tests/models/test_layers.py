@@ -44,7 +44,7 @@ def test_batch_norms_side_by_side_are_each_itself(mode):
     for norm in (*norms, *apart):
         norm.eval() if mode == "eval" else norm.train()
     x = jax.random.normal(jax.random.key(0), (4, 6, 6, 5))
-    y = normalize(norms, x)
+    y = normalize(norms, [x[..., :3], x[..., 3:]])
     np.testing.assert_allclose(y[..., :3], apart[0](x[..., :3]), atol=1e-6)
     np.testing.assert_allclose(y[..., 3:], apart[1](x[..., 3:]), atol=1e-6)
     states = [nnx.to_pure_dict(nnx.state(each, nnx.BatchStat)) for each in (norms, apart)]
