@@ -5,7 +5,7 @@ import pytest
 
 from slimconv_jax.models import pieces
 from slimconv_jax.models.pieces import in_pieces
-from slimconv_jax.training.step import data_mesh
+from slimconv_jax.training.step import batch_sharded, data_mesh
 
 
 def first_pixels(images):
@@ -30,9 +30,18 @@ def test_pieces_of_equal_size_and_no_more_pixels_than_allowed(count, piece, monk
     assert set(seen) == {piece}
 
 
-def test_what_is_split_over_devices_stays_whole(monkeypatch):
-    monkeypatch.setattr(pieces, "PIXELS", 1)
-    images = jnp.ones((8, 2, 2, 1))
+def test_each_device_takes_its_own_share_in_pieces(monkeypatch):
+    monkeypatch.setattr(pieces, "PIXELS", 2 * 2 * 2)
+    mesh = data_mesh()
+    images = jnp.asarray(np.random.default_rng(0).normal(size=(4 * mesh.size, 2, 2, 3)))
+    images = jax.device_put(images, batch_sharded(mesh))
     seen = []
-    in_pieces(lambda images: seen.append(len(images)) or images, images, mesh=data_mesh())
-    assert seen == [8]
+
+    def forward(images):
+        seen.append(len(images))
+        return first_pixels(images)
+
+    split = jax.jit(lambda images: in_pieces(forward, images, mesh=mesh))
+    np.testing.assert_array_equal(split(images), first_pixels(images))
+    assert set(seen) == {2}
+    assert "all-" not in split.lower(images).compile().as_text()
