@@ -292,6 +292,20 @@ def test_folding_batch_norm_changes_nothing_but_its_presence(build):
     assert not any(isinstance(module, ConvBN) for _, module in nnx.iter_modules(folded))
 
 
+def test_folded_kernels_have_the_dtype_of_the_computation_and_give_the_same_bits():
+    config = small_sc().config
+    single, half = (
+        sc.fold_batch_norm(randomized(lambda dtype=dtype: abstract_resnet(config, dtype=dtype)))
+        for dtype in (None, "bfloat16")
+    )
+    for path, value in arrays(half).items():
+        whole = {"excite", "classifier"} & set(path)  # have no batch norm after them
+        assert value.dtype == (jnp.float32 if whole else jnp.bfloat16), path
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 32, 32, 3)), jnp.float32)
+    rounded_at_use = nnx.merge(nnx.graphdef(half), nnx.state(single))
+    np.testing.assert_array_equal(apply(half, x), apply(rounded_at_use, x))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_every_member_of_the_family_folds(name):
