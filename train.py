@@ -14,22 +14,20 @@ elsewhere say who is who:
         --coordinator_address=HOST:PORT --num_processes=N --process_id=I
 """
 
-import itertools
 import os
-import re
 import signal
 import sys
 from pathlib import Path
 
 import jax
 from absl import app, flags, logging
-from ml_collections import ConfigDict, config_flags
+from ml_collections import config_flags
 
 from slimconv_jax.compilation_cache import enable_compilation_cache
 from slimconv_jax.errors import InputError
 from slimconv_jax.files import absolute
 from slimconv_jax.saving import list_checkpoints
-from slimconv_jax.training.config import SECTIONS, section_keys, unknown_key
+from slimconv_jax.training.config import check_overrides
 from slimconv_jax.training.hosts import initialize, is_lost_contact
 from slimconv_jax.training.interruption import RunInterruptedError
 from slimconv_jax.training.loop import train
@@ -53,7 +51,7 @@ flags.mark_flag_as_required("config")
 def parse_flags(argv: list[str]) -> list[str]:
     """Parses the command line, with a sentence where ml_collections has a traceback."""
     try:
-        _check_overrides(argv)
+        check_overrides(argv)
     except InputError as error:
         sys.exit(f"error: {error}")
     rest = app.parse_flags_with_usage(argv)
@@ -61,42 +59,6 @@ def parse_flags(argv: list[str]) -> list[str]:
         # Else Orbax tells of every file it touches, and prints tracebacks of what it raises too.
         flags.FLAGS.verbosity = logging.FATAL
     return rest
-
-
-def _check_overrides(argv: list[str]) -> None:
-    """Loads the config without its overrides, and looks up the key of each in it."""
-    is_override = [re.match(r"--?config\.", argument) is not None for argument in argv]
-    plain = [argument for argument, skip in zip(argv, is_override, strict=True) if not skip]
-    values = flags.FlagValues()
-    config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=plain)
-    try:
-        values(plain, known_only=True)
-    except flags.Error:
-        return  # left to the parsing proper, which says it well
-    except (AttributeError, SyntaxError) as error:
-        raise InputError(f"the config file cannot be used: {error}") from None
-    config = values["config"].value
-    if config is None:
-        return
-    path = values["config"].config_filename
-    if not Path(path).is_file():
-        raise InputError(f"there is no config file {path!r}; configs/ holds some")
-    if not isinstance(config, ConfigDict):
-        raise InputError(f"{path} is no config file: its get_config must return a ConfigDict")
-    for argument in itertools.compress(argv, is_override):
-        name = argument.lstrip("-").split("=")[0]
-        section, where = config, "config"
-        for key in re.sub(r"\[.*?\]", "", name).split(".")[1:]:
-            if not isinstance(section, ConfigDict):
-                raise InputError(f"{where} is a value, so there is no {name}")
-            if key not in section:
-                allowed = section_keys(where[7:]) if where[7:] in SECTIONS else section
-                if key in allowed:
-                    raise InputError(
-                        f"{where}.{key} is not set in {path}; to use it, add it to the file"
-                    )
-                raise InputError(unknown_key(where, key, allowed))
-            section, where = section[key], f"{where}.{key}"
 
 
 def main(argv: list[str]) -> int | None:

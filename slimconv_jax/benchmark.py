@@ -98,7 +98,8 @@ def onnxruntime_obstacle(modes: Sequence[str], dtypes: Sequence[str]) -> str | N
         return "onnxruntime is compared with on CPUs only"
     if "train" in modes or set(dtypes) != {"float32"}:
         return "onnxruntime is for --mode inference and --dtype float32"
-    import_extra("onnxruntime", extra="export")
+    for package in ("onnxruntime", "jax2onnx"):
+        import_extra(package, extra="export")
     return None
 
 
@@ -322,8 +323,9 @@ def versions() -> dict[str, str]:
         "jaxlib": jaxlib.__version__,
         "flax": flax.__version__,
     }
-    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-        found["torch"] = importlib.metadata.version("torch")
+    for name in ("torch", "onnxruntime", "jax2onnx"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
     return found
 
 

@@ -180,9 +180,14 @@ def _tpu_devices(device: Device, sizes: list[int]) -> list:
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     }.items():
         os.environ.setdefault(name, value)
-    count = math.prod(sizes)
+    axes, count = 3 if device.name == "v5p" else 2, math.prod(sizes)
+    if len(sizes) not in (1, axes) or (axes == 2 and max(sizes) > 16):
+        raise InputError(
+            f"there is no topology {device.name}:{'x'.join(map(str, sizes))}; there are "
+            f"{describe_topologies()}"
+        )
     if count == 1:  # of the smallest slice that there is a name for
-        sizes = [2, 2, 1] if device.name == "v5p" else [2, 2]
+        sizes = [2, 2, 1][:axes]
     name = f"{device.name}:{'x'.join(map(str, sizes))}"
     return list(topologies.get_topology_desc(name, platform="tpu").devices)[:count]
 
@@ -420,10 +425,39 @@ def _type_bytes(text: str) -> int:
     return total
 
 
+def _computations(text: str) -> tuple[dict[str, list[str]], str]:
+    """The lines of each computation of a compiled program, and the name of the first to run."""
+    lines: dict[str, list[str]] = {}
+    entry = name = ""
+    for line in text.splitlines():
+        if header := re.match(r"(ENTRY )?%?([\w.\-]+) .*\{$", line):
+            name = header[2]
+            lines[name] = []
+            entry = name if header[1] else entry
+        elif name:
+            lines[name].append(line)
+    return lines, entry
+
+
+def _calls(line: str, lines: dict[str, list[str]]) -> Iterator[tuple[str, int]]:
+    """The computations that an operation runs, and how many times: the body of a loop, often."""
+    count = re.search(r'"known_trip_count":\{"n":"(\d+)"', line)
+    if not count and (condition := re.search(r"\bcondition=%?([\w.\-]+)", line)):
+        # Of a scan, on TPUs: whether a counter from 0 is less than this.
+        count = re.search(r" s32\[\]\S* constant\((\d+)\)", "\n".join(lines[condition[1]]))
+    for name in re.findall(r"\b(?:body|calls|to_apply)=%?([\w.\-]+)", line):
+        yield name, int(count[1]) if count else 1
+
+
 def entry_operations(text: str) -> Iterator[Operation]:
     """What a device does one after the other, read off the text of a compiled program."""
+    lines, entry = _computations(text)
+    yield from _operations(lines, entry)
+
+
+def _operations(lines: dict[str, list[str]], computation: str) -> Iterator[Operation]:
     types: dict[str, str] = {}
-    for line in text[text.index("\nENTRY") :].splitlines()[1:]:
+    for line in lines[computation]:
         match = re.match(r"\s*(?:ROOT )?%?([\w.\-]+) = (.*?) ([\w\-]+)\((.*)$", line)
         if not match:
             continue
@@ -431,6 +465,10 @@ def entry_operations(text: str) -> Iterator[Operation]:
         if kind == "custom-call":  # the scratch memory of a library is no traffic
             result = re.sub(r"\b[su]8\[\d+\]", "", result)
         types[name] = result
+        if kind in ("while", "call"):
+            for inner, count in _calls(line, lines):
+                yield from count * list(_operations(lines, inner))
+            continue
         if kind in _FREE or kind.endswith("-done"):
             continue
         operands = dict.fromkeys(re.findall(r"%([\w.\-]+)", rest.split("), ")[0]))
@@ -460,10 +498,16 @@ def _parts(operations: Iterable[Operation], clock: float) -> dict[str, dict[str,
 
 def _collectives(text: str) -> Iterator[tuple[str, int]]:
     """The kind of each collective of a program, and the bytes of its results."""
-    text = text.replace("S(1)", "")  # on the chip or not
+    lines, entry = _computations(text)
+    times = collections.Counter({entry: 1})
     kinds = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
-    for result, kind in re.findall(rf" = (.*?) ({kinds})(?:-start)?\(", text):
-        yield kind, _type_bytes(result)
+    for computation in reversed(lines):  # those that it runs come before it
+        for line in lines[computation]:
+            for inner, count in _calls(line, lines):
+                times[inner] += count * times[computation]
+            if match := re.search(rf" = (.*?) ({kinds})(?:-start)?\(", line):
+                size = _type_bytes(match[1].replace("S(1)", ""))  # on the chip or not
+                yield from times[computation] * [(match[2], size)]
 
 
 def find_fit(
@@ -476,7 +520,7 @@ def find_fit(
     Args:
       config: of the run.
       fits: tries a config.
-      multiple: of which the batch has to be one.
+      multiple: of which the batch has to be one, in each of its parts.
 
     Yields:
       A change as the command line has it, and whether the run then fits: blocks computed twice, the
@@ -499,6 +543,7 @@ def find_fit(
         if found[1]:
             break
         parts *= 2
+    multiple *= config.step.get("accumulation_steps", 1)
     fitting, refused = 0, config.batch_size
     while refused - fitting > max(config.batch_size // 8, multiple):
         size = max((fitting + refused) // 2 // multiple, 1) * multiple

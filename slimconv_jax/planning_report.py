@@ -18,7 +18,7 @@ from slimconv_jax.data.sources import load_splits
 from slimconv_jax.data.transforms import Transform
 from slimconv_jax.errors import InputError, require_integer
 from slimconv_jax.models.zoo import abstract_model, describe
-from slimconv_jax.training.config import read_config
+from slimconv_jax.training.config import check_config, read_config
 
 
 def run(
@@ -35,7 +35,7 @@ def run(
 
     Args:
       config_path: a file in `configs/`.
-      overrides: of the config, as train.py takes them.
+      overrides: of the config, each as in "--config.model.k=8/3".
       topology: such as "v5e:4x4"; see `planning.describe_topologies`.
       num_classes: of the data; None for those that are here, else 1000.
       image_size: pixels a side; None for those of the config or the data that are here, else 224.
@@ -48,6 +48,7 @@ def run(
     check_outputs(json_path)
     config = read_config(config_path, overrides)
     device, devices = planning.get_devices(topology)
+    check_config(config, len(devices))
     num_classes, image_shape, assumed = _data(config, num_classes, image_size)
     count = len(devices)
 
@@ -69,8 +70,7 @@ def run(
         accounts = compile_steps(config, planning.STEPS)
     model = abstract_model(num_classes=num_classes, **config.model)
     print(
-        f"{describe(model.config)}, {config.batch_size} images of "
-        f"{'x'.join(map(str, image_shape[:2]))} a step{assumed}\n"
+        f"{describe(model.config)}, images of {'x'.join(map(str, image_shape[:2]))}{assumed}\n"
         f"compiled for {count} x {device.name} ({device.memory / 2**30:.1f} GiB, "
         f"{device.bandwidth / 1e9:,.0f} GB/s, {device.flops / 1e12:,.0f} TFLOP/s each; "
         f"{device.source})\n"
@@ -79,25 +79,16 @@ def run(
     )
     sizes = {"training": config.batch_size, "evaluation": config.eval_batch_size}
     for name, account in accounts.items():
-        print(f"\n{name} step")
+        print(f"\n{name} step, {sizes[name]} images")
         if isinstance(account, str):
             print(f"  does not fit: {account or 'the compiler has no room for it'}")
         else:
             print_account(account, sizes[name])
-    tried = {}
-    training = accounts["training"]
-    if fit and (isinstance(training, str) or not training.fits):
+    tried: dict[str, bool] = {}
 
-        def fits(changed: ml_collections.ConfigDict) -> bool:
-            found = compile_steps(changed, ["training"])["training"]
-            return not isinstance(found, str) and found.fits
-
-        print("\nwhat helps, each tried by itself", flush=True)
-        with Status() as status:
-            for change, helps in planning.find_fit(config, fits, count):
-                tried[change] = helps
-                print(f"  {change:40} {'fits' if helps else 'does not fit'}", flush=True)
-    if json_path:
+    def write() -> None:
+        if not json_path:
+            return
         report = {
             "topology": topology,
             "config": json.loads(config.to_json_best_effort()),
@@ -112,6 +103,21 @@ def run(
         }
         write_json(json_path, report)
 
+    write()
+    training = accounts["training"]
+    if fit and (isinstance(training, str) or not training.fits):
+
+        def fits(changed: ml_collections.ConfigDict) -> bool:
+            found = compile_steps(changed, ["training"])["training"]
+            return not isinstance(found, str) and found.fits
+
+        print("\nwhat helps, each tried by itself", flush=True)
+        with Status() as status:
+            for change, helps in planning.find_fit(config, fits, count):
+                tried[change] = helps
+                print(f"  {change:40} {'fits' if helps else 'does not fit'}", flush=True)
+                write()
+
 
 def _as_dict(account: planning.Account) -> dict[str, Any]:
     return dataclasses.asdict(account) | {"fits": account.fits, "seconds": account.seconds}
@@ -125,11 +131,12 @@ def _data(
         if value is not None:
             require_integer(name, value, 1)
     image_size = image_size or Transform(**config.transform).image_size
-    assumed = []
+    assumed, reason = [], ""
     if num_classes is None or image_size is None:
         try:
             train, _ = load_splits(**config.dataset)
-        except InputError:  # not here, which a plan does not need
+        except InputError as error:  # not here, which a plan does not need
+            reason = f" ({error})"
             assumed += [] if num_classes else ["1000 classes (--num-classes)"]
             assumed += [] if image_size else ["224 pixels (--image-size)"]
             num_classes, image_size = num_classes or 1000, image_size or 224
@@ -137,7 +144,7 @@ def _data(
             num_classes = num_classes or len(train.class_names)
             if image_size is None:
                 return num_classes, train[0].image.shape, ""
-    words = f"; assumed, since the data are not here: {', '.join(assumed)}" if assumed else ""
+    words = f"; without the data{reason}, assumed: {', '.join(assumed)}" if assumed else ""
     return num_classes, (image_size, image_size, 3), words
 
 
@@ -159,9 +166,8 @@ def print_account(account: planning.Account, images: int) -> None:
     if account.estimated_seconds:
         rows["estimate"] = f"{1e3 * account.estimated_seconds:.1f} ms by the compiler, "
     else:
-        rows["estimate"] = f"no less than {1e3 * account.seconds:.1f} ms, "
-    word = "" if account.estimated_seconds else "at most "
-    rows["estimate"] += f"that is {word}{images / account.seconds:,.0f} images/s on all devices"
+        rows["estimate"] = f"{1e3 * account.seconds:.1f} ms if all these bytes come from memory, "
+    rows["estimate"] += f"that is {images / account.seconds:,.0f} images/s on all devices"
     shares = sorted(account.shares.items(), key=lambda item: -item[1])
     what = "of the estimate" if account.estimated_seconds else "of the bytes"
     parts = ", ".join(f"{part} {share:.0%}" for part, share in shares if share >= 0.005)

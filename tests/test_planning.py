@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import ml_collections
 import pytest
 
@@ -26,6 +27,20 @@ HloModule jit_step
   ROOT %big = f32[8]{0} add(%p, %p), backend_config={"estimated_cycles":"999"}
 }
 
+%stop (r: (s32[], f32[8])) -> pred[] {
+  %r = (s32[], f32[8]{0}) parameter(0)
+  %most = s32[]{:T(128)} constant(3)
+  %count = s32[]{:T(128)} get-tuple-element(%r), index=0
+  ROOT %less = pred[]{:T(512)} compare(%count, %most), direction=LT
+}
+
+%body (q: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %q = (s32[], f32[8]{0}) parameter(0)
+  %x = f32[8]{0} get-tuple-element(%q), index=1
+  %y = f32[8]{0} all-reduce(%x), to_apply=%inner, backend_config={"estimated_cycles":"7"}
+  ROOT %z = (s32[], f32[8]{0}) tuple(%y)
+}
+
 ENTRY %main (a: bf16[4,2]) -> f32[8] {
   %a = bf16[4,2]{1,0} parameter(0)
   %b = (f32[8]{0:T(8)S(1)}, s8[4096]{0}) custom-call(%a), custom_call_target="x", \
@@ -37,20 +52,31 @@ metadata={op_name="jit(step)/transpose(jvp(conv1))/conv"}, backend_config={"esti
   %s = ((f32[8]{0}), f32[2]{0:T(8)S(1)}, s32[]{:S(2)}) slice-start(%d), slice={[0:2]}
   %t = f32[2]{0:T(8)S(1)} slice-done(%s)
   %u = (f32[8]{0:T(8)S(1)}, f32[8]{0}, u32[]{:S(2)}) copy-start(%d), cross_program_prefetch_index=0
+  %w = (s32[], f32[8]{0}) while(%d), condition=%stop, body=%body@TRIPS
   ROOT %f = f32[8]{0} all-reduce(%d), to_apply=%inner
 }
 """
 
 
-def test_operations_are_those_of_the_entry_in_order():
-    custom_call, fusion, _, sliced, copied, _ = planning.entry_operations(HLO)
+ON_GPU = HLO.replace("@TRIPS", ', backend_config={"known_trip_count":{"n":"3"}}')
+HLO = HLO.replace("@TRIPS", "")
+
+
+@pytest.mark.parametrize("text", [HLO, ON_GPU], ids=["tpu", "gpu"])
+def test_operations_are_those_of_the_entry_in_order(text):
+    custom_call, fusion, _, sliced, copied, *loop, _ = planning.entry_operations(text)
     # Without the scratch memory, and what stays on the chip.
     assert (custom_call.bytes, custom_call.cycles) == (16, 30)
     assert {"conv2", "upper", "norm"} <= custom_call.scopes
     assert (fusion.bytes, fusion.cycles) == (64, 10)  # an operand that it has twice is read once
     # What is brought onto the chip is read once, and of a slice no more than it is.
     assert (sliced.bytes, copied.bytes) == (8, 32)
-    assert list(planning._collectives(HLO)) == [("all-reduce", 64), ("all-reduce", 32)]
+    assert [(each.bytes, each.cycles) for each in loop] == 3 * [(64, 7)]  # its body, three times
+    assert list(planning._collectives(text)) == [
+        ("all-reduce", 64),
+        ("all-reduce", 32),
+        *3 * [("all-reduce", 32)],
+    ]
 
 
 def test_parts_add_up_and_are_named_by_the_innermost():
@@ -60,7 +86,7 @@ def test_parts_add_up_and_are_named_by_the_innermost():
         "norms": 16,
         "1x1": 64,
         "optimiser": 64,
-        "sums and rest": 8 + 32 + 64,
+        "sums and rest": 8 + 32 + 3 * 64 + 64,
     }
     assert sum(part["bytes"] for part in parts.values()) == sum(o.bytes for o in operations)
     assert (parts["norms"]["estimated_seconds"], parts["1x1"]["estimated_seconds"]) == (3, 1)
@@ -72,6 +98,8 @@ def test_parts_add_up_and_are_named_by_the_innermost():
         ("v9:2x2", "there is no topology 'v9:2x2'; there are v5e:1"),
         ("v5e", "there is no topology 'v5e'"),
         ("h100:2x", "there is no topology 'h100:2x'"),
+        ("v6e:2x2x2", "there is no topology v6e:2x2x2; there are v5e:1"),
+        ("v5e:32x32", "there is no topology v5e:32x32; there are v5e:1"),
     ],
 )
 def test_unknown_topologies(topology, message, capsys):
@@ -110,13 +138,15 @@ def test_other_arguments_are_still_refused(capsys):
     assert "unrecognized arguments: --config.model.k=2" in capsys.readouterr().err
 
 
-def test_a_config_is_read_as_train_reads_it():
+def test_a_config_is_read_as_train_reads_it(tmp_path):
     config = read_config(ROOT / "configs/digits.py", ["--config.model.k=8/3"])
     assert config.model.k == "8/3"
+    (tmp_path / "broken.py").write_text("def get_config() return 1")
     for path, overrides, message in (
         ("none.py", [], "there is no config file 'none.py'"),
-        (ROOT / "configs/digits.py", ["--config.model.kk=2"], "does not go with the overrides"),
-        (ROOT / "configs/digits.py", ["--config.batch_size=x"], "does not go with the overrides"),
+        (tmp_path / "broken.py", [], "the config file cannot be used: "),
+        (ROOT / "configs/digits.py", ["--config.model.nam=2"], "did you mean 'name'"),
+        (ROOT / "configs/digits.py", ["--config.batch_size=x"], "batch_size"),
     ):
         with pytest.raises(InputError, match=message):
             read_config(path, overrides)
@@ -143,6 +173,33 @@ def test_what_helps_is_tried():
         "--config.batch_size=40": True,
     }
     assert tried[0].model.remat and not config.model.remat
+
+
+def test_smaller_batches_divide_into_the_parts_that_the_run_has():
+    config = ml_collections.ConfigDict(
+        {"model": {"remat": True}, "step": {"accumulation_steps": 3}, "batch_size": 96}
+    )
+
+    def fits(changed):
+        assert changed.batch_size % (8 * changed.step.accumulation_steps) == 0
+        return changed.batch_size <= 48
+
+    assert dict(planning.find_fit(config, fits, 8)) == {
+        "--config.step.accumulation_steps=6": False,
+        "--config.step.accumulation_steps=12": False,
+        "--config.batch_size=48": True,
+        "--config.batch_size=72": False,
+    }
+
+
+def test_multiply_adds_are_those_of_all_devices_together():
+    config = read_config(ROOT / "configs/digits.py", [])
+    counts = {
+        len(devices): planning.lower_steps(config, devices, num_classes=10, image_shape=(8, 8, 3))
+        for devices in (jax.devices()[:1], jax.devices()[:4])
+    }
+    for step in planning.STEPS:
+        assert counts[1][step].macs == counts[4][step].macs > 1e6
 
 
 def installed(module):
@@ -236,7 +293,7 @@ def test_what_must_not_come_back_on_four_tpus(tmp_path):
     step = report["steps"]["training"]
     text, temporary, arguments = compiled_step("v5e:2x2")
     assert (step["temporary_bytes"], step["argument_bytes"]) == (temporary, arguments)
-    assert step["peak_bytes"] < 2 * arguments + temporary  # the state's memory is used again
+    assert step["peak_bytes"] < 1.1 * arguments + temporary  # the state's memory is used again
     assert step["estimated_seconds"] > 0 and "by the compiler" in output
     assert not maps(text, "f32", BATCH // 4)
     assert len(maps(text, "bf16", BATCH // 4)) > 30

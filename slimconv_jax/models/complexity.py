@@ -137,6 +137,8 @@ def _products(
             yield scopes, repeats * math.prod(output) * math.prod(lhs[i] for i in contracted)
         else:
             inner_repeats = repeats * eqn.params.get("length", 1)  # of a scan
+            if eqn.primitive.name == "shard_map":  # whose program is that of each device
+                inner_repeats *= eqn.params["mesh"].size
             params = dict(eqn.params)
             if params.get("branches_platforms"):  # one of which runs, and all compute the same
                 params["branches"] = params["branches"][-1:]

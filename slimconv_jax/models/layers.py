@@ -30,11 +30,12 @@ class BatchNorm(nnx.BatchNorm):
     """Batch norm as everywhere in the paper: epsilon 1e-5, running average kept at 0.9.
 
     It differs from its base class in three ways. With a `dtype`, only the input and the output
-    have it: statistics, scale and bias enter the arithmetic in float32, in evaluation too. The
-    variance does not cancel, where the base class by default has E[x^2] - E[x]^2: both statistics
-    come from one pass over the input, in which the running mean is subtracted first. (Of a map of
-    one pixel, such as the gates see, it is the mean itself, as in PyTorch: their inputs are so
-    few that a second pass is free.) And the running statistics are replaced as a whole:
+    have it: statistics, scale and bias enter the arithmetic in float32, in evaluation too. Both
+    statistics come from one pass over the input, in which the running mean is subtracted first, so
+    that the variance does not cancel once the running mean is about right; until then it is that
+    of the base class, E[x^2] - E[x]^2. (Of a map of one pixel, such as the gates see, the mean
+    itself is subtracted, as in PyTorch: their inputs are so few that a second pass is free.) And
+    the running statistics are replaced as a whole:
     with jax 0.10 and flax 0.12.8 the base class's `mean[...] = ` looks for the sharding of a
     tracer, for which JAX walks the whole program traced so far, so that tracing takes time
     quadratic in the depth (sc_resnet101: 25 s in place of 1 s).
@@ -42,8 +43,7 @@ class BatchNorm(nnx.BatchNorm):
     Args:
       features: channels, the last axis of the input.
       scale_init: initialiser of the scale.
-      axis_name: of the devices whose inputs are one batch, under `jax.shard_map` and the like;
-        `nnx.view(model, axis_name=...)` sets it, too.
+      axis_name: of the devices whose inputs are one batch, under `jax.shard_map` and the like.
       dtype: dtype of the output; inferred from input and parameters if None.
       rngs: source of the initial parameters.
     """
@@ -67,12 +67,6 @@ class BatchNorm(nnx.BatchNorm):
             rngs=rngs,
         )
 
-    def set_view(self, use_running_average: bool | None = None, axis_name: str | None = None):
-        """What `nnx.view` sets."""
-        super().set_view(use_running_average)
-        if axis_name is not None:
-            self.axis_name = axis_name
-
     def __call__(self, x: jax.Array, use_running_average: bool | None = None) -> jax.Array:
         """Normalises (..., features), over the whole batch in training mode."""
         return normalize([self], [x], use_running_average)
@@ -87,7 +81,7 @@ def normalize(
     """What the norms make of their inputs, concatenated, in one pass over all of them.
 
     Args:
-      norms: of the same settings, those of the first.
+      norms: of the same settings (`mergeable`).
       parts: the input of each, (..., features).
       use_running_average: in place of their own.
     """
@@ -132,6 +126,16 @@ def normalize(
     # One product and one sum, of which the backward pass needs two sums over the input.
     factor = jax.lax.rsqrt(var + norm.epsilon) * scale
     return ((x.astype(wide) - shift) * factor + (bias - offset * factor)).astype(dtype)
+
+
+def mergeable(norms: Sequence[nnx.Module]) -> bool:
+    """Whether `normalize` can treat the norms together, in training mode."""
+    if not all(type(norm) is BatchNorm and not norm.use_running_average for norm in norms):
+        return False
+    settings = ("momentum", "epsilon", "dtype", "axis_name", "axis_index_groups")
+    return all(
+        getattr(norm, name) == getattr(norms[0], name) for norm in norms for name in settings
+    )
 
 
 class ConvBN(nnx.Module):

@@ -17,7 +17,14 @@ from flax import nnx
 from flax.typing import Dtype, PaddingLike
 
 from slimconv_jax.errors import InputError, require_integer
-from slimconv_jax.models.layers import BatchNorm, ConvBN, kaiming_normal, normalize, uniform_fan_in
+from slimconv_jax.models.layers import (
+    BatchNorm,
+    ConvBN,
+    kaiming_normal,
+    mergeable,
+    normalize,
+    uniform_fan_in,
+)
 
 CompressionRatio = str | Fraction | float
 
@@ -223,9 +230,10 @@ class SlimConv(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps (..., H, W, in_features) to (..., H', W', out_features)."""
         upper, lower = self.reconstruct(x)
+        # In training the batch norms of both paths pass over what they normalise once, together,
+        # so that the modules of the paths are not called as such.
         paths = [self.upper, self.lower]
-        # In training the batch norms of both paths pass over what they normalise once, together.
-        together = all(type(p) is ConvBN and not p.bn.use_running_average for p in paths)
+        together = all(type(path) is ConvBN for path in paths) and mergeable([p.bn for p in paths])
         with jax.named_scope("upper"):
             upper = self.upper.conv(upper) if together else self.upper(upper)
         with jax.named_scope("lower"):
@@ -241,7 +249,8 @@ class SlimConv(nnx.Module):
             weights = self.gate(x)
         with jax.named_scope("fold"):
             # As a sum of parts: a reshape of the channels would be a change of layout on
-            # accelerators. Split once, so that their gradients are put together in one pass.
+            # accelerators. Split once, so that their gradients are put together in one pass. In
+            # the dtype of the computation: in float32 the step of a bfloat16 run is 2 % longer.
             chunks = self._split(x)
             return tuple(
                 functools.reduce(operator.add, map(operator.mul, self._split(w), chunks))

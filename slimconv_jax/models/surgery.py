@@ -308,7 +308,7 @@ def _absorb(layer: nnx.Conv | nnx.Linear, bn: nnx.BatchNorm) -> None:
     )
     bias = 0 if layer.bias is None else np.asarray(layer.bias[...], np.float64)
     scale = scale / np.sqrt(var + bn.epsilon)
-    dtype = layer.dtype or layer.kernel.dtype
+    dtype = jax.dtypes.canonicalize_dtype(layer.dtype or layer.kernel.dtype)
     # Axes before those of one layer are those of `nnx.vmap`.
     inner = (1,) * (kernel.ndim - scale.ndim)
     kernel = kernel * scale.reshape(*scale.shape[:-1], *inner, scale.shape[-1])

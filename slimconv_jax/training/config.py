@@ -6,7 +6,9 @@ themselves say which keys there are.
 
 import difflib
 import inspect
+import itertools
 import os
+import re
 from collections.abc import Callable, Collection, Sequence
 
 import ml_collections
@@ -69,22 +71,56 @@ def read_config(path: os.PathLike | str, overrides: Sequence[str]) -> ml_collect
     Raises:
       ValueError: if the file has no such key, or the key no such value.
     """
-    if not os.path.isfile(path):
-        raise InputError(f"there is no config file {os.fspath(path)!r}; configs/ holds some")
-    values = flags.FlagValues()
     command = ["train.py", f"--config={path}", *overrides]
+    check_overrides(command)
+    values = flags.FlagValues()
     try:
         config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=command)
         values(command)
-        config = values["config"].value
-    except (AttributeError, KeyError, TypeError, ValueError, flags.Error) as error:
-        reason = "; ".join(str(error.args[0] if error.args else error).splitlines())
-        if isinstance(error, AttributeError | KeyError):
-            reason = f"there is no key {reason}"
-        raise InputError(
-            f"{os.path.relpath(path)} does not go with the overrides: {reason}"
-        ) from None
-    return config
+    except (TypeError, ValueError, flags.Error) as error:
+        reason = "; ".join(str(error).splitlines())
+        raise InputError(f"{os.path.relpath(path)} cannot be used: {reason}") from None
+    return values["config"].value
+
+
+def check_overrides(argv: Sequence[str]) -> None:
+    """Loads the config of a command line without its overrides, and looks up the key of each in it.
+
+    Raises:
+      ValueError: if the config has no such key, or there is no such config.
+    """
+    is_override = [re.match(r"--?config\.", argument) is not None for argument in argv]
+    plain = [argument for argument, skip in zip(argv, is_override, strict=True) if not skip]
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=plain)
+    try:
+        values(plain, known_only=True)
+    except flags.Error:
+        return  # left to the parsing proper, which says it well
+    except (AttributeError, SyntaxError) as error:
+        raise InputError(f"the config file cannot be used: {error}") from None
+    config = values["config"].value
+    if config is None:
+        return
+    path = values["config"].config_filename
+    if not os.path.isfile(path):
+        raise InputError(f"there is no config file {path!r}; configs/ holds some")
+    if not isinstance(config, ml_collections.ConfigDict):
+        raise InputError(f"{path} is no config file: its get_config must return a ConfigDict")
+    for argument in itertools.compress(argv, is_override):
+        name = argument.lstrip("-").split("=")[0]
+        section, where = config, "config"
+        for key in re.sub(r"\[.*?\]", "", name).split(".")[1:]:
+            if not isinstance(section, ml_collections.ConfigDict):
+                raise InputError(f"{where} is a value, so there is no {name}")
+            if key not in section:
+                allowed = section_keys(where[7:]) if where[7:] in SECTIONS else section
+                if key in allowed:
+                    raise InputError(
+                        f"{where}.{key} is not set in {path}; to use it, add it to the file"
+                    )
+                raise InputError(unknown_key(where, key, allowed))
+            section, where = section[key], f"{where}.{key}"
 
 
 def check_config(config: ml_collections.ConfigDict, num_devices: int) -> None:

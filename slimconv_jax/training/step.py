@@ -161,13 +161,12 @@ def make_train_step(
         )
     # The key is an argument of the program, so that runs of other seeds find it in the cache.
     impl = jax.random.key_impl(key)
-    graphdef = nnx.graphdef(
-        nnx.view(
-            model,
-            use_running_average=batch_norm == "frozen",
-            axis_name="data" if batch_norm == "global" else None,
-        )
-    )
+    frozen = batch_norm == "frozen"
+    model = nnx.view(model, use_running_average=frozen, raise_if_not_found=False)
+    for _, module in nnx.iter_modules(model):
+        if isinstance(module, nnx.BatchNorm):
+            module.axis_name = "data" if batch_norm == "global" else None
+    graphdef = nnx.graphdef(model)
 
     def loss_fn(params, stats, images, targets):
         model = nnx.merge(graphdef, params, stats)

@@ -106,6 +106,27 @@ def test_bfloat16_is_near_float32_and_leaves_parameters_alone():
     assert jnp.abs(y - expected).max() < 0.05 * jnp.abs(expected).max()
 
 
+@pytest.mark.parametrize("change", ["epsilon", "momentum", "flax", "group", "none"])
+def test_paths_with_norms_of_their_own_are_computed_one_by_one(change):
+    unit = randomized(lambda: SlimConv(16, rngs=nnx.Rngs(0)))
+    if change == "flax":
+        unit.upper.bn = nnx.BatchNorm(8, use_scale=False, rngs=nnx.Rngs(0))
+    elif change == "group":
+        unit.lower.bn = nnx.GroupNorm(4, num_groups=2, rngs=nnx.Rngs(0))
+    elif change == "none":
+        unit.lower.bn = nnx.identity
+    else:
+        setattr(unit.lower.bn, change, 0.5)
+    unit.train()
+    apart = nnx.clone(unit)
+    x = jax.random.normal(jax.random.key(0), (4, 5, 5, 16))
+    upper, lower = apart.reconstruct(x)
+    upper, lower = apart.upper(upper), apart.lower(nnx.relu(apart.lower_reduce(lower)))
+    np.testing.assert_allclose(unit(x), jnp.concatenate([upper, lower], -1), rtol=1e-4, atol=1e-5)
+    stats = [nnx.to_pure_dict(nnx.state(each, nnx.BatchStat)) for each in (unit, apart)]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), *stats)
+
+
 def test_initial_values():
     unit = SlimConv(512, rngs=nnx.Rngs(0))
     fan_out = 9 * 256  # of the upper convolution

@@ -202,6 +202,20 @@ def test_both_kinds_of_parts_together():
         assert_close(state.params, expected, atol=1e-10)
 
 
+def test_batch_norms_of_flax_see_the_whole_batch_too():
+    model, batch = tiny_model(), make_batch()
+    model.conv.bn = nnx.BatchNorm(8, axis_name="other", rngs=nnx.Rngs(0))
+    outcomes = []
+    for devices in (1, 8):
+        step, state = build(model, devices=devices)
+        outcomes.append(step(state, batch))
+    assert_close(*outcomes, rtol=1e-4, atol=1e-6)
+    assert model.conv.bn.axis_name == "other"  # the model is not changed
+    step, state = build(model, batch_norm="per_device")
+    _, metrics = step(state, batch)
+    assert abs(float(metrics["loss"]) - float(outcomes[0][1]["loss"])) > 1e-3
+
+
 def test_the_moving_average():
     step, state = build(tiny_model(), ema=True, ema_decay=0.25)
     expected = jax.tree.map(np.array, state.ema)
