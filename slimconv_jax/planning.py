@@ -152,6 +152,12 @@ def get_devices(topology: str) -> tuple[Device, list]:
 
 
 def _tpu_devices(device: Device, sizes: list[int]) -> list:
+    axes, count = 3 if device.name == "v5p" else 2, math.prod(sizes)
+    if len(sizes) not in (1, axes) or (axes == 2 and max(sizes) > 16):
+        raise InputError(
+            f"there is no topology {device.name}:{'x'.join(map(str, sizes))}; there are "
+            f"{describe_topologies()}"
+        )
     import_extra("libtpu", extra="plan")
     # So that the library looks neither for a TPU nor for another program that uses one.
     for name, value in {
@@ -161,12 +167,6 @@ def _tpu_devices(device: Device, sizes: list[int]) -> list:
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     }.items():
         os.environ.setdefault(name, value)
-    axes, count = 3 if device.name == "v5p" else 2, math.prod(sizes)
-    if len(sizes) not in (1, axes) or (axes == 2 and max(sizes) > 16):
-        raise InputError(
-            f"there is no topology {device.name}:{'x'.join(map(str, sizes))}; there are "
-            f"{describe_topologies()}"
-        )
     if count == 1:  # of the smallest slice that there is a name for
         sizes = [2, 2, 1][:axes]
     name = f"{device.name}:{'x'.join(map(str, sizes))}"

@@ -202,7 +202,10 @@ def test_a_file_of_channels_has_the_recipe_without_k(tmp_path):
     ("more", "message"),
     [
         (["--width", "0"], "error: --width=0 must be an integer >= 1"),
-        (["--config.model.widht=8"], "error: configs/cifar100_resnet50.py does not go with"),
+        (
+            ["--config.model.widht=8"],
+            "error: config.model has no key 'widht' (did you mean 'width'?)",
+        ),
         (["--models", "resnet51"], "error: unknown model 'resnet51'; did you mean resnet50"),
         (["--models", "resnet50@2"], "error: resnet50 has no SlimConv, so it takes no k"),
         (["--config.model.k=2"], "--config.model.k is for --models NAME@K, --width, --epochs"),
