@@ -148,6 +148,10 @@ def _data(
     return num_classes, (image_size, image_size, 3), words
 
 
+def _time(seconds: float) -> str:
+    return f"{1e3 * seconds:.1f} ms" if seconds >= 1e-3 else f"{1e6 * seconds:.1f} µs"
+
+
 def print_account(account: planning.Account, images: int) -> None:
     """The lines of one step that computes so many images on all devices together."""
     gib = 2**30
@@ -158,16 +162,17 @@ def print_account(account: planning.Account, images: int) -> None:
         "memory": f"{account.peak_bytes / gib:.2f} of {account.device_bytes / gib:.2f} GiB: "
         f"{verdict} (arguments {account.argument_bytes / gib:.2f}, temporary "
         f"{account.temporary_bytes / gib:.2f})",
-        "work": f"{account.flops / 1e9:,.1f} GFLOP, at least {1e3 * account.flops_seconds:.1f} ms; "
-        f"{account.bytes_accessed / 1e9:.2f} GB, at least {1e3 * account.bytes_seconds:.1f} ms; "
+        "work": f"{account.flops / 1e9:,.1f} GFLOP, at least {_time(account.flops_seconds)}; "
+        f"{account.bytes_accessed / 1e9:.2f} GB, at least {_time(account.bytes_seconds)}; "
         f"bound by {bound}",
         "operations": f"{account.kernels:,}, one after the other",
     }
     if account.estimated_seconds:
-        rows["estimate"] = f"{1e3 * account.estimated_seconds:.1f} ms by the compiler, "
+        rows["estimate"] = f"{_time(account.estimated_seconds)} by the compiler, "
     else:
-        rows["estimate"] = f"{1e3 * account.seconds:.1f} ms if all these bytes come from memory, "
-    rows["estimate"] += f"that is {images / account.seconds:,.0f} images/s on all devices"
+        rows["estimate"] = f"{_time(account.seconds)} if all these bytes come from memory, "
+    rate = float(f"{images / account.seconds:.3g}")  # an estimate is not good for more digits
+    rows["estimate"] += f"that is {rate:,.0f} images/s on all devices"
     shares = sorted(account.shares.items(), key=lambda item: -item[1])
     what = "of the estimate" if account.estimated_seconds else "of the bytes"
     parts = ", ".join(f"{part} {share:.0%}" for part, share in shares if share >= 0.005)

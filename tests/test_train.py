@@ -62,7 +62,7 @@ CONFIG = f"--config={ROOT / 'configs' / 'digits.py'}"
     ("arguments", "message"),
     [
         ([], "Flag --config must have a value"),
-        (["--config=configs/nope.py"], "error: there is no config file 'configs/nope.py'"),
+        (["--config=configs/nope.py"], "configs/nope.py; the clone of slimconv_jax has some"),
         (
             [CONFIG, "--config.batch_sise=3"],
             "error: config has no key 'batch_sise' (did you mean 'batch_size'?)",
@@ -78,7 +78,7 @@ CONFIG = f"--config={ROOT / 'configs' / 'digits.py'}"
         ),
         ([CONFIG, "--config.seed.x=3"], "error: config.seed is a value"),
         ([CONFIG, "--config.augment.crop_padding=-1", "--workdir", "config.x"], "crop_padding=-1"),
-        ([f"--config={ROOT / 'README.md'}"], "error: the config file cannot be used"),
+        ([f"--config={ROOT}/README.md"], f"error: the config file {ROOT}/README.md cannot be used"),
         ([CONFIG, "--config.batch_size=x"], "invalid literal for int()"),
         ([CONFIG, "--config.model.name=sc_resnet41"], "error: unknown model 'sc_resnet41'"),
         ([CONFIG, "more"], "what is 'more'?"),

@@ -355,7 +355,14 @@ class ResNet(nnx.Module):
 
         Four maps (N, H', W', C'), at strides 4, 8, 16 and 32 with the "imagenet" stem, at
         1, 2, 4 and 8 with the "cifar" stem; a dilated stage keeps the stride before it.
+
+        Raises:
+          ValueError: if the images have another shape, or are no floats.
         """
+        if x.ndim != 4 or x.shape[-1] != 3 or not jnp.issubdtype(x.dtype, jnp.floating):
+            raise InputError(
+                f"images must be (N, H, W, 3), normalised floats, not {x.dtype} of shape {x.shape}"
+            )
         with jax.named_scope("stem"):
             x = nnx.relu(self.stem(x))
             if self.config.stem == "imagenet":
@@ -375,7 +382,7 @@ class ResNet(nnx.Module):
         """Logits (N, num_classes) of images (N, H, W, 3), float and normalised.
 
         Without classes, the pooled features (N, C). At least float32, whatever the `dtype` of
-        the computation.
+        the computation. Errors are those of `features`.
         """
         return self.head(self.features(x)[-1])
 

@@ -244,7 +244,15 @@ class SlimConv(nnx.Module):
         return jnp.concatenate([upper, lower], axis=-1)
 
     def reconstruct(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """The upper and the lower features, each (..., H, W, a), of (..., H, W, in_features)."""
+        """The upper and the lower features, each (..., H, W, a), of (..., H, W, in_features).
+
+        Raises:
+          ValueError: if the input has other channels, or no height and width.
+        """
+        if x.ndim < 3 or x.shape[-1] != self.in_features:
+            raise InputError(
+                f"SlimConv({self.in_features}) takes (..., H, W, {self.in_features}), not {x.shape}"
+            )
         with jax.named_scope("gate"):
             weights = self.gate(x)
         with jax.named_scope("fold"):

@@ -73,8 +73,8 @@ def from_torch(
     if not arrays:
         keys = ", ".join(map(repr, list(state_dict)[:8])) or "nothing"
         raise InputError(
-            f"there are no tensors by name but {keys}; of a whole checkpoint, pass the state dict "
-            "inside, such as checkpoint['state_dict']"
+            f"a state dict has tensors by name, and this has {keys}; of a whole checkpoint, pass "
+            "the state dict inside, such as checkpoint['state_dict']"
         )
     shapes = {name: array.shape for name, array in arrays.items()}
     is_file = arch is not None and is_channels_file(arch)

@@ -98,13 +98,19 @@ def check_overrides(argv: Sequence[str]) -> None:
     except flags.Error:
         return  # left to the parsing proper, which says it well
     except (AttributeError, SyntaxError) as error:
-        raise InputError(f"the config file cannot be used: {error}") from None
+        reason = str(error)
+        if "has no attribute 'get_config'" in reason:
+            reason = "it has no function get_config"
+        raise InputError(f"the config file {_config_of(plain)} cannot be used: {reason}") from None
     config = values["config"].value
     if config is None:
         return
     path = values["config"].config_filename
     if not os.path.isfile(path):
-        raise InputError(f"there is no config file {path!r}; configs/ holds some")
+        raise InputError(
+            f"there is no config file {os.path.abspath(path)}; the clone of slimconv_jax has some, "
+            "in configs/"
+        )
     if not isinstance(config, ml_collections.ConfigDict):
         raise InputError(f"{path} is no config file: its get_config must return a ConfigDict")
     for argument in itertools.compress(argv, is_override):
@@ -121,6 +127,15 @@ def check_overrides(argv: Sequence[str]) -> None:
                     )
                 raise InputError(unknown_key(where, key, allowed))
             section, where = section[key], f"{where}.{key}"
+
+
+def _config_of(argv: Sequence[str]) -> str:
+    """What a command line has for --config."""
+    for argument, following in itertools.pairwise([*argv, ""]):
+        name, equals, value = argument.partition("=")
+        if name in ("--config", "-config"):
+            return value if equals else following
+    return ""
 
 
 def check_config(config: ml_collections.ConfigDict, num_devices: int) -> None:

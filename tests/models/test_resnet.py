@@ -138,3 +138,13 @@ def compare_rematerialisation(x):
 def test_bad_rematerialisation():
     with pytest.raises(ValueError, match="remat='yes' must be True or False"):
         abstract_model("resnet14", remat="yes")
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [((1, 3, 32, 32), "float32"), ((32, 32, 3), "float32"), ((1, 32, 32, 3), "uint8")],
+)
+def test_other_images_are_refused(shape, dtype):
+    model = abstract_model("resnet14", width=8, stem="cifar")
+    with pytest.raises(ValueError, match=r"images must be \(N, H, W, 3\), normalised floats, not"):
+        nnx.eval_shape(lambda model: model(jnp.zeros(shape, dtype)), model)

@@ -137,3 +137,10 @@ def test_initial_values():
     assert np.std(bias) == pytest.approx(16**-0.5 / 3**0.5, rel=0.1)
     assert (unit.upper.bn.scale[...] == 1).all() and (unit.upper.bn.bias[...] == 0).all()
     assert unit.gate.squeeze.bias is None and unit.upper.conv.bias is None
+
+
+@pytest.mark.parametrize("shape", [(1, 4, 4, 12), (1, 8), (8, 4, 4)])
+def test_other_inputs_are_refused(shape):
+    unit = nnx.eval_shape(lambda: SlimConv(8, rngs=nnx.Rngs(0)))
+    with pytest.raises(ValueError, match=r"SlimConv\(8\) takes \(..., H, W, 8\), not"):
+        nnx.eval_shape(lambda unit: unit(jnp.zeros(shape)), unit)

@@ -162,7 +162,10 @@ def test_a_tensor_that_no_network_has_is_unexpected(state_dict):
         from_torch(state_dict | {"layer1.0.conv1.weight_mask": np.ones((2, 3), bool)})
     with pytest.raises(ValueError, match=r"from_torch takes a state dict, .* not a Linear"):
         from_torch(torch.nn.Linear(1, 1))
-    with pytest.raises(ValueError, match=r"no tensors by name but 'epoch', 'state_dict'; of a wh"):
+    with pytest.raises(
+        ValueError,
+        match=r"a state dict has tensors by name, and this has 'epoch', 'state_dict'; of a wh",
+    ):
         from_torch({"epoch": 1, "state_dict": state_dict})
 
 
