@@ -21,7 +21,7 @@ from flax import nnx
 
 from slimconv_jax import create_model
 from slimconv_jax.benchmark import core_shares, describe_environment, environment_apart
-from slimconv_jax.compilation_cache import enable_compilation_cache
+from slimconv_jax.devices import enable_compilation_cache
 from slimconv_jax.errors import InputError, require_integer, run_script
 from slimconv_jax.models.zoo import abstract_model, normalize_model, parse_model
 from slimconv_jax.training.optimizer import create_optimizer

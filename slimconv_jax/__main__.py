@@ -9,6 +9,7 @@ import shlex
 import sys
 from pathlib import Path
 
+from slimconv_jax.console import prepare_console
 from slimconv_jax.errors import InputError
 from slimconv_jax.model_tables import print_architectures, print_layers, print_published
 from slimconv_jax.models.zoo import describe
@@ -32,13 +33,14 @@ def evaluate_command(args: argparse.Namespace) -> None:
     # Imported here since they take seconds.
     import jax
 
-    from slimconv_jax.compilation_cache import enable_compilation_cache
     from slimconv_jax.data.sources import load_source
+    from slimconv_jax.devices import enable_compilation_cache, find_devices
     from slimconv_jax.evaluation import evaluate_saved, preprocessing_of
     from slimconv_jax.saving import read_info, read_run_dataset
     from slimconv_jax.training.report import describe, describe_skipped
 
     enable_compilation_cache()
+    find_devices()
     if args.json and (Path(args.json).is_dir() or not Path(args.json).absolute().parent.is_dir()):
         raise InputError(f"cannot write {args.json}: it is a directory, or lies in none")
     preprocessing = preprocessing_of(read_info(args.model), **_preprocessing_changes(args))
@@ -103,12 +105,13 @@ def _inference_options(args: argparse.Namespace) -> dict:
 def predict_command(args: argparse.Namespace) -> None:
     """Prints the likeliest classes of images."""
     # Imported here since they take seconds.
-    from slimconv_jax.compilation_cache import enable_compilation_cache
+    from slimconv_jax.devices import enable_compilation_cache, find_devices
     from slimconv_jax.evaluation import preprocessing_of
     from slimconv_jax.prediction import expand_paths, predict_saved
     from slimconv_jax.saving import read_info
 
     enable_compilation_cache()
+    find_devices()
     preprocessing = preprocessing_of(read_info(args.model), **_preprocessing_changes(args))
     images = expand_paths(args.images)
     predictions = predict_saved(
@@ -134,12 +137,14 @@ def predict_command(args: argparse.Namespace) -> None:
 def export_command(args: argparse.Namespace) -> None:
     """Writes a saved model in a format for other programs."""
     # Imported here since they take seconds.
+    from slimconv_jax.devices import find_devices
     from slimconv_jax.evaluation import preprocessing_of
     from slimconv_jax.exporting import export_program, output_name
     from slimconv_jax.saving import load_model, read_info, save_model, verify_weights
     from slimconv_jax.torch_interop.checkpoint_file import write_checkpoint
     from slimconv_jax.torch_interop.convert import to_torch
 
+    find_devices()
     changes = _preprocessing_changes(args)
     if args.format not in PROGRAM_USES and (args.input or changes):
         raise InputError(
@@ -195,7 +200,9 @@ def benchmark_command(args: argparse.Namespace) -> None:
     import jax
 
     from slimconv_jax import benchmark, benchmark_report
+    from slimconv_jax.devices import find_devices
 
+    find_devices()
     implementations = benchmark_report.choose_implementations(
         args.implementation, modes=args.mode, dtypes=args.dtype
     )
@@ -457,6 +464,7 @@ def main(argv: list[str] | None = None) -> int:
     if unknown:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     args.argv = sys.argv[1:] if argv is None else argv
+    prepare_console()
     try:
         args.run(args)
         sys.stdout.flush()

@@ -37,7 +37,7 @@ from slimconv_jax.models.pieces import in_pieces
 from slimconv_jax.models.resnet import ResNet
 from slimconv_jax.models.surgery import fold_batch_norm
 from slimconv_jax.models.zoo import abstract_model, create_model, normalize_model, parse_model
-from slimconv_jax.torch_interop.checkpoint_file import import_torch
+from slimconv_jax.torch_interop.file_formats import import_torch
 from slimconv_jax.training.optimizer import create_optimizer
 from slimconv_jax.training.step import create_state, data_mesh, make_train_step
 
@@ -142,7 +142,7 @@ def build(case: Case) -> Program:
         program.run(1)
     except InputError:
         raise
-    except Exception as error:  # of XLA, CUDA, or what torch.compile calls
+    except (MemoryError, OSError, RuntimeError) as error:  # of XLA, CUDA, or torch.compile
         reason = f"{error}".strip().split("\n")[0]
         lacking = ("RESOURCE_EXHAUSTED", "out of memory", "allocate")
         if isinstance(error, MemoryError) or any(words in reason for words in lacking):

@@ -1,14 +1,38 @@
 """What a person sees: lines, and progress bars where there is a terminal."""
 
+import sys
 import time
+import warnings
 
 import rich.console
 import rich.progress
+
+from slimconv_jax.errors import InputWarning
 
 console = rich.console.Console()
 _stderr_console = rich.console.Console(stderr=True)
 
 _SECONDS_BETWEEN_LINES = 10
+
+
+def prepare_console() -> None:
+    """Lets the commands print whatever files and classes are named, and warn in one line.
+
+    A name that is no UTF-8, or that the terminal has no characters for, is printed with escapes.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # those of tests have it not
+            stream.reconfigure(errors="backslashreplace")
+    warnings.formatwarning = _format_warning
+
+
+_format_warning_of_python = warnings.formatwarning
+
+
+def _format_warning(message: Warning | str, category: type[Warning], *where) -> str:
+    if issubclass(category, InputWarning):
+        return f"warning: {message}\n"
+    return _format_warning_of_python(message, category, *where)
 
 
 def say(text: str) -> None:

@@ -1,11 +1,25 @@
-"""The one exception that means "the input is wrong, not the program", and checks that raise it."""
+"""The one exception that means "the input is wrong, not the program", and checks that raise it.
+
+And the one warning that means "part of the input was not used".
+"""
 
 import importlib
 import math
+import pickle
+import struct
 import sys
 import types
+import zipfile
+import zlib
 from collections.abc import Callable
 from numbers import Integral, Real
+
+LIBRARY_ERRORS = (
+    *(ArithmeticError, AssertionError, AttributeError, EOFError, ImportError, LookupError),
+    *(MemoryError, OSError, RuntimeError, SyntaxError, TypeError, ValueError),
+    *(pickle.PickleError, struct.error, zipfile.BadZipFile, zlib.error),
+)
+"""What libraries raise for input that they trust and should not: damaged files, say."""
 
 
 class InputError(ValueError):
@@ -15,6 +29,10 @@ class InputError(ValueError):
     without a traceback and exit with status 1; in library code it is an ordinary
     `ValueError`.
     """
+
+
+class InputWarning(UserWarning):
+    """Input that is used in part, or may not be what is meant; the message is for the user."""
 
 
 def require_integer(name: str, value: object, least: int) -> None:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from slimconv_jax.errors import InputError, import_extra, require_integer
+from slimconv_jax.errors import LIBRARY_ERRORS, InputError, import_extra, require_integer
 from slimconv_jax.evaluation import Preprocessing
 from slimconv_jax.files import new_file
 from slimconv_jax.models.resnet import ResNet
@@ -121,7 +121,7 @@ def _write_onnx(model: ResNet, prepare: Program, images: jax.ShapeDtypeStruct, p
         warnings.simplefilter("ignore")
         try:
             proto = jax2onnx.to_onnx(program, [images], model_name="slimconv_jax", **names)
-        except Exception as error:  # of a library that knows not everything in JAX
+        except LIBRARY_ERRORS as error:  # of jax2onnx, which knows not everything in JAX
             reason = str(error).strip().split("\n")[0]
             raise InputError(f"jax2onnx cannot convert the model: {reason}") from error
     # Whole, where jax2onnx itself would write large weights to a second file.

@@ -19,6 +19,16 @@ def absolute(path: epath.PathLike) -> epath.Path:
     return epath.Path(path).expanduser().resolve()
 
 
+def read_text(file: epath.PathLike) -> str:
+    """The text of a file in UTF-8, with or without a byte-order mark.
+
+    Raises:
+      OSError: if it cannot be read.
+      UnicodeDecodeError: if it is no UTF-8.
+    """
+    return epath.Path(file).read_bytes().decode("utf-8-sig")
+
+
 @contextlib.contextmanager
 def new_file(path: os.PathLike | str, *, overwrite: bool) -> Iterator[Path]:
     """A file that gets its name when it is complete, and is deleted if that fails.

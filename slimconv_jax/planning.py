@@ -144,7 +144,7 @@ def get_devices(topology: str) -> tuple[Device, list]:
         return device, load(device, sizes)
     except InputError:
         raise
-    except Exception as error:  # of the compiler, about what it is asked for
+    except (RuntimeError, ValueError) as error:  # of the compiler, about what it is asked for
         reason = str(error).strip().split("\n")[0]
         raise InputError(
             f"there is no topology {topology!r} ({reason}); there are {describe_topologies()}"

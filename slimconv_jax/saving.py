@@ -20,12 +20,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import safetensors
 from etils import epath
 from flax import nnx
 from flax.typing import Dtype
 
-from slimconv_jax.errors import InputError
-from slimconv_jax.files import absolute, checksum, list_files, replace_file
+from slimconv_jax.devices import find_devices
+from slimconv_jax.errors import LIBRARY_ERRORS, InputError
+from slimconv_jax.files import absolute, checksum, list_files, read_text, replace_file
 from slimconv_jax.models.complexity import count_params
 from slimconv_jax.models.resnet import ResNet, ResNetConfig, as_dtype
 from slimconv_jax.models.slimconv import k_from_reduction
@@ -74,7 +76,7 @@ def save_model(
     with _new_directory(path, overwrite=overwrite) as directory:
         try:
             _write_weights(model, directory / _WEIGHTS[format])
-        except Exception as error:  # for a full disk, each library has an error of its own
+        except (*LIBRARY_ERRORS, safetensors.SafetensorError) as error:  # of a full disk, say
             raise InputError(f"cannot write {path}: {error}") from None
         description["files"] = {n: checksum(file) for n, file in list_files(directory).items()}
         (directory / _DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n")
@@ -163,7 +165,7 @@ def read_run_dataset(path: epath.PathLike) -> dict[str, Any]:
     """
     file = absolute(path) / "config.json"
     try:
-        config = json.loads(file.read_text()) if file.exists() else {}
+        config = json.loads(read_text(file)) if file.exists() else {}
         return dict(config.get("dataset", {}))
     except (AttributeError, OSError, TypeError, ValueError):
         raise InputError(f"{file} is damaged: it is no config") from None
@@ -171,7 +173,7 @@ def read_run_dataset(path: epath.PathLike) -> dict[str, Any]:
 
 def _read_description(directory: epath.Path) -> dict[str, Any]:
     try:
-        description = json.loads((directory / _DESCRIPTION).read_text())
+        description = json.loads(read_text(directory / _DESCRIPTION))
     except OSError:
         missing = f"{directory} holds no model: there is no {_DESCRIPTION}"
         if not directory.is_dir():
@@ -245,6 +247,7 @@ def load_model(
         if not weights.exists():
             raise InputError(f"{taken} has no moving average; config.step.ema_decay is 0 there")
     variables = _by_name(model)
+    find_devices()  # that there are none is no fault of the weights
     try:
         if weights.suffix:
             import safetensors.numpy
@@ -258,7 +261,7 @@ def load_model(
             with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
                 tree = checkpointer.restore(weights, args=ocp.args.StandardRestore(like))
             arrays = _flatten(tree)
-    except Exception as error:  # each library has errors of its own
+    except (*LIBRARY_ERRORS, safetensors.SafetensorError) as error:
         raise InputError(f"the weights in {weights} cannot be read: {error}") from None
     if {name: array.shape for name, array in arrays.items()} != {
         name: variable.shape for name, variable in variables.items()
@@ -333,7 +336,7 @@ def _new_directory(path: epath.PathLike, *, overwrite: bool) -> Iterator[epath.P
 def _stranger(directory: epath.Path) -> str | None:
     """What keeps a directory from being just what `save_model` wrote."""
     try:
-        ours = {_DESCRIPTION, *json.loads((directory / _DESCRIPTION).read_text())["files"]}
+        ours = {_DESCRIPTION, *json.loads(read_text(directory / _DESCRIPTION))["files"]}
         strangers = sorted(list_files(directory).keys() - ours)
     except (OSError, ValueError, KeyError, TypeError):
         return f"it has no {_DESCRIPTION} of ours"
@@ -423,7 +426,7 @@ def verify_checksums(checkpoint: epath.Path) -> None:
     """
     file = checkpoint / _CHECKSUMS
     try:
-        files = dict(json.loads(file.read_text()))
+        files = dict(json.loads(read_text(file)))
     except (OSError, TypeError, ValueError):
         raise InputError(f"{file} is missing or damaged") from None
     _verify(checkpoint, files)

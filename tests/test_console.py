@@ -1,8 +1,12 @@
+import io
+import sys
 import time
+import warnings
 
 import pytest
 
-from slimconv_jax.console import Progress
+from slimconv_jax.console import Progress, prepare_console, say
+from slimconv_jax.errors import InputWarning
 
 
 @pytest.mark.parametrize(
@@ -23,3 +27,29 @@ def test_a_plain_log_gets_a_line_every_ten_seconds(seconds, lines, monkeypatch, 
             progress.advance(10)
     assert progress.done == 40
     assert capsys.readouterr().out.splitlines() == lines
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii", "latin-1"])
+def test_any_name_can_be_printed(encoding, monkeypatch):
+    name = "caf\udce9 \u65e5"  # bytes that are no UTF-8, in Python's words, and a character
+    streams = [io.TextIOWrapper(io.BytesIO(), encoding, "strict") for _ in range(2)]
+    monkeypatch.setattr(sys, "stdout", streams[0])
+    monkeypatch.setattr(sys, "stderr", streams[1])
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
+    prepare_console()
+    print(name)
+    say(name)
+    print(name, file=sys.stderr)
+    lines = []
+    for stream in streams:
+        stream.flush()
+        lines += stream.buffer.getvalue().splitlines()
+    assert lines[0] == lines[1] == lines[2]
+    assert lines[0].startswith(b"caf\\udce9 ")
+
+
+def test_a_warning_about_input_is_one_line(monkeypatch):
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
+    prepare_console()
+    assert warnings.formatwarning("two left", InputWarning, "a.py", 3) == "warning: two left\n"
+    assert "a.py:3: UserWarning: other" in warnings.formatwarning("other", UserWarning, "a.py", 3)

@@ -11,7 +11,7 @@ from flax import nnx
 from image_files import encode, smooth, write_folder
 from randomize import apply
 
-from slimconv_jax import compilation_cache, load_model, save_model
+from slimconv_jax import devices, load_model, save_model
 from slimconv_jax.__main__ import main
 from slimconv_jax.data.sources import ImageFolder
 from slimconv_jax.data.transforms import IMAGENET_MEAN, IMAGENET_STD, Transform
@@ -21,7 +21,7 @@ from slimconv_jax.saving import read_info
 
 @pytest.fixture(autouse=True)
 def no_cache_of_its_own(monkeypatch):
-    monkeypatch.setattr(compilation_cache, "enable_compilation_cache", lambda: None)
+    monkeypatch.setattr(devices, "enable_compilation_cache", lambda: None)
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 from randomize import apply, randomized
 
-from slimconv_jax import compilation_cache, exporting, load_model, save_model
+from slimconv_jax import devices, exporting, load_model, save_model
 from slimconv_jax.__main__ import main
 from slimconv_jax.data.transforms import IMAGENET_MEAN, IMAGENET_STD
 from slimconv_jax.models.zoo import abstract_model, abstract_resnet
@@ -20,7 +20,7 @@ from slimconv_jax.models.zoo import abstract_model, abstract_resnet
 
 @pytest.fixture(autouse=True)
 def no_cache_of_its_own(monkeypatch):
-    monkeypatch.setattr(compilation_cache, "enable_compilation_cache", lambda: None)
+    monkeypatch.setattr(devices, "enable_compilation_cache", lambda: None)
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,7 @@ import json
 from etils import epath
 
 from slimconv_jax.errors import InputError
+from slimconv_jax.files import read_text
 from slimconv_jax.models.resnet import ResNetConfig
 
 
@@ -22,7 +23,7 @@ def read_channels(path: epath.PathLike) -> ResNetConfig:
       ValueError: if there is no such file, or it is no such architecture.
     """
     try:
-        content = json.loads(epath.Path(path).read_text())
+        content = json.loads(read_text(path))
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror or error}") from None
     except (ValueError, RecursionError) as error:

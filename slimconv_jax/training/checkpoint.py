@@ -11,7 +11,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from slimconv_jax.console import say
-from slimconv_jax.errors import InputError
+from slimconv_jax.errors import LIBRARY_ERRORS, InputError
 from slimconv_jax.files import absolute
 from slimconv_jax.saving import (
     CHECKPOINTS,
@@ -203,7 +203,7 @@ class Checkpoints:
     def _explained(self, what: str) -> Iterator[None]:
         try:
             yield
-        except Exception as error:  # Orbax has many, of its own and of TensorStore
+        except (*LIBRARY_ERRORS, ExceptionGroup) as error:  # of Orbax and TensorStore
             reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
             raise InputError(
                 f"cannot {what} in {self._directory}: {reason} (those before are kept)"

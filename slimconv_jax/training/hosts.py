@@ -86,7 +86,7 @@ def on_first(function: Callable[[], int | None]) -> int | None:
     if jax.process_index() == 0:
         try:
             result = function()
-        except Exception as error:
+        except Exception as error:  # whatever it is, it is raised below, when all know of it
             failure = error
     message = np.array([failure is not None, result or 0], np.int32)
     failed, number = multihost_utils.broadcast_one_to_all(message).tolist()

@@ -198,7 +198,7 @@ class Reporter:
             try:
                 if self._error is None:  # else only make room, so that nobody waits for ever
                     report(*arguments)
-            except Exception as error:
+            except Exception as error:  # whatever it is, `_raise` raises it in the loop
                 self._error = error
             finally:
                 if report == self._report_train_step:

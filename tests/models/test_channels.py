@@ -182,3 +182,8 @@ def test_other_bad_input(written, tmp_path):
     other = SMALL | {"stem": 32}
     with pytest.raises(ValueError, match=r"shape +conv1.weight is \(24, .* must be \(32, "):
         from_torch(state_dict, arch=written(other))
+
+
+def test_a_byte_order_mark_is_no_part_of_the_text(written):
+    expected = read_channels(written(json.dumps(SMALL)))
+    assert read_channels(written("\ufeff" + json.dumps(SMALL))) == expected

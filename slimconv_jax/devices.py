@@ -1,0 +1,49 @@
+"""What JAX runs on, and where it keeps what it compiled, for the command lines."""
+
+import logging
+import os
+from pathlib import Path
+
+import jax
+
+from slimconv_jax.errors import InputError
+
+
+def find_devices() -> list[jax.Device]:
+    """`jax.devices()`, all devices of all processes.
+
+    Raises:
+      ValueError: if there are none of the platform that JAX was told to use.
+    """
+    logger, records = logging.getLogger("jax._src.xla_bridge"), []
+    # What JAX tells of libraries that it cannot load, with tracebacks, is kept if it finds devices.
+    logger.addFilter(records.append)
+    try:
+        devices = jax.devices()
+    except (AssertionError, RuntimeError) as error:
+        platforms = jax.config.jax_platforms
+        reason = f"JAX finds no devices: {str(error).partition(' (set JAX_PLATFORMS')[0]}"
+        if platforms:
+            reason = f"JAX is told to use {platforms!r} (JAX_PLATFORMS), and finds no such device"
+        raise InputError(f"{reason}; without JAX_PLATFORMS it uses what is there") from None
+    finally:
+        logger.removeFilter(records.append)
+    for record in records:
+        logger.handle(record)
+    return devices
+
+
+def enable_compilation_cache() -> None:
+    """Keeps compiled programs for the next start, unless JAX is told another place already.
+
+    They go to `$XDG_CACHE_HOME/slimconv_jax`, by default `~/.cache/slimconv_jax`. To choose
+    another directory set `JAX_COMPILATION_CACHE_DIR`; to keep nothing, set
+    `JAX_ENABLE_COMPILATION_CACHE=false`.
+    """
+    if jax.config.jax_compilation_cache_dir is None:
+        cache_home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        directory = Path(cache_home) / "slimconv_jax"
+        jax.config.update("jax_compilation_cache_dir", str(directory))
+    # JAX's default of one second leaves out the many small programs of an initialisation.
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
