@@ -13,9 +13,15 @@ from flax import nnx
 from flax.typing import Dtype
 
 from slimconv_jax.console import Progress
+from slimconv_jax.data.image_files import (
+    find_images,
+    is_image,
+    list_images,
+    warn_of_others,
+)
 from slimconv_jax.data.loader import load_dataset, round_up
 from slimconv_jax.data.sources import ImageFiles
-from slimconv_jax.data.transforms import IMAGE_SUFFIXES, Transform, find_images, list_images
+from slimconv_jax.data.transforms import Transform
 from slimconv_jax.errors import InputError, require_integer
 from slimconv_jax.evaluation import Preprocessing, class_names_of, preprocessing_of
 from slimconv_jax.models.pieces import in_pieces
@@ -61,19 +67,22 @@ def expand_paths(paths: Sequence[str]) -> list[str]:
     """
     files = []
     for path in paths:
-        if os.path.isdir(path):
-            files += map(str, find_images(path))
+        if "://" in path or os.path.isdir(path):
+            files += find_images(path)
         elif os.path.lexists(path):  # which may have the characters of a pattern in its name
             files.append(path)
         elif not glob.has_magic(path):
             raise InputError(f"there is no file or directory {path!r}")
         else:
-            images = []
+            images, others = [], set()
             for match in sorted(glob.glob(path, recursive=True)):
                 if os.path.isdir(match):
-                    images += list_images(match)
-                elif os.path.splitext(match)[1].lower() in IMAGE_SUFFIXES:
+                    images += list_images(match, others)
+                elif is_image(match):
                     images.append(match)
+                else:
+                    others.add(match)
+            warn_of_others(others, path)
             if not images:
                 raise InputError(f"no image matches {path!r}")
             files += dict.fromkeys(images)  # once, where a pattern matches folders and files

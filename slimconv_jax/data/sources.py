@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import numpy as np
+from etils import epath
 from PIL import Image
 
-from slimconv_jax.data.transforms import IMAGE_SUFFIXES, ImageError, list_images
-from slimconv_jax.errors import InputError, require_integer
+from slimconv_jax.data.image_files import list_images, read_bytes, suffixes, warn_of_others
+from slimconv_jax.data.transforms import ImageError
+from slimconv_jax.errors import LIBRARY_ERRORS, InputError, require_integer
 
 
 class Example(NamedTuple):
@@ -119,12 +121,10 @@ class TfdsSource:
         import tensorflow_datasets as tfds
 
         if data_dir is not None:
-            data_dir = Path(data_dir).expanduser()
-            if not data_dir.is_dir():
-                raise InputError(f"there is no directory {data_dir}")
+            data_dir = existing_directory(data_dir)
         try:
             builder = tfds.builder(name, data_dir=data_dir, try_gcs=False)
-        except Exception as error:  # of many kinds; some end in a list of all data sets
+        except _tfds_errors() as error:  # some of which end in a list of all data sets
             reason = str(error).strip().splitlines()[0]
             where = f" in {data_dir}" if data_dir else ""
             raise InputError(f"TFDS has no data set {name!r}{where}: {reason}") from None
@@ -150,7 +150,7 @@ class TfdsSource:
                 f"it, in any environment: {_TFDS_TOOLS} && tfds convert_format "
                 f"--dataset_version_dir={builder.data_dir} --out_file_format=array_record"
             ) from None
-        except Exception as error:  # a missing or damaged file, a slice that is wrong or empty
+        except _tfds_errors() as error:  # a missing or damaged file, a wrong or empty slice
             reason = " ".join(str(error).split())
             raise InputError(f"cannot read {split!r} of {builder.data_dir}: {reason}") from None
         self.class_names = tuple(builder.info.features[self._label_key].names)
@@ -179,7 +179,7 @@ class TfdsSource:
     def __getitem__(self, index: int) -> Example:
         try:
             record = self._records[index]
-        except Exception as error:  # array_record has several kinds
+        except _tfds_errors() as error:
             raise InputError(f"cannot read {self.describe(index)}: {error}") from None
         label = int(record[self._label_key])
         if not 0 <= label < len(self.class_names):
@@ -191,6 +191,13 @@ class TfdsSource:
 
     def describe(self, index: int) -> str:
         return f"record {index} of {self._name}, split {self._split!r}"
+
+
+def _tfds_errors() -> tuple[type[Exception], ...]:
+    """What TFDS raises for damaged or unknown data sets."""
+    from google.protobuf import json_format, message
+
+    return (*LIBRARY_ERRORS, json_format.Error, message.Error)
 
 
 _TFDS_TOOLS = "pip install tensorflow apache-beam mlcroissant"
@@ -220,9 +227,7 @@ class ImageFiles:
 
     def __getitem__(self, index: int) -> Example:
         try:
-            # Read whole, so without Python's buffer in between.
-            with open(self._files[index], "rb", buffering=0) as file:
-                return Example(file.read(), self._labels[index])
+            return Example(read_bytes(self._files[index]), self._labels[index])
         except OSError as error:
             raise ImageError(f"cannot read {self._files[index]}: {error.strerror}") from None
 
@@ -237,17 +242,18 @@ class ImageFolder(ImageFiles):
     what begins with a dot is ignored.
 
     Args:
-      root: the directory of the splits.
+      root: the directory of the splits, local or in an object store (gs://...).
       split: "train", "val", or whatever is there.
+
+    Warns:
+      UserWarning: if there are other files, with their number and endings.
 
     Raises:
       ValueError: if there is no such directory, or no class, or no image in a class.
     """
 
     def __init__(self, root: os.PathLike | str, split: str):
-        root = Path(root).expanduser()
-        if not root.is_dir():
-            raise InputError(f"there is no directory {root}")
+        root = existing_directory(root)
         splits = _directories(root)
         directory = root / split
         if not directory.is_dir():
@@ -257,18 +263,40 @@ class ImageFolder(ImageFiles):
         class_names = _directories(directory)
         if not class_names:
             raise InputError(f"{directory} has no directories, one for each class, with images")
-        all_files, labels = [], []
+        all_files, labels, others = [], [], set()
         for label, name in enumerate(class_names):
-            files = list_images(directory / name)
+            files = list_images(directory / name, others)
             if not files:
-                suffixes = ", ".join(sorted(IMAGE_SUFFIXES))
-                raise InputError(f"the class {directory / name} has no images ({suffixes})")
+                ends = ", ".join(sorted(suffixes()))
+                raise InputError(f"the class {directory / name} has no images ({ends})")
             all_files += files
             labels += [label] * len(files)
+        warn_of_others(others, directory)
         super().__init__(all_files, labels, class_names)
 
 
-def _directories(directory: Path) -> list[str]:
+def existing_directory(path: epath.PathLike) -> epath.Path:
+    """A directory of data, local or in an object store.
+
+    Raises:
+      ValueError: if there is none, or what reads the object store is not installed.
+    """
+    path = epath.Path(path).expanduser()
+    try:
+        is_there = path.is_dir()
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror or error}") from None
+    except ImportError as error:
+        raise InputError(
+            f"to read {path} needs another package ({error}): pip install 'slimconv_jax[gcs]', or, "
+            "in a clone, pip install -e '.[gcs]'"
+        ) from None
+    if not is_there:
+        raise InputError(f"there is no directory {path}")
+    return path
+
+
+def _directories(directory: epath.Path) -> list[str]:
     try:
         return sorted(p.name for p in directory.iterdir() if p.is_dir() and p.name[0] != ".")
     except OSError as error:

@@ -10,21 +10,17 @@ import math
 import os
 from collections.abc import Sequence
 from numbers import Real
-from pathlib import Path
 
 import cv2
 import numpy as np
 import simplejpeg
 from PIL import Image
 
+from slimconv_jax.data.image_files import DAMAGE, formats, read_bytes
 from slimconv_jax.errors import InputError, require_integer
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-
-IMAGE_SUFFIXES = frozenset(
-    (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
-)
 
 LONGEST_RATIO = 500
 """Longer images would fill the memory when their shorter side is resized."""
@@ -36,50 +32,8 @@ class ImageError(InputError):
     """An image that cannot be decoded."""
 
 
-def list_images(directory: os.PathLike | str) -> list[str]:
-    """The image files in a directory and all those below it, sorted; of links too, but once.
-
-    What begins with a dot is ignored. Strings, since there may be millions.
-
-    Raises:
-      ValueError: if a directory cannot be read.
-    """
-
-    def fail(error: OSError):
-        raise InputError(f"cannot read {error.filename}: {error.strerror}") from None
-
-    files, seen = [], set()
-    for parent, directories, names in os.walk(directory, onerror=fail, followlinks=True):
-        real = os.path.realpath(parent)
-        directories[:] = [] if real in seen else [d for d in directories if d[0] != "."]
-        if real not in seen:
-            seen.add(real)
-            files += [
-                os.path.join(parent, name)
-                for name in names
-                if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES and name[0] != "."
-            ]
-    return sorted(files)
-
-
-def find_images(directory: os.PathLike | str) -> list[Path]:
-    """The files of `list_images`, of which there must be some.
-
-    Raises:
-      ValueError: if there is no such directory, or no image in it.
-    """
-    directory = Path(directory)
-    if not directory.is_dir():
-        raise InputError(f"there is no directory {directory}")
-    files = [Path(file) for file in list_images(directory)]
-    if not files:
-        suffixes = ", ".join(sorted(IMAGE_SUFFIXES))
-        raise InputError(f"there are no images ({suffixes}) in {directory}")
-    return files
-
-
 def decode_image(data: bytes | np.ndarray, name: str) -> Image.Image:
-    """An image as RGB, of any kind that Pillow reads.
+    """An image as RGB, of any format in `slimconv_jax.data.image_files`.
 
     Greyscale, palette, RGBA, CMYK and 16-bit images become what torchvision's ImageFolder makes
     of them, and as there an orientation in the EXIF data is ignored.
@@ -94,13 +48,13 @@ def decode_image(data: bytes | np.ndarray, name: str) -> Image.Image:
     if isinstance(data, np.ndarray):
         return Image.fromarray(data)
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with Image.open(io.BytesIO(data), formats=formats()) as image:
             return image.convert("RGB")
-    except Exception as error:  # a damaged file can raise nearly anything in Pillow's decoders
-        reason = "it is in no format that Pillow knows"
-        if not isinstance(error, Image.UnidentifiedImageError):
-            reason = str(error) or type(error).__name__
-        raise ImageError(f"cannot read the image {name}: {reason}") from None
+    except Image.UnidentifiedImageError:
+        reason = f"it is in none of the formats {', '.join(formats())}"
+    except DAMAGE as error:
+        reason = str(error) or type(error).__name__
+    raise ImageError(f"cannot read the image {name}: {reason}")
 
 
 def read_image(path: os.PathLike | str) -> Image.Image:
@@ -110,7 +64,7 @@ def read_image(path: os.PathLike | str) -> Image.Image:
       ValueError: if it cannot be read as an image.
     """
     try:
-        data = Path(path).read_bytes()
+        data = read_bytes(os.fspath(path))
     except OSError as error:
         raise ImageError(f"cannot read the image {path}: {error.strerror}") from None
     return decode_image(data, str(path))
@@ -195,8 +149,8 @@ def random_resized_crop(
         factor = next((f for f in (8, 4, 2) if min(height, width) >= f * size), 1)
         try:
             pixels = _decode_jpeg(data, header, rows=top + height, factor=factor)
-        except ValueError:
-            raise ImageError(f"cannot read the image {name}: it is a damaged JPEG") from None
+        except ValueError:  # damaged, or with colours sampled unusually: Pillow can tell
+            factor, pixels = 1, np.asarray(decode_image(data, name))
         bottom, right = -(-(top + height) // factor), -(-(left + width) // factor)
         top, left = top // factor, left // factor
         height, width = bottom - top, right - left
