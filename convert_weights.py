@@ -3,9 +3,10 @@
     python convert_weights.py CHECKPOINT OUTPUT
 
 OUTPUT becomes a directory that slimconv_jax.load_model opens. The architecture is read off the
-shapes; what leaves no trace in them (strides, dilation, activations, the epsilon of batch norm)
-is taken to be as published. The model and the published network in PyTorch, with the
-weights of the file, are run on the same images; if they differ, nothing is written.
+shapes. What leaves no trace in them is taken to be as published: strides, dilation, activations,
+anti-aliasing, the epsilon of batch norm. The model is compared with the published network in
+PyTorch, with the weights of the file, on the same images; if they differ, nothing is written. It is
+not compared with the network of the file's author, which the file does not hold.
 """
 
 import argparse
@@ -22,22 +23,23 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from slimconv_jax.compilation_cache import enable_compilation_cache
-from slimconv_jax.console import console, say
+from slimconv_jax.console import console, prepare_console, say
+from slimconv_jax.data.image_files import find_images
 from slimconv_jax.data.transforms import (
     IMAGENET_MEAN,
     IMAGENET_STD,
-    find_images,
     read_image,
     resize_and_crop,
 )
+from slimconv_jax.devices import enable_compilation_cache, find_devices
 from slimconv_jax.errors import InputError, require_integer
-from slimconv_jax.files import checksum
+from slimconv_jax.files import checksum, read_text
 from slimconv_jax.models.complexity import count_params
 from slimconv_jax.models.zoo import describe, name_of, nearest_name
 from slimconv_jax.saving import FORMATS, check_destination, save_model
-from slimconv_jax.torch_interop.checkpoint_file import import_torch, read_checkpoint
+from slimconv_jax.torch_interop.checkpoint_file import read_checkpoint
 from slimconv_jax.torch_interop.convert import clean_state_dict, from_torch, rename
+from slimconv_jax.torch_interop.file_formats import checkpoint_files, import_torch
 from slimconv_jax.torch_interop.parity import DEFAULT_TOLERANCE, Parity, check_parity
 from slimconv_jax.training.augment import normalize
 
@@ -55,13 +57,14 @@ def convert(args: argparse.Namespace) -> None:
 
     with timed(times, "reading"):
         entries, place, places = read_checkpoint(args.checkpoint, key=args.key)
-        digest = checksum(args.checkpoint)
+        digests = {file.name: checksum(file) for file in checkpoint_files(args.checkpoint)}
         state_dict = clean_state_dict(rename(entries, args.rename))
     where = f" under {place!r}" if place else ""
     others = [other for other in places if other != place]
     there = f"; {', '.join(map(repr, others))} left aside, see --key" if others else ""
     say(f"read    {args.checkpoint}: {len(state_dict)} tensors{where}{there}")
-    say(f"        SHA-256 {digest}")
+    for name, digest in digests.items():
+        say(f"        SHA-256 {digest}{f'  {name}' if len(digests) > 1 else ''}")
 
     with timed(times, "converting"), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -82,7 +85,10 @@ def convert(args: argparse.Namespace) -> None:
             f"{model.config.num_classes}"
         )
 
-    source = {"file": Path(args.checkpoint).name, "sha256": digest, "state_dict": place}
+    name, digest = next(iter(digests.items()))
+    if len(digests) > 1:
+        name, digest = Path(args.checkpoint).name, digests
+    source = {"file": name, "sha256": digest, "state_dict": place}
     info = {"source": source, "parity": None}
     if class_names:
         info["class_names"] = class_names
@@ -92,7 +98,7 @@ def convert(args: argparse.Namespace) -> None:
             size = args.image_size or (224 if model.config.stem == "imagenet" else 32)
             try:
                 images, kind = inputs(args.images, args.num_images, size)
-                say(f"parity  with PyTorch on {kind}, in float32:")
+                say(f"parity  with the published network in PyTorch, on {kind}, in float32:")
                 parity = check_parity(model, state_dict, images)
                 show(parity)
                 if difference := parity.first_difference(tolerance):
@@ -109,8 +115,9 @@ def convert(args: argparse.Namespace) -> None:
                 ) from None
         if difference := parity.first_difference(tolerance):
             raise InputError(
-                f"the model is not the PyTorch network: {difference.stage} differs first, by "
-                f"{difference.max_rel_error:.1e} of its largest value"
+                "the model is not the published PyTorch network: "
+                f"{difference.stage} differs first, by {difference.max_rel_error:.1e} of its "
+                "largest value"
                 + ("" if difference.same_finite else " and in which values are finite")
                 + f" (allowed in float64: {tolerance:.1e}); nothing was written"
             )
@@ -163,7 +170,7 @@ def show(parity: Parity) -> None:
 def read_class_names(path: str) -> list[str]:
     """The lines of a file; each must be another name."""
     try:
-        names = [line.strip() for line in Path(path).read_text().splitlines()]
+        names = [line.strip() for line in read_text(path).splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"cannot read the class names in {path}: {error}") from None
     seen = set()
@@ -208,7 +215,12 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("checkpoint", metavar="CHECKPOINT", help="a file of torch.save, or .safetensors")
+    add(
+        "checkpoint",
+        metavar="CHECKPOINT",
+        help="a file of torch.save, .safetensors, "
+        ".npz, .pkl or .msgpack; of a model in several files the index or one of them",
+    )
     add("output", metavar="OUTPUT", help="the new directory")
     add("--overwrite", action="store_true", help="replace a model that is at OUTPUT already")
     add("--format", choices=FORMATS, default="orbax", help="of the weights (default: orbax)")
@@ -254,9 +266,11 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command; returns the exit status."""
+    prepare_console()
     args = parse_args(argv)
     enable_compilation_cache()
     try:
+        find_devices()
         if args.parity:
             import_torch()
         convert(args)

@@ -111,7 +111,7 @@ def test_and_back(tmp_path, checkpoint, state_dict, capsys):
 
 def test_class_names_are_kept(tmp_path, checkpoint, capsys):
     names = tmp_path / "names.txt"
-    names.write_text("ant\nbee\ncat\ndog\neel\n")
+    names.write_text("\ufeffant\r\nbee\ncat\ndog\neel\n")  # as an editor of Windows has it
     arguments = (checkpoint, tmp_path / "model", "--no-parity", "--class-names", names)
     assert convert(*arguments) == 0
     assert read_info(tmp_path / "model")["class_names"] == ["ant", "bee", "cat", "dog", "eel"]
@@ -174,7 +174,9 @@ def test_blocks_of_no_known_architecture_are_a_warning(tmp_path, capsys):
 def test_beyond_the_tolerance_nothing_is_written(tmp_path, checkpoint, capsys):
     assert convert(checkpoint, tmp_path / "model", "--tolerance", "0") == 1
     errors = capsys.readouterr().err
-    assert re.match(r"error: the model is not the PyTorch network: \w+.* differs first, by", errors)
+    assert re.match(
+        r"error: the model is not the published PyTorch network: \w+.* differs first, by", errors
+    )
     assert os.listdir(tmp_path) == []
     # What is only rounding is gone in float64, where a ten thousandth of the tolerance decides.
     assert convert(checkpoint, tmp_path / "model", "--tolerance", "1e-8") == 0
@@ -210,7 +212,7 @@ def test_an_interruption_leaves_nothing(tmp_path, checkpoint):
         (["{checkpoint}", "{tmp}/no/a"], "error: cannot write {tmp}/no/a: there is no directory"),
         (["{checkpoint}", "/proc/a"], "error: cannot write /proc/a: "),
         (["{tmp}/nope.pth", "{tmp}/a"], "error: cannot read {tmp}/nope.pth: No such file"),
-        (["{tmp}", "{tmp}/a"], "error: {tmp} is a directory, not a checkpoint file"),
+        (["{tmp}", "{tmp}/a"], "error: {tmp} is a directory without a checkpoint file"),
         (
             ["{checkpoint}", "{tmp}/a", "--arch", "resnet50"],
             "error: resnet50 was asked for, and the entries are those of sc_resnet14",

@@ -81,7 +81,7 @@ def read_ends(shapes: Mapping[str, tuple[int, ...]]) -> dict:
     stem = _conv(shapes, "conv1.weight")
     classifier = shapes.get("fc.weight") or shapes.get("fc.bias")
     return {
-        "num_classes": classifier[0] if classifier else 1000,
+        "num_classes": classifier[0] if classifier else 0,
         "stem": "cifar" if stem and stem[2:] == (3, 3) else "imagenet",
     }
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.typing import Dtype
 
-from slimconv_jax.errors import InputError
+from slimconv_jax.errors import InputError, InputWarning
 from slimconv_jax.models.resnet import ResNet, as_dtype
 from slimconv_jax.models.slimconv import CompressionRatio
 from slimconv_jax.models.zoo import (
@@ -28,9 +28,15 @@ from slimconv_jax.models.zoo import (
 )
 from slimconv_jax.torch_interop.architecture import read_architecture, read_ends
 from slimconv_jax.torch_interop.names import entries
+from slimconv_jax.torch_interop.strangers import looks_like
 
 _LEAF = re.compile(r"(?:.*\.)?(?:weight|bias|running_mean|running_var)")
 _COUNTER = re.compile(r"(?:.*\.)?num_batches_tracked")
+_WRAPPERS = re.compile(
+    r"(^|(?<=\.))(_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module|_orig_mod|module)\."
+)
+"""What wrappers of PyTorch put into the names of what they wrap, at the front or inside."""
+
 _PREFIX = re.compile(r"(.*\.|)(layer[1-4]\.\d+\..+)")
 
 
@@ -43,8 +49,10 @@ def from_torch(
 ) -> ResNet:
     """The model of a PyTorch state dict, in evaluation mode.
 
-    Its architecture is read off the shapes: blocks, width, k, groups, stem and classes. Strides
-    and dilation leave no trace in shapes: they are those of the published networks.
+    Its architecture is read off the shapes: blocks, width, k, groups, stem and classes; without
+    `fc` it has no classifier. Strides, dilation, anti-aliasing (timm's `aa_layer`) and the like
+    leave no trace in shapes: they are those of the published networks. A network that was trained
+    with dilation is right after `backbone(model, output_stride=...)`.
 
     Args:
       state_dict: PyTorch tensors or NumPy arrays by name, the released ones or torchvision's,
@@ -83,7 +91,12 @@ def from_torch(
             raise InputError(f"{arch} has no SlimConv, so it takes no k (k={k!r} was given)")
         config = dataclasses.replace(named_config(arch), **read_ends(shapes))
     else:
-        config = read_architecture(shapes, k=k)
+        try:
+            config = read_architecture(shapes, k=k)
+        except InputError as error:
+            if stranger := looks_like(shapes):
+                raise InputError(f"this looks like {stranger}: {error}") from None
+            raise
     if arch is not None and not is_file and name_of(config) != arch:
         named_config(arch)  # raises if there is none
         # Where only blocks are missing or too many, the report says which.
@@ -105,13 +118,15 @@ def from_torch(
         irregular = ""
         if config.block == "bottleneck" and config.reduction is None:
             irregular = " (if its widths are irregular, `arch` must be a JSON file of them)"
+        stranger = looks_like(shapes)
         raise InputError(
-            f"the entries are not those of {describe(config)}"
+            (f"this looks like {stranger}: " if stranger else "")
+            + f"the entries are not those of {describe(config)}"
             + (":\n" if arch else f", which they come nearest to{irregular}:\n")
             + "\n".join(_differences(shapes, expected))
         )
     if odd := [*filter(None, (_oddity(name, array) for name, array in arrays.items()))]:
-        warnings.warn(f"these entries look damaged: {', '.join(odd)}", stacklevel=2)
+        warnings.warn(f"these entries look damaged: {', '.join(odd)}", InputWarning, stacklevel=2)
     for name, entry in table.items():
         entry.variable.set_value(jnp.array(entry.to_ours(arrays[name])))
     model.eval()
@@ -174,15 +189,18 @@ def clean_state_dict(state_dict: Mapping[str, Any]) -> dict[str, np.ndarray]:
         those of several networks.
     """
     arrays = {}
-    for name, value in state_dict.items():
-        if not isinstance(name, str) or _COUNTER.fullmatch(name):
+    for full_name, value in state_dict.items():
+        if not isinstance(full_name, str) or _COUNTER.fullmatch(full_name):
             continue
+        name = _WRAPPERS.sub("", full_name)
         is_tensor = hasattr(value, "dtype") and hasattr(value, "ndim")
         if not _LEAF.fullmatch(name) and not (is_tensor and (value.ndim or "." in name)):
             continue  # what else a file holds beside its tensors, such as a best accuracy
         array = _as_array(value)
         if isinstance(array, str):
-            raise InputError(f"{name} is {array}; a dense floating-point tensor is needed")
+            raise InputError(f"{full_name} is {array}; a dense floating-point tensor is needed")
+        if name in arrays:
+            raise InputError(f"{name} is there twice, with and without the name of a wrapper")
         arrays[name] = array
     blocks: dict[str, set[str]] = {}
     for name in arrays:
@@ -214,17 +232,25 @@ def _as_array(value: Any) -> np.ndarray | str:
     keep = jax.config.jax_enable_x64
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(value, torch.Tensor):
-        if (
-            value.is_quantized
-            or value.is_nested
-            or value.layout != torch.strided
-            or value.device.type == "meta"
+        for what, is_so in (
+            ("without values yet, of a lazy module", torch.nn.parameter.is_lazy),
+            ("that is quantised", lambda value: value.is_quantized),
+            ("that is nested", lambda value: value.is_nested),
+            ("that is sparse", lambda value: value.layout != torch.strided),
+            ("without values, on the meta device", lambda value: value.device.type == "meta"),
+            (f"of type {value.dtype}", lambda value: not value.is_floating_point()),
         ):
-            return "a quantised, sparse, nested or empty tensor"
-        if not value.is_floating_point():
-            return f"a tensor of type {value.dtype}"
+            if is_so(value):
+                return f"a tensor {what}"
         wide = torch.float64 if keep and value.dtype == torch.float64 else torch.float32
-        return value.detach().to("cpu", wide).numpy()
+        try:
+            return value.detach().to("cpu", wide).numpy()
+        except (
+            NotImplementedError,
+            RuntimeError,
+            TypeError,
+        ):  # of subclasses with a mind of their own
+            return f"a {type(value).__name__}, a tensor that does not give its values away"
     if not hasattr(value, "dtype") or not hasattr(value, "shape"):
         return f"a {type(value).__name__}"
     if not jnp.issubdtype(value.dtype, jnp.floating):

@@ -1,4 +1,6 @@
 import argparse
+import io
+import json
 import os
 import pickle
 import sys
@@ -9,6 +11,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from flax import serialization
 
 from slimconv_jax.torch_interop.checkpoint_file import read_checkpoint, write_checkpoint
 
@@ -28,8 +31,8 @@ def save(content, path, *, zipped=True):
 def check(found):
     assert list(found) == list(TENSORS)
     for name, tensor in found.items():
-        assert torch.equal(torch.as_tensor(tensor), TENSORS[name])
-        assert torch.as_tensor(tensor).dtype == TENSORS[name].dtype
+        tensor = tensor if isinstance(tensor, torch.Tensor) else torch.from_numpy(np.array(tensor))
+        assert torch.equal(tensor, TENSORS[name]) and tensor.dtype == TENSORS[name].dtype
 
 
 @pytest.mark.parametrize("zipped", FORMATS.values(), ids=FORMATS)
@@ -107,8 +110,6 @@ class Evil:
 
 
 def corrupted_zip():
-    import io
-
     buffer = io.BytesIO()
     torch.save({"state_dict": TENSORS}, buffer)
     data = bytearray(buffer.getvalue())
@@ -177,8 +178,11 @@ def test_other_contents(tmp_path):
     os.mkfifo(tmp_path / "pipe.pth")
     with pytest.raises(ValueError, match=r"pipe.pth is a pipe or a device"):
         read_checkpoint(tmp_path / "pipe.pth")
-    with pytest.raises(ValueError, match="is a directory"):
+    with pytest.raises(ValueError, match=r"has several checkpoints, a.pth, b.safetensors"):
         read_checkpoint(tmp_path)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="is a directory without a checkpoint file"):
+        read_checkpoint(tmp_path / "empty")
     with pytest.raises(ValueError, match=r"cannot read .*nowhere.pth: No such file"):
         read_checkpoint(tmp_path / "nowhere.pth")
     with zipfile.ZipFile(path, "w") as archive:
@@ -215,3 +219,88 @@ def test_write_checkpoint(tmp_path):
         with pytest.raises(ValueError, match=message):
             write_checkpoint(arrays, bad, overwrite=True)
     assert os.listdir(tmp_path) == ["a.pth"]
+
+
+ARRAYS = {name: tensor.numpy() for name, tensor in TENSORS.items()}
+
+
+def test_arrays_of_numpy_and_of_flax(tmp_path):
+    np.savez(tmp_path / "a.npz", **ARRAYS)
+    check(read_checkpoint(tmp_path / "a.npz")[0])
+    nested = {"module": {"conv1": {"weight": ARRAYS["module.conv1.weight"]}}}
+    nested["module"]["bn1"] = {"bias": ARRAYS["module.bn1.bias"]}
+    (tmp_path / "a.msgpack").write_bytes(serialization.to_bytes(nested))
+    check(read_checkpoint(tmp_path / "a.msgpack")[0])
+    for name in ("a.npz", "a.msgpack"):
+        data = (tmp_path / name).read_bytes()
+        (tmp_path / name).write_bytes(data[: len(data) // 2])
+        with pytest.raises(ValueError, match=r"is truncated or damaged|is no intact msgpack file"):
+            read_checkpoint(tmp_path / name)
+    np.savez(tmp_path / "b.npz", **{"a.b": np.array([Evil()], object)})
+    with pytest.raises(ValueError, match="is no intact npz file: Object arrays cannot be loaded"):
+        read_checkpoint(tmp_path / "b.npz")
+
+
+@pytest.mark.parametrize("protocol", [2, 4, 5])
+@pytest.mark.parametrize("content", [ARRAYS, TENSORS], ids=["numpy", "torch"])
+def test_plain_pickles(tmp_path, content, protocol):
+    with open(tmp_path / "a.pkl", "wb") as file:
+        pickle.dump({"model": dict(content), "__author__": "someone"}, file, protocol)
+    found, place, _ = read_checkpoint(tmp_path / "a.pkl")
+    check(found)
+    assert place == "model"
+
+
+@pytest.mark.parametrize("hidden", ["alone", "in a tensor"])
+def test_no_pickle_can_run_code(tmp_path, monkeypatch, hidden):
+    monkeypatch.chdir(tmp_path)
+    content = Evil()
+    if hidden == "in a tensor":
+        buffer = io.BytesIO()
+        torch.save(Evil(), buffer)
+        content = Loaded(buffer.getvalue())
+    with open("a.pkl", "wb") as file:
+        pickle.dump({"conv1.weight": content}, file)
+    with pytest.raises(ValueError, match=r"was refused: reading it would run|its contents make no"):
+        read_checkpoint("a.pkl")
+    assert not os.path.exists("evil")
+
+
+class Loaded:
+    """Pickled as PyTorch pickles a storage."""
+
+    def __init__(self, data):
+        self.data = data
+
+    def __reduce__(self):
+        return torch.storage._load_from_bytes, (self.data,)
+
+
+def test_a_model_in_several_files(tmp_path):
+    files = {}
+    for number, (name, tensor) in enumerate(TENSORS.items(), 1):
+        files[name] = f"model-{number:05}-of-00002.safetensors"
+        safetensors.torch.save_file({name: tensor}, tmp_path / files[name])
+        torch.save({name: tensor}, tmp_path / f"pytorch_model-{number:05}-of-00002.bin")
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": files}))
+    given = (index, tmp_path, tmp_path / files["module.bn1.bias"])
+    for path in (*given, tmp_path / "pytorch_model-00001-of-00002.bin"):
+        check(read_checkpoint(path)[0])
+    (tmp_path / "pytorch_model-00002-of-00002.bin").unlink()
+    with pytest.raises(
+        ValueError, match=r"in 2 files; pytorch_model-00002-of-00002.bin is missing"
+    ):
+        read_checkpoint(tmp_path / "pytorch_model-00001-of-00002.bin")
+    for text in ('{"weight_map": {"a": "../model.bin"}}', "[]", "{", '{"weight_map": {}}'):
+        index.write_text(text)
+        with pytest.raises(ValueError, match="is no index of the files of a model"):
+            read_checkpoint(index)
+
+
+def test_low_precision_and_lazy_tensors(tmp_path):
+    eighth = torch.ones(2, 2).to(torch.float8_e4m3fn)
+    safetensors.torch.save_file({"a.b": eighth}, tmp_path / "a.safetensors")
+    assert (read_checkpoint(tmp_path / "a.safetensors")[0]["a.b"].float() == 1).all()
+    save({"a.b": torch.nn.UninitializedParameter(), "a.c": torch.ones(2)}, tmp_path / "a.pth")
+    assert torch.nn.parameter.is_lazy(read_checkpoint(tmp_path / "a.pth")[0]["a.b"])

@@ -1,0 +1,329 @@
+"""What files of weights hold: PyTorch's of any age, safetensors, pickles, NumPy's, msgpack.
+
+No file can run code: of a pickle nothing is called but what makes tensors, arrays and plain
+containers.
+"""
+
+import argparse
+import collections
+import io
+import json
+import os
+import pickle
+import re
+import struct
+import tempfile
+import types
+import warnings
+import zipfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from slimconv_jax.errors import LIBRARY_ERRORS, InputError, import_extra
+from slimconv_jax.files import read_text
+
+_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".tar", ".pkl", ".npz", ".msgpack", ".ckpt")
+_SHARD = re.compile(r"(.+)-(\d+)-of-(\d+)(\.\w+)")
+
+
+def import_torch() -> types.ModuleType:
+    """PyTorch, or the command that installs it.
+
+    Raises:
+      ValueError: if PyTorch is not installed.
+    """
+    return import_extra("torch", extra="torch", package="PyTorch")
+
+
+def checkpoint_files(path: epath.PathLike) -> list[epath.Path]:
+    """The files that are meant by one of them, by their index, or by their directory.
+
+    Args:
+      path: local, or an address such as gs://bucket/model.safetensors.index.json.
+
+    Raises:
+      ValueError: if there are none, or several models.
+    """
+    path = epath.Path(path).expanduser()
+    try:
+        if path.is_dir():
+            path = _only_checkpoint(path)
+        names = [path.name]
+        if path.name.endswith(".index.json"):
+            names = _indexed_files(path)
+        elif match := _SHARD.fullmatch(path.name):
+            stem, number, count, suffix = match.groups()
+            numbers = (f"{i:0{len(number)}}" for i in range(1, int(count) + 1))
+            names = [f"{stem}-{number}-of-{count}{suffix}" for number in numbers]
+        files = [path.parent / name for name in names]
+        missing = [file.name for file in files if not file.exists()]
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror or error}") from None
+    except ImportError as error:  # of what reads object stores
+        raise InputError(f"cannot read {path}: {error}") from None
+    if missing and len(files) > 1:
+        raise InputError(f"{path} is of a model in {len(files)} files; {missing[0]} is missing")
+    return files
+
+
+def _only_checkpoint(directory: epath.Path) -> epath.Path:
+    """The file that is meant by a directory."""
+    files = sorted(path for path in directory.iterdir() if path.is_file())
+    indices = [path for path in files if path.name.endswith(".index.json")]
+    firsts = [p for p in files if (match := _SHARD.fullmatch(p.name)) and int(match[2]) == 1]
+    single = [p for p in files if p.suffix in _SUFFIXES and not _SHARD.fullmatch(p.name)]
+    for candidates in (indices, firsts, single):
+        if len(candidates) == 1:
+            return candidates[0]
+        if candidates:
+            names = ", ".join(path.name for path in candidates[:8])
+            raise InputError(f"{directory} has several checkpoints, {names}; give one of them")
+    raise InputError(f"{directory} is a directory without a checkpoint file")
+
+
+def _indexed_files(path: epath.Path) -> list[str]:
+    """The names of the files that an index names, all in its own directory."""
+    try:
+        names = sorted(set(json.loads(read_text(path))["weight_map"].values()))
+        if not names or not all(Path(name).name == name for name in names):
+            raise ValueError
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError):
+        raise InputError(f"{path} is no index of the files of a model") from None
+    return names
+
+
+def read_files(files: Sequence[epath.Path]) -> Any:
+    """What the file of a model, or all its files together, hold.
+
+    Args:
+      files: from `checkpoint_files`.
+
+    Raises:
+      ValueError: if one cannot be read, or reading it could run code.
+    """
+    contents = [_read_anywhere(file) for file in files]
+    if len(contents) == 1:
+        return contents[0]
+    merged = {}
+    for file, content in zip(files, contents, strict=True):
+        if not isinstance(content, Mapping):
+            raise InputError(f"{file} holds no tensors by name")
+        if twice := merged.keys() & content.keys():
+            raise InputError(f"{min(map(str, twice))} is in several files, such as {file}")
+        merged |= content
+    return merged
+
+
+def _read_anywhere(file: epath.Path) -> Any:
+    """What a file holds, of which there is a copy for the time if it is in an object store."""
+    if "://" not in os.fspath(file):
+        return _read_one(Path(file))
+    with tempfile.TemporaryDirectory() as directory:
+        copy = Path(directory) / file.name
+        try:
+            copy.write_bytes(file.read_bytes())
+        except OSError as error:
+            raise InputError(f"cannot read {file}: {error.strerror or error}") from None
+        return _read_one(copy)
+
+
+def _read_one(path: Path) -> Any:
+    """Whatever the file holds."""
+    try:
+        if path.exists() and not path.is_file():
+            raise InputError(f"{path} is a pipe or a device, not a checkpoint file")
+        with open(path, "rb") as file:
+            head = file.read(1024)
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from None
+    if not head:
+        raise InputError(f"{path} is empty")
+    if _is_safetensors(head, path.stat().st_size):
+        return _read_safetensors(path)
+    if what := _not_a_checkpoint(head):
+        raise InputError(f"{path} is {what}, not a checkpoint")
+    if path.suffix == ".safetensors":
+        return _read_safetensors(path)
+    if head.startswith(b"PK"):
+        _check_zip(path)
+        if _is_npz(path):
+            return _guarded(path, lambda: dict(np.load(path, allow_pickle=False)), "npz")
+    if path.suffix == ".msgpack":
+        return _guarded(path, lambda: _read_msgpack(path), "msgpack")
+    if _is_plain_pickle(head):
+        return _guarded(path, lambda: _SafeUnpickler(io.BytesIO(path.read_bytes())).load())
+    torch = import_torch()
+
+    def load() -> Any:
+        # Tensors without values, which are called so when they are used.
+        lazy = [torch.nn.UninitializedParameter, torch.nn.UninitializedBuffer]
+        with torch.serialization.safe_globals([*_harmless(), *lazy]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a damaged file's oddities
+            return torch.load(path, map_location="cpu", weights_only=True)
+
+    return _guarded(path, load)
+
+
+def _guarded(path: Path, load: Callable[[], Any], kind: str = "") -> Any:
+    """What a function reads from a file, or a sentence about why it cannot."""
+    try:
+        return load()
+    except InputError:
+        raise
+    except LIBRARY_ERRORS as error:
+        reason = f"is no intact {kind} file: {first_line(error)}" if kind else _reason(error)
+        raise InputError(f"{path} {reason}") from None
+
+
+def _read_msgpack(path: Path) -> dict[str, Any]:
+    """The arrays of a file of `flax.serialization`; the keys that lead to them joined by dots."""
+    from flax import serialization, traverse_util
+
+    return traverse_util.flatten_dict(serialization.msgpack_restore(path.read_bytes()), sep=".")
+
+
+_LEGACY_MAGIC = pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2)[2:]
+"""What files of `torch.save` begin with, before PyTorch 1.6, after the number of the protocol."""
+
+
+def _is_plain_pickle(head: bytes) -> bool:
+    return head[:1] == b"\x80" and head[1] <= 5 and not head[2:].startswith(_LEGACY_MAGIC)
+
+
+class _SafeUnpickler(pickle.Unpickler):
+    """Makes tensors, arrays and plain containers, and refuses everything else."""
+
+    def __init__(self, file: io.BytesIO):
+        super().__init__(file, encoding="latin1")  # of Python 2, in which some are still written
+
+    def find_class(self, module: str, name: str) -> Any:
+        allowed = {
+            tuple(x[1].rsplit(".", 1))
+            if isinstance(x, tuple)
+            else (x.__module__, x.__qualname__): x[0] if isinstance(x, tuple) else x
+            for x in _harmless()
+        }
+        # What bytes are written as for Python 2, and arrays since pickle's protocol 5.
+        allowed["_codecs", "encode"] = lambda text, _: text.encode("latin1")
+        for core in ("core", "_core"):
+            allowed[f"numpy.{core}.numeric", "_frombuffer"] = np._core.numeric._frombuffer
+        if module.startswith("torch"):
+            torch = import_torch()
+            allowed["torch._utils", "_rebuild_tensor_v2"] = torch._utils._rebuild_tensor_v2
+            allowed["torch._utils", "_rebuild_parameter"] = torch._utils._rebuild_parameter
+            allowed["torch.storage", "_load_from_bytes"] = lambda data: torch.load(
+                io.BytesIO(data), map_location="cpu", weights_only=True
+            )
+        if (module, name) not in allowed:
+            raise pickle.UnpicklingError(f"GLOBAL {module}.{name} was not an allowed global")
+        return allowed[module, name]
+
+
+def _is_safetensors(head: bytes, size: int) -> bool:
+    return len(head) > 8 and head[8:9] == b"{" and struct.unpack("<Q", head[:8])[0] <= size - 8
+
+
+def _not_a_checkpoint(head: bytes) -> str | None:
+    """What a file is that begins like this, if it is something that people mistake for one."""
+    start = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    if start.startswith((b"<!doctype", b"<html", b"<head", b"<?xml", b"<script", b"<meta")):
+        return "a web page (an expired download link gives such a file)"
+    if start.startswith(b"version https://git-lfs"):
+        return "a Git LFS pointer (git lfs pull gets the file itself)"
+    for magic, what in (
+        (b"\x1f\x8b", "a gzip archive, to be unpacked first"),
+        (b"\xfd7zXZ", "an xz archive, to be unpacked first"),
+        (b"\x89HDF", "an HDF5 file"),
+        (b"\x93NUMPY", "a NumPy array"),
+    ):
+        if head.startswith(magic):
+            return what
+    if head[257:262] == b"ustar":
+        return "a tar archive, to be unpacked first"
+    try:
+        text = head.decode()
+    except UnicodeDecodeError as error:
+        text = "" if error.start < len(head) - 4 else head[: error.start].decode()
+    if text and all(character.isprintable() or character in "\t\r\n\f" for character in text):
+        return "a text file"
+    return None
+
+
+def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
+    import safetensors.numpy
+
+    try:
+        return safetensors.numpy.load_file(path)
+    except (AttributeError, TypeError):  # of dtypes that NumPy has not, such as float8
+        import_torch()
+        import safetensors.torch
+
+        return safetensors.torch.load_file(path)
+    except (OSError, ValueError, safetensors.SafetensorError) as error:
+        raise InputError(f"{path} is no intact safetensors file: {first_line(error)}") from None
+
+
+def _check_zip(path: Path) -> None:
+    """Compares the checksums, which `torch.load` does not."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except LIBRARY_ERRORS as error:
+        raise InputError(f"{path} is truncated or damaged: {first_line(error)}") from None
+    if damaged is not None:
+        raise InputError(f"{path} is damaged: the checksum of {damaged} inside it is wrong")
+
+
+def _is_npz(path: Path) -> bool:
+    with zipfile.ZipFile(path) as archive:
+        return all(name.endswith(".npy") for name in archive.namelist())
+
+
+def _harmless() -> list[Any]:
+    """What may stand beside the tensors of a training script's checkpoint."""
+    # NumPy renamed numpy.core; files have the old names or the new ones.
+    multiarray = [
+        (function, f"numpy.{core}.multiarray.{name}")
+        for core in ("core", "_core")
+        for name, function in (
+            ("scalar", np._core.multiarray.scalar),
+            ("_reconstruct", np._core.multiarray._reconstruct),
+        )
+    ]
+    dtypes = [type(np.dtype(code)) for code in "?bBhHiIlLqQefdgFDSU"]
+    return [
+        *multiarray,
+        *dtypes,
+        np.dtype,
+        np.ndarray,
+        argparse.Namespace,
+        collections.defaultdict,
+        collections.OrderedDict,
+    ]
+
+
+def _reason(error: Exception) -> str:
+    """Why `torch.load` failed, in a few words."""
+    if match := re.search(r"GLOBAL (\S+) (?:was not an allowed|whose module)", str(error)):
+        return (
+            f"was refused: reading it would run {match[1]} (unless it is damaged), and only "
+            "tensors and plain containers are read, so that no file can run code; where you trust "
+            "it, load it in PyTorch and save its state_dict() alone"
+        )
+    if "TorchScript" in str(error):
+        return "is a TorchScript archive; save the state_dict() of the module instead"
+    return f"is no checkpoint, or is truncated or damaged: {first_line(error)}"
+
+
+def first_line(error: Exception) -> str:
+    """The gist of a library's message, of which the first line says enough."""
+    # `torch.load` puts its own advice before the line that says what went wrong.
+    text = str(error).rpartition("WeightsUnpickler error:")[2]
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if not lines or "Weights only" in lines[0] or "weights_only" in lines[0]:
+        return "its contents make no sense"
+    return lines[0]
