@@ -3,9 +3,10 @@ r"""Trains a model as a config file says.
     python train.py --config configs/digits.py [--workdir DIR] [--config.KEY=VALUE ...]
 
 Any key of the config can be set on the command line, as in --config.optimizer.learning_rate=0.05
-or --config.model.k=8/3. The work directory gets config.json, checkpoints/, metrics.jsonl,
-curves.png and TensorBoard's events. Ctrl-C and SIGTERM save the step that is under way and stop;
-the same command again continues.
+or --config.model.k=8/3; None is none. --config FILE:ARGUMENT calls its get_config with ARGUMENT.
+The work directory gets config.json, checkpoints/, metrics.jsonl, curves.png and TensorBoard's
+events. Ctrl-C and SIGTERM save the step that is under way and stop; the same command again
+continues.
 
 On several hosts run it on each, with the same work directory. SLURM and TPU pods are detected;
 elsewhere say who is who:
@@ -15,6 +16,7 @@ elsewhere say who is who:
 """
 
 import os
+import re
 import signal
 import sys
 from pathlib import Path
@@ -23,11 +25,12 @@ import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from slimconv_jax.compilation_cache import enable_compilation_cache
-from slimconv_jax.errors import InputError
+from slimconv_jax.console import prepare_console
+from slimconv_jax.devices import enable_compilation_cache
+from slimconv_jax.errors import LIBRARY_ERRORS, InputError
 from slimconv_jax.files import absolute
 from slimconv_jax.saving import list_checkpoints
-from slimconv_jax.training.config import check_overrides
+from slimconv_jax.training.config import prepare_arguments
 from slimconv_jax.training.hosts import initialize, is_lost_contact
 from slimconv_jax.training.interruption import RunInterruptedError
 from slimconv_jax.training.loop import train
@@ -50,11 +53,14 @@ flags.mark_flag_as_required("config")
 
 def parse_flags(argv: list[str]) -> list[str]:
     """Parses the command line, with a sentence where ml_collections has a traceback."""
+    prepare_console()
     try:
-        check_overrides(argv)
+        argv, nothing = prepare_arguments(argv)
     except InputError as error:
         sys.exit(f"error: {error}")
+    sys.argv[:] = argv  # where ml_collections looks for overrides
     rest = app.parse_flags_with_usage(argv)
+    flags.FLAGS["config"].value.update_from_flattened_dict(dict.fromkeys(nothing))
     if flags.FLAGS["verbosity"].using_default_value:
         # Else Orbax tells of every file it touches, and prints tracebacks of what it raises too.
         flags.FLAGS.verbosity = logging.FATAL
@@ -67,7 +73,9 @@ def main(argv: list[str]) -> int | None:
     signal.signal(signal.SIGTERM, _terminate)
     sys.unraisablehook = _report_unraisable
     config = flags.FLAGS["config"]
-    workdir = _WORKDIR.value or f"runs/{Path(config.config_filename).stem}"
+    file, _, argument = config.config_filename.partition(":")
+    name = "-".join(filter(None, (Path(file).stem, re.sub(r"\W+", "-", argument))))
+    workdir = _WORKDIR.value or f"runs/{name}"
     try:
         enable_compilation_cache()
         initialize(_COORDINATOR_ADDRESS.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
@@ -83,7 +91,7 @@ def main(argv: list[str]) -> int | None:
         if list_checkpoints(absolute(workdir)):
             what = "the same command continues from the last checkpoint"
         return _stop(f"interrupted; {what}", 143 if isinstance(error, _Terminated) else 130)
-    except Exception as error:
+    except LIBRARY_ERRORS as error:
         if not is_lost_contact(error):
             raise
         reason = str(error).splitlines()[0]

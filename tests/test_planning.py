@@ -66,6 +66,27 @@ def test_other_arguments_are_still_refused(capsys):
     assert "unrecognized arguments: --config.model.k=2" in capsys.readouterr().err
 
 
+def test_a_config_is_called_with_its_argument_and_changed_by_files(tmp_path):
+    text = (ROOT / "configs/digits.py").read_text()
+    text = text.replace("def get_config()", "def get_config(epochs='7')")
+    text = text.replace("config.num_epochs = 20", "config.num_epochs = int(epochs)")
+    (tmp_path / "mine.py").write_text(text)
+    path = tmp_path / "mine.py"
+    assert read_config(path, []).num_epochs == 7
+    assert read_config(f"{path}:3", ["--config.seed=2"]).num_epochs == 3
+    (tmp_path / "flags").write_text("--config.seed=5\n--config.optimizer.warmup_epochs=None\n")
+    config = read_config(path, [f"--flagfile={tmp_path / 'flags'}", "--config.model.k", "None"])
+    assert (config.seed, config.optimizer.warmup_epochs, config.model.k) == (5, None, None)
+    (tmp_path / "flags").write_text("--config.sed=5\n")
+    with pytest.raises(InputError, match="config has no key 'sed'"):
+        read_config(path, [f"--flagfile={tmp_path / 'flags'}"])
+    with pytest.raises(InputError, match=r"the file of --flagfile cannot be read: .*nowhere"):
+        read_config(path, [f"--flagfile={tmp_path / 'nowhere'}"])
+    # A switch takes no value, and what follows is another override.
+    config = read_config(path, ["--config.model.zero_init_residual", "--config.init_from=None"])
+    assert config.model.zero_init_residual is True and config.init_from is None
+
+
 def test_a_config_is_read_as_train_reads_it(tmp_path):
     config = read_config(ROOT / "configs/digits.py", ["--config.model.k=8/3"])
     assert config.model.k == "8/3"

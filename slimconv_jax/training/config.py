@@ -65,14 +65,13 @@ def read_config(path: os.PathLike | str, overrides: Sequence[str]) -> ml_collect
     """The config of a file, changed as on the command line of train.py.
 
     Args:
-      path: a file in `configs/`.
-      overrides: such as "--config.model.k=8/3".
+      path: a file in `configs/`, also FILE:ARGUMENT for what its get_config is called with.
+      overrides: such as "--config.model.k=8/3"; "None" is None.
 
     Raises:
       ValueError: if the file has no such key, or the key no such value.
     """
-    command = ["train.py", f"--config={path}", *overrides]
-    check_overrides(command)
+    command, nothing = prepare_arguments(["train.py", f"--config={path}", *overrides])
     values = flags.FlagValues()
     try:
         config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=command)
@@ -80,10 +79,44 @@ def read_config(path: os.PathLike | str, overrides: Sequence[str]) -> ml_collect
     except (TypeError, ValueError, flags.Error) as error:
         reason = "; ".join(str(error).splitlines())
         raise InputError(f"{os.path.relpath(path)} cannot be used: {reason}") from None
-    return values["config"].value
+    config = values["config"].value
+    config.update_from_flattened_dict(dict.fromkeys(nothing))
+    return config
 
 
-def check_overrides(argv: Sequence[str]) -> None:
+def prepare_arguments(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """A command line with a config, checked and made ready for ml_collections.
+
+    Args:
+      argv: as of train.py.
+
+    Returns:
+      The command line with the files of --flagfile in place, less the overrides with None, of which
+      ml_collections makes a string or an error; and the keys of these, such as "model.k".
+
+    Raises:
+      ValueError: if the config has no such key, or there is no such config.
+    """
+    try:
+        argv = flags.FlagValues().read_flags_from_files(list(argv), force_gnu=False)
+    except flags.Error as error:
+        raise InputError(f"the file of --flagfile cannot be read: {error}") from None
+    _check_overrides(argv)
+    kept, nothing = [], []
+    arguments = iter(itertools.pairwise([*argv, ""]))
+    for argument, following in arguments:
+        # --config.KEY=None, or the same in two arguments.
+        override = re.fullmatch(r"--?config\.([^=]+)(=None|=none)?", argument)
+        if override and (override[2] or following in ("None", "none")):
+            nothing.append(override[1])
+            if not override[2]:
+                next(arguments, None)
+        else:
+            kept.append(argument)
+    return kept, nothing
+
+
+def _check_overrides(argv: Sequence[str]) -> None:
     """Loads the config of a command line without its overrides, and looks up the key of each in it.
 
     Raises:
@@ -105,7 +138,7 @@ def check_overrides(argv: Sequence[str]) -> None:
     config = values["config"].value
     if config is None:
         return
-    path = values["config"].config_filename
+    path = values["config"].config_filename.partition(":")[0]
     if not os.path.isfile(path):
         raise InputError(
             f"there is no config file {os.path.abspath(path)}; the clone of slimconv_jax has some, "
