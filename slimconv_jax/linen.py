@@ -6,27 +6,37 @@
     logits, updates = model.apply(variables, images, train=True, mutable=["batch_stats"])
 
 The modules compute what those of NNX compute, with variables of the same names, so that
-`variables(nnx_model)` are theirs.
+`variables(nnx_model)` are theirs. `SlimmedConv` stands where `nn.Conv` stood, and `slimify` puts
+SlimConv into a whole network.
 
 `flax.nnx.bridge.ToLinen` is not used, since the integers in the paths of NNX lists become keys of
 dicts there, which Linen's own tools (`flatten_dict(sep=...)`, say) do not take, and each `apply`
 draws new initial values, which for a ResNet-50 takes ten seconds unless it is compiled.
 """
 
+import dataclasses
 import functools
+import math
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import linen as nn
 from flax import nnx
 from flax.core import unfreeze
 from flax.traverse_util import flatten_dict, unflatten_dict
-from flax.typing import Dtype, PaddingLike
+from flax.typing import Dtype, Initializer, PaddingLike, PrecisionLike
 
-from slimconv_jax.errors import InputError
+from slimconv_jax.errors import InputError, InputWarning
 from slimconv_jax.models import resnet, slimconv
-from slimconv_jax.models.slimconv import CompressionRatio
+from slimconv_jax.models.complexity import count_program_macs
+from slimconv_jax.models.layers import kaiming_normal, leave_devices
+from slimconv_jax.models.mode import arguments_for, told, uses_running_average
+from slimconv_jax.models.projected import ProjectedSlimConv, replacement
+from slimconv_jax.models.slimconv import CompressionRatio, k_from_reduction, reduction_from_k
+from slimconv_jax.models.slimify import Replacement, SlimifyReport, name_of_path
 from slimconv_jax.models.zoo import abstract, abstract_resnet, require_module, resnet_config
 
 _COLLECTIONS = {"params": nnx.Param, "batch_stats": nnx.BatchStat}
@@ -62,6 +72,7 @@ def _run(
     outline: Callable[[], nnx.Module],
     forward: Callable[[nnx.Module], Any],
     train: bool,
+    box: nn.meta.AxisMetadata | None = None,
 ) -> Any:
     """Calls an NNX module whose variables are those of a Linen module.
 
@@ -71,18 +82,25 @@ def _run(
       outline: gives the NNX module without its arrays.
       forward: what to call it with.
       train: whether batch statistics are computed, and, unless initialising, updated.
+      box: what the kernels of convolutions are put in, such as `nn.Partitioned`.
     """
     if not scope.variables.get("params") and scope.is_mutable_collection("params"):
         initial = build(rngs=nnx.Rngs(params=scope.make_rng("params")))
         for collection, tree in variables(initial).items():
             for name, value in tree.items():
+                if box is not None:
+                    value = jax.tree.map(
+                        lambda x: box.replace_boxed(x) if x.ndim == 4 else x, value
+                    )
                 scope.put_variable(collection, name, value)
     if train and not scope.is_mutable_collection("batch_stats"):
         raise InputError(
             f"train=True of {type(scope).__name__} updates the batch statistics: apply takes "
             'mutable=["batch_stats"], too'
         )
-    module = nnx.view(outline(), use_running_average=not train)
+    module = outline()
+    if scope.is_initializing():  # which may be outside of the axis
+        leave_devices(module)
     for collection, kind in _COLLECTIONS.items():
         given = flatten_dict(nn.meta.unbox(unfreeze(scope.variables.get(collection, {}))))
         for path, variable in nnx.to_flat_state(nnx.state(module, kind)):
@@ -94,7 +112,8 @@ def _run(
                     f"{given[name].shape if name in given else 'none'}"
                 )
             variable.set_value(given[name])
-    output = forward(module)
+    with told(not train):
+        output = forward(module)
     if train and not scope.is_initializing():
         # In the boxes, such as `nn.Partitioned`, that the old ones are in.
         old = unfreeze(scope.variables["batch_stats"])
@@ -104,6 +123,28 @@ def _run(
     return output
 
 
+def _mode(module: nn.Module, train: bool | None) -> bool:
+    """The mode of a call, or of the module, or of the network around it (see `slimify`).
+
+    Initialising a module takes none.
+
+    Raises:
+      ValueError: if the call and the module tell it, or nothing does.
+    """
+    known = train is not None or module.train is not None
+    if not known and told.value is not None:
+        return not told.value
+    if not known and module.is_initializing():
+        return False
+    return nn.merge_param("train", module.train, train)
+
+
+def _box(kernel_init: Initializer) -> nn.meta.AxisMetadata | None:
+    """What an initialiser puts its values in, such as `nn.Partitioned`."""
+    value = jax.eval_shape(lambda: kernel_init(jax.random.key(0), (3, 3, 1, 1), jnp.float32))
+    return value if isinstance(value, nn.meta.AxisMetadata) else None
+
+
 class SlimConv(nn.Module):
     """`slimconv_jax.SlimConv` for Linen: the same unit, arguments and names.
 
@@ -111,7 +152,11 @@ class SlimConv(nn.Module):
     No activation: apply ReLU next.
 
     Attributes:
-      k: see `slimconv_jax.SlimConv`, as for all others.
+      k: see `slimconv_jax.SlimConv`, as for all others. A `kernel_init` of
+        `nn.with_partitioning` is that of the three convolutions, too.
+      train: whether batch norm uses and records the statistics of this batch, for which
+        "batch_stats" must be mutable; to be given here or in the call, as the mode of
+        `nn.BatchNorm`, but for `init`.
     """
 
     k: CompressionRatio | None = None
@@ -122,26 +167,122 @@ class SlimConv(nn.Module):
     feature_group_count: int = 1
     lower_feature_group_count: int | None = None
     squeeze_ratio: int = 32
+    kernel_init: Initializer = kaiming_normal
+    momentum: float = 0.9
+    epsilon: float = 1e-5
+    axis_name: str | None = None
+    axis_index_groups: Sequence[Sequence[int]] | None = None
+    precision: PrecisionLike = None
     dtype: Dtype | None = None
+    param_dtype: Dtype = jnp.float32
+    train: bool | None = None
 
-    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+    def __call__(self, x: jax.Array, train: bool | None = None) -> jax.Array:
         """Maps (..., H, W, C) to (..., H', W', C // r + C // 2r).
 
         Args:
           x: the input.
-          train: whether batch norm uses and records the statistics of this batch, for which
-            "batch_stats" must be mutable.
+          train: see the attribute.
 
         Raises:
-          ValueError: as `slimconv_jax.SlimConv`, or if the variables are not those of the unit.
+          ValueError: as `slimconv_jax.SlimConv`, or if `train` is not given, or the variables are
+            not those of the unit.
         """
         options = {
-            field: getattr(self, field)
-            for field in SlimConv.__dataclass_fields__
-            if field not in ("parent", "name")
+            field.name: getattr(self, field.name)
+            for field in dataclasses.fields(self)
+            if field.name not in ("parent", "name", "train")
         }
+        options["kernel_init"] = lambda *args: nn.meta.unbox(self.kernel_init(*args))
         build = functools.partial(slimconv.SlimConv, x.shape[-1], **options)
-        return _run(self, build, lambda: abstract(build), lambda unit: unit(x), train)
+        return _run(
+            self,
+            build,
+            lambda: abstract(build),
+            lambda unit: unit(x),
+            _mode(self, train),
+            _box(self.kernel_init),
+        )
+
+
+class SlimmedConv(nn.Conv):
+    """`nn.Conv` with SlimConv inside: stands where a network takes a class of convolutions.
+
+        norm = functools.partial(nn.BatchNorm, use_running_average=not train)
+        conv = functools.partial(slimconv_jax.linen.SlimmedConv, k="4/3", train=train)
+
+    A convolution of 3x3 becomes SlimConv, ReLU and a 1x1 convolution that restores the width. It
+    stays a convolution, and so does every other one, where SlimConv cannot be or would be larger.
+
+    Attributes:
+      features: see `nn.Conv`, as for all others but these.
+      k: compression ratio, as the next ones see `slimconv_jax.SlimConv`.
+      momentum: of the batch norms.
+      epsilon: of the batch norms.
+      axis_name: of the batch norms.
+      train: see `SlimConv`; in a network of `slimify`, the mode that the network is told.
+    """
+
+    k: CompressionRatio = "4/3"
+    momentum: float = 0.9
+    epsilon: float = 1e-5
+    axis_name: str | None = None
+    train: bool | None = None
+
+    def __call__(self, inputs: jax.Array, train: bool | None = None) -> jax.Array:
+        """Maps (..., H, W, C) to (..., H', W', features).
+
+        Args:
+          inputs: as of `nn.Conv`.
+          train: see the attribute.
+
+        Raises:
+          ValueError: if k is none, or `train` is not given, or the variables are not those that
+            there should be.
+        """
+        reduction = reduction_from_k(self.k)
+        if _is_3x3(self):
+            try:
+                build, outline = _replacement(self, inputs, reduction, _norm(self))
+            except InputError:
+                pass
+            else:
+                return _run_slimmed(self, build, outline, inputs, _mode(self, train))
+        return super().__call__(inputs)
+
+
+def _norm(module: nn.Module) -> dict[str, Any]:
+    """The settings of the batch norms that a module makes."""
+    return {name: getattr(module, name) for name in ("momentum", "epsilon", "axis_name")}
+
+
+def _is_3x3(conv: nn.Conv) -> bool:
+    return not isinstance(conv.kernel_size, int) and tuple(conv.kernel_size) == (3, 3)
+
+
+def _replacement(
+    conv: nn.Conv, inputs: jax.Array, reduction: int, norm: dict[str, Any]
+) -> tuple[Callable[..., ProjectedSlimConv], ProjectedSlimConv]:
+    """What takes the place of a convolution: the function that makes it, and its outline.
+
+    Raises:
+      ValueError: if there is nothing; the message says why.
+    """
+    build = functools.partial(
+        replacement, conv, inputs.shape[-1], conv.features, reduction=reduction, **norm
+    )
+    return build, abstract(build)
+
+
+def _run_slimmed(
+    conv: nn.Conv,
+    build: Callable[..., ProjectedSlimConv],
+    outline: ProjectedSlimConv,
+    inputs: jax.Array,
+    train: bool,
+) -> jax.Array:
+    """The output of what takes the place of a convolution."""
+    return _run(conv, build, lambda: outline, lambda m: m(inputs), train, _box(conv.kernel_init))
 
 
 class ResNet(nn.Module):
@@ -210,3 +351,198 @@ def create_model(
         name, k=k, num_classes=num_classes, stem=stem, width=width, dilation=dilation
     )
     return ResNet(config, zero_init_residual=zero_init_residual, remat=remat, dtype=dtype)
+
+
+class Slimified(nn.Module):
+    """A Linen network with SlimConv in it; `slimify` makes it.
+
+    Its variables have the paths of the network's own. It is called as the network is.
+
+    Attributes:
+      module: the network.
+      reduction: r of the SlimConvs.
+      where: see `slimify`, as for all others.
+    """
+
+    module: nn.Module
+    reduction: int
+    where: Callable[[tuple[str, ...], nn.Conv], bool] | None = None
+    momentum: float = 0.9
+    epsilon: float = 1e-5
+    axis_name: str | None = None
+    train: bool | None = None
+
+    def setup(self):
+        nn.share_scope(self, self.module)
+
+    def __call__(self, *args, **kwargs) -> Any:
+        """What the network makes of its arguments.
+
+        Raises:
+          ValueError: if the network is told no mode, has no 3x3 convolution that `where`
+            chooses, or has batch norms over devices that `axis_name` is not about.
+        """
+        found = _Found()
+        with nn.intercept_methods(functools.partial(_intercept, self, found)):
+            output = self.module(*args, **kwargs)
+        if self.is_initializing():
+            found.check()
+        if found.replaced and (others := found.axis_names - {None, self.axis_name}):
+            raise InputError(
+                f"the network's batch norms take the devices of the axis {min(others)!r} together; "
+                f"those of SlimConv do so with linen.slimify(module, axis_name={min(others)!r})"
+            )
+        return output
+
+    def report(self, *args, **kwargs) -> SlimifyReport:
+        """What is replaced and left, and parameters and multiply-adds, for such arguments.
+
+        Args:
+          *args: what the network is called with, such as `jnp.zeros((1, 224, 224, 3))`. Nothing is
+            computed.
+          **kwargs: likewise; unless the mode is among them, it is that of evaluation.
+
+        Raises:
+          ValueError: as a call.
+        """
+        kwargs = arguments_for(type(self.module).__call__, training=False) | kwargs
+        found = _Found()
+
+        def count(intercept: bool) -> tuple[int, int]:
+            def run(*args):
+                return self.module.init_with_output(jax.random.key(0), *args, **kwargs)
+
+            if intercept:
+                with nn.intercept_methods(functools.partial(_intercept, self, found)):
+                    jaxpr, (_, variables) = jax.make_jaxpr(run, return_shape=True)(*args)
+            else:
+                jaxpr, (_, variables) = jax.make_jaxpr(run, return_shape=True)(*args)
+            return _count_params(variables["params"]), count_program_macs(jaxpr.jaxpr)
+
+        before, after = count(False), count(True)
+        found.check()
+        return SlimifyReport(
+            k=k_from_reduction(self.reduction),
+            replaced=found.replaced,
+            left=found.left,
+            not_chosen=tuple(found.not_chosen),
+            params=(before[0], after[0]),
+            macs=(before[1], after[1]),
+            image_shape=jnp.shape(args[0])[1:],
+        )
+
+
+def _count_params(tree: Any) -> int:
+    return sum(math.prod(jnp.shape(x)) for x in jax.tree.leaves(tree))
+
+
+@dataclasses.dataclass
+class _Found:
+    """The 3x3 convolutions of a network by path; see `SlimifyReport`."""
+
+    replaced: dict = dataclasses.field(default_factory=dict)
+    left: dict = dataclasses.field(default_factory=dict)
+    not_chosen: list = dataclasses.field(default_factory=list)
+    axis_names: set = dataclasses.field(default_factory=set)
+
+    def check(self) -> None:
+        """Makes sure that something was replaced, or warns.
+
+        Raises:
+          ValueError: if there was nothing to replace.
+        """
+        if not self.replaced and not self.left:
+            why = "the network has no nn.Conv of 3x3"
+            if self.not_chosen:
+                why = (
+                    f"`where` chooses none of its {len(self.not_chosen)} 3x3 convolutions, such as "
+                    f"{self.not_chosen[0]}"
+                )
+            raise InputError(f"slimify: {why}")
+        if not self.replaced:
+            path, why = next(iter(self.left.items()))
+            warnings.warn(
+                f"slimify replaced nothing; {name_of_path(path)}, for one, is left: {why}",
+                InputWarning,
+                stacklevel=3,
+            )
+
+
+def _intercept(
+    slimified: Slimified,
+    found: _Found,
+    method: Callable,
+    args: tuple,
+    kwargs: dict[str, Any],
+    context: nn.module.InterceptorContext,
+) -> Any:
+    """Calls a method of any module in the network, or SlimConv in its place."""
+    module, name = context.module, context.method_name
+    mode = uses_running_average(getattr(type(module), name), (module, *args), kwargs)
+    if isinstance(module, nn.BatchNorm):
+        found.axis_names.add(module.axis_name)
+    with told(told.value if mode is None else mode):
+        if type(module) is not nn.Conv or name != "__call__" or not _is_3x3(module):
+            return method(*args, **kwargs)
+        path = module.path
+        if slimified.where is not None and not slimified.where(path, module):
+            found.not_chosen.append(path)
+            return method(*args, **kwargs)
+        inputs = kwargs["inputs"] if "inputs" in kwargs else args[0]
+        try:
+            build, outline = _replacement(module, inputs, slimified.reduction, _norm(slimified))
+        except InputError as error:
+            found.left[path] = str(error)
+            return method(*args, **kwargs)
+        kernel = 9 * (inputs.shape[-1] // module.feature_group_count) * module.features
+        before = kernel + module.use_bias * module.features
+        after = _count_params(nnx.state(outline, nnx.Param))
+        found.replaced[path] = Replacement(inputs.shape[-1], module.features, (before, after), None)
+        if slimified.train is None and told.value is None and not module.is_initializing():
+            raise InputError(
+                f"nothing tells the SlimConv in place of {name_of_path(path)} whether it is "
+                "trained; linen.slimify(module, train=...) does, and so does slim.clone(train=...)"
+            )
+        train = _mode(slimified, None)
+        return _run_slimmed(module, build, outline, inputs, train)
+
+
+def slimify(
+    module: nn.Module,
+    *,
+    k: CompressionRatio = "4/3",
+    where: Callable[[tuple[str, ...], nn.Conv], bool] | None = None,
+    momentum: float = 0.9,
+    epsilon: float = 1e-5,
+    axis_name: str | None = None,
+    train: bool | None = None,
+) -> Slimified:
+    """A Linen network with SlimConv in place of its 3x3 convolutions.
+
+        slim = slimconv_jax.linen.slimify(ResNet50(num_classes=10))
+        print(slim.report(images))
+        variables = slim.init(key, images)
+
+    In place of an `nn.Conv` comes what `slimconv_jax.slimify` puts in place of an `nnx.Conv`, and
+    the same are left. The rest of the network stays as it is, and finds its variables where they
+    were. The new batch norms are in the mode that the module around them is told by an argument
+    (`train`, `deterministic`, ...).
+
+    Args:
+      module: any network, unbound.
+      k: compression ratio of SlimConv, 2r/3 for an integer r >= 2.
+      where: `where(path, conv)` says whether to replace a 3x3 convolution; the path has the names
+        that lead to it, such as ("Block_0", "Conv_1"). None replaces all.
+      momentum: of the new batch norms, as the next two see `slimconv_jax.SlimConv`.
+      epsilon: of the new batch norms.
+      axis_name: of the new batch norms; needed where those of the network have one.
+      train: the mode, where the network is told none.
+
+    Raises:
+      ValueError: if `k` is none, or the module is none of Linen.
+    """
+    if not isinstance(module, nn.Module):
+        raise InputError(f"linen.slimify takes a Linen module, not a {type(module).__name__}")
+    if where is not None and not callable(where):
+        raise InputError(f"slimify: where={where!r} must be a function of a path and a convolution")
+    return Slimified(module, reduction_from_k(k), where, momentum, epsilon, axis_name, train)

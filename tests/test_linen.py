@@ -1,4 +1,5 @@
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -116,7 +117,7 @@ def test_the_unit_is_that_of_nnx(images):
     options = {"reduction": 2, "strides": (2, 1), "kernel_dilation": 2, "squeeze_ratio": 4}
     options |= {"feature_group_count": 3, "lower_feature_group_count": 1}
     unit = randomized(lambda: sc.SlimConv(12, **options, rngs=nnx.Rngs(1)))
-    linen_unit = sc.linen.SlimConv(**options)
+    linen_unit = sc.linen.SlimConv(**options, train=False)
     y = jax.jit(linen_unit.apply)(sc.linen.variables(unit), x)
     unit.eval()
     np.testing.assert_allclose(y, apply(unit, x), atol=1e-5)
@@ -125,7 +126,9 @@ def test_the_unit_is_that_of_nnx(images):
 class Twice(nn.Module):
     @nn.compact
     def __call__(self, x):
-        unit = sc.linen.SlimConv()
+        unit = sc.linen.SlimConv(
+            train=False,
+        )
         return unit(x), unit(x)
 
 
@@ -173,3 +176,171 @@ def test_what_is_refused(model, converted, images):
         model.apply(wrong, images)
     with pytest.raises(ValueError, match=r"SlimConv\(3\) at k=4/3 needs at least 4 input channels"):
         sc.linen.SlimConv().init(jax.random.key(0), images)
+
+
+class Bottleneck(nn.Module):
+    """With a slot for the convolutions, as in Flax's ImageNet example."""
+
+    conv: Any
+    norm: Any
+
+    @nn.compact
+    def __call__(self, x):
+        y = nn.relu(self.norm()(self.conv(8, (1, 1))(x)))
+        y = nn.relu(self.norm()(self.conv(16, (3, 3), (2, 2))(y)))
+        return self.norm()(self.conv(features=32, kernel_size=(1, 1))(y))
+
+
+class ExampleNet(nn.Module):
+    """In the manner of Flax's ImageNet example."""
+
+    conv: Any = nn.Conv
+
+    @nn.compact
+    def __call__(self, x, train: bool = True):
+        conv = functools.partial(self.conv, use_bias=False, dtype=jnp.float32)
+        norm = functools.partial(nn.BatchNorm, use_running_average=not train)
+        x = nn.relu(norm()(conv(16, (3, 3), name="stem")(x)))
+        return nn.Dense(3)(Bottleneck(conv, norm)(x).mean((1, 2)))
+
+
+def paths(tree):
+    return flatten_dict(tree, sep="/")
+
+
+@pytest.fixture(scope="module")
+def photos():
+    return jax.random.normal(jax.random.key(1), (4, 8, 8, 3))
+
+
+def test_the_mode_of_a_unit_must_be_told(photos):
+    x = jnp.tile(photos, 4)
+    unit = sc.linen.SlimConv()
+    variables = unit.init(jax.random.key(0), x)
+    with pytest.raises(ValueError, match='"train" must be passed to the constructor or at call'):
+        unit.apply(variables, x)
+    with pytest.raises(ValueError, match='"train" was passed to the constructor and at call time'):
+        sc.linen.SlimConv(train=False).apply(variables, x, train=False)
+    evaluated = unit.apply(variables, x, train=False)
+    np.testing.assert_array_equal(sc.linen.SlimConv(train=False).apply(variables, x), evaluated)
+    _, updates = sc.linen.SlimConv(train=True).apply(variables, x, mutable=["batch_stats"])
+    before, after = paths(variables["batch_stats"]), paths(updates["batch_stats"])
+    assert all((before[path] != after[path]).any() for path in before)
+
+
+def test_a_unit_takes_what_layers_of_linen_take(photos):
+    x = jnp.tile(photos, 4)
+    init = nn.with_partitioning(nn.initializers.ones, (None, None, None, "model"))
+    options = {"momentum": 0.5, "epsilon": 1e-3, "axis_name": "batch", "precision": "highest"}
+    unit = sc.linen.SlimConv(kernel_init=init, param_dtype=jnp.bfloat16, train=True, **options)
+    variables = unit.init(jax.random.key(0), x)
+    kernel = variables["params"]["upper"]["conv"]["kernel"]
+    assert kernel.names == (None, None, None, "model") and kernel.value.dtype == jnp.bfloat16
+    assert (kernel.value == 1).all()
+    apply = functools.partial(unit.apply, mutable=["batch_stats"])
+    _, updates = jax.vmap(lambda x: apply(variables, x), axis_name="batch")(x[:, None])
+    for path, value in paths(updates["batch_stats"]).items():
+        np.testing.assert_allclose(value[0], value[1], atol=1e-6, err_msg=path)
+
+
+def test_a_slimmed_convolution_stands_in_the_slot_for_one(photos):
+    def net(train):
+        return ExampleNet(functools.partial(sc.linen.SlimmedConv, k="4/3", train=train))
+
+    variables = net(False).init(jax.random.key(0), photos)
+    plain = ExampleNet().init(jax.random.key(0), photos)
+    slimmed, kept = paths(variables["params"]), paths(plain["params"])
+    new = {path for path in slimmed if "/slimconv/" in path or "/project/" in path}
+    assert {path.split("/")[1] for path in new} == {"SlimmedConv_1"}
+    renamed = {path.replace("SlimmedConv", "Conv") for path in slimmed.keys() - new}
+    assert renamed == kept.keys() - {"Bottleneck_0/Conv_1/kernel"}
+    assert "Bottleneck_0/SlimmedConv_1/project/bias" not in slimmed
+    logits = net(False).apply(variables, photos, train=False)
+    assert logits.shape == (4, 3)
+    _, updates = net(True).apply(variables, photos, mutable=["batch_stats"])
+    before, after = paths(variables["batch_stats"]), paths(updates["batch_stats"])
+    assert all((before[path] != after[path]).any() for path in before) and len(before) == 16
+    with pytest.raises(ValueError, match='"train" must be passed to the constructor or at call'):
+        net(None).apply(variables, photos, train=False)
+
+
+def test_slimify_a_network_of_linen(photos):
+    net = ExampleNet()
+    slim = sc.linen.slimify(net)
+    report = slim.report(photos)
+    assert list(report.replaced) == [("Bottleneck_0", "Conv_1")]
+    assert list(report.left) == [("stem",)]
+    assert report.left["stem",].startswith("SlimConv(3) at k=4/3 needs at least 4 input channels")
+    variables, plain = (n.init(jax.random.key(0), photos, train=False) for n in (slim, net))
+    counts = [sum(x.size for x in jax.tree.leaves(v["params"])) for v in (plain, variables)]
+    assert report.params == tuple(counts) and report.macs[1] < report.macs[0]
+    assert report.replaced["Bottleneck_0", "Conv_1"].params[0] == 9 * 8 * 16
+    # What stays has the same paths and the same initial values.
+    before, after = paths(plain["params"]), paths(variables["params"])
+    assert before.keys() - after.keys() == {"Bottleneck_0/Conv_1/kernel"}
+    assert all((before[p] == after[p]).all() for p in before.keys() & after.keys())
+    # The mode that the network is told is that of the new batch norms.
+    evaluate = jax.jit(functools.partial(slim.apply, train=False))
+    np.testing.assert_array_equal(
+        evaluate(variables, photos)[0], evaluate(variables, photos.at[1:].set(0))[0]
+    )
+    _, updates = slim.apply(variables, photos, train=True, mutable=["batch_stats"])
+    before, after = paths(variables["batch_stats"]), paths(updates["batch_stats"])
+    assert before.keys() == after.keys()
+    assert all((before[path] != after[path]).any() for path in before)
+
+
+class Plain(nn.Module):
+    """Has no mode."""
+
+    features: int = 8
+
+    @nn.compact
+    def __call__(self, x):
+        init = nn.with_partitioning(nn.initializers.lecun_normal(), (None, None, None, "model"))
+        return nn.Conv(self.features, (3, 3), kernel_init=init)(x)
+
+
+def test_what_slimify_says_of_networks_of_linen(photos):
+    x = jnp.tile(photos, 4)
+    slim = sc.linen.slimify(Plain())
+    variables = slim.init(jax.random.key(0), x)
+    kernel = variables["params"]["Conv_0"]["project"]["kernel"]
+    assert kernel.names == (None, None, None, "model")
+    with pytest.raises(ValueError, match=r"nothing tells the SlimConv in place of Conv_0 whether"):
+        slim.apply(variables, x)
+    assert slim.clone(train=False).apply(variables, x).shape == (4, 8, 8, 8)
+    with pytest.warns(UserWarning, match="slimify replaced nothing; Conv_0, for one, is left: Sl"):
+        sc.linen.slimify(Plain(1)).report(x)
+    for network, options, message in (
+        (nn.Dense(3), {}, "slimify: the network has no nn.Conv of 3x3"),
+        (Plain(), {"where": lambda *_: False}, r"`where` chooses none of its 1 .*\('Conv_0',\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            sc.linen.slimify(network, **options).init(jax.random.key(0), x)
+    with pytest.raises(ValueError, match=r"linen.slimify takes a Linen module, not a SlimConv"):
+        sc.linen.slimify(sc.SlimConv(8, rngs=nnx.Rngs(0)))
+    with pytest.raises(ValueError, match="where=3 must be a function"):
+        sc.linen.slimify(Plain(), where=3)
+
+
+class SynchronisedNet(nn.Module):
+    """Its batch norm takes the devices' inputs for one batch."""
+
+    @nn.compact
+    def __call__(self, x, train: bool):
+        norm = nn.BatchNorm(use_running_average=not train, axis_name="batch")
+        return norm(nn.Conv(12, (3, 3))(x)).mean((1, 2))
+
+
+def test_batch_norms_over_devices_stay_so_or_are_refused(photos):
+    x = jnp.tile(photos, 4)
+    slim = sc.linen.slimify(SynchronisedNet())
+    with pytest.raises(ValueError, match=r"with linen.slimify\(module, axis_name='batch'\)"):
+        slim.init(jax.random.key(0), x, train=True)
+    slim = sc.linen.slimify(SynchronisedNet(), axis_name="batch", momentum=0.5)
+    variables = slim.init(jax.random.key(0), x, train=True)
+    apply = functools.partial(slim.apply, train=True, mutable=["batch_stats"])
+    _, updates = jax.vmap(lambda x: apply(variables, x), axis_name="batch")(x[:, None])
+    for path, value in paths(updates["batch_stats"]).items():
+        np.testing.assert_allclose(value[0], value[1], atol=1e-6, err_msg=path)

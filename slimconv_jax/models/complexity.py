@@ -10,9 +10,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from flax.errors import FlaxError
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
-from slimconv_jax.errors import InputError, require_integer
+from slimconv_jax.errors import LIBRARY_ERRORS, InputError, require_integer
+from slimconv_jax.models.mode import arguments_for, told, uses_running_average
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +27,8 @@ class Layer:
       shape: shape of its output, for a batch of one; None if it returns no single array.
       params: trainable parameters in it.
       macs: multiply-adds of the convolutions and matrix products in it, for one image.
+      told_alone: whether it is a batch norm or dropout whose call tells it a mode that the layers
+        around it do not hear.
     """
 
     path: tuple[str | int, ...]
@@ -32,6 +36,7 @@ class Layer:
     shape: tuple[int, ...] | None
     params: int
     macs: int
+    told_alone: bool = False
 
 
 def count_params(model: nnx.Module) -> int:
@@ -97,7 +102,7 @@ def as_image_shape(image_size: int | Sequence[int]) -> tuple[int, int, int]:
 def _trace(
     model: nnx.Module,
     image_size: int | Sequence[int],
-    forward: Callable[[nnx.Module, jax.Array], Any] = lambda model, x: model(x),
+    forward: Callable[[nnx.Module, jax.Array], Any] = lambda model, x: _call(model, x),
 ) -> ClosedJaxpr:
     """The program of a forward pass of one image, in evaluation mode."""
     image_shape = as_image_shape(image_size)
@@ -111,11 +116,15 @@ def _trace(
     image = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
     try:
         return jax.make_jaxpr(run)(state, image)
-    except Exception as error:  # of the model, which may be anyone's
+    except (*LIBRARY_ERRORS, FlaxError) as error:  # of the model, which may be anyone's
         reason = str(error).strip().split("\n")[0]
         raise InputError(
             f"the model takes no image of {'x'.join(map(str, image_shape))}: {reason}"
         ) from error
+
+
+def _call(model: nnx.Module, x: jax.Array) -> Any:
+    return model(x, **arguments_for(type(model).__call__, training=False))
 
 
 def _products(
@@ -180,7 +189,16 @@ def _call_recorded(model: nnx.Module, x: jax.Array, rows: list[Layer]) -> Any:
                 return original(module, *args, **kwargs)  # not of this model, or super().__call__
             index = len(rows)
             rows.append(
-                Layer(paths[id(module)], type(module).__name__, None, count_params(module), 0)
+                Layer(
+                    path=paths[id(module)],
+                    type=type(module).__name__,
+                    shape=None,
+                    params=count_params(module),
+                    macs=0,
+                    told_alone=isinstance(module, nnx.BatchNorm | nnx.Dropout)
+                    and told.value is None
+                    and uses_running_average(original, (module, *args), kwargs) is not None,
+                )
             )
             active.append(module)
             try:
@@ -196,7 +214,7 @@ def _call_recorded(model: nnx.Module, x: jax.Array, rows: list[Layer]) -> Any:
     try:
         for base, original in originals.items():
             base.__call__ = recorded(original)
-        return model(x)
+        return _call(model, x)
     finally:
         for base, original in originals.items():
             base.__call__ = original

@@ -2,18 +2,28 @@
 
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from flax.typing import Dtype, Initializer, PaddingLike
+from flax.typing import Dtype, Initializer, PaddingLike, PrecisionLike
 
+from slimconv_jax.errors import InputError
+from slimconv_jax.models.mode import told
 from slimconv_jax.models.operations import conv_general_dilated
 
 kaiming_normal = nnx.initializers.variance_scaling(2.0, "fan_out", "normal")
 """Normal with variance 2 / fan_out: PyTorch's `kaiming_normal_(mode="fan_out")`."""
+
+
+def at_least_float32(dtype: Dtype) -> jnp.dtype:
+    """A floating-point dtype, or float32 in place of a shorter one."""
+    # Not `jnp.promote_types`, which refuses where users have strict promotion switched on.
+    return jnp.dtype(dtype if jnp.finfo(dtype).bits >= 32 else jnp.float32)
 
 
 def uniform_fan_in(fan_in: int) -> Initializer:
@@ -42,9 +52,13 @@ class BatchNorm(nnx.BatchNorm):
 
     Args:
       features: channels, the last axis of the input.
+      momentum: share of the running average that each batch leaves.
+      epsilon: added to the variance.
       scale_init: initialiser of the scale.
       axis_name: of the devices whose inputs are one batch, under `jax.shard_map` and the like.
+      axis_index_groups: groups of those devices; each group's inputs are one batch.
       dtype: dtype of the output; inferred from input and parameters if None.
+      param_dtype: dtype of scale and bias; the statistics are float32.
       rngs: source of the initial parameters.
     """
 
@@ -52,18 +66,24 @@ class BatchNorm(nnx.BatchNorm):
         self,
         features: int,
         *,
+        momentum: float = 0.9,
+        epsilon: float = 1e-5,
         scale_init: Initializer = jax.nn.initializers.ones,
         axis_name: str | None = None,
+        axis_index_groups: Sequence[Sequence[int]] | None = None,
         dtype: Dtype | None = None,
+        param_dtype: Dtype = jnp.float32,
         rngs: nnx.Rngs,
     ):
         super().__init__(
             features,
-            momentum=0.9,
-            epsilon=1e-5,
+            momentum=momentum,
+            epsilon=epsilon,
             scale_init=scale_init,
             axis_name=axis_name,
+            axis_index_groups=axis_index_groups,
             dtype=dtype,
+            param_dtype=param_dtype,
             rngs=rngs,
         )
 
@@ -86,16 +106,16 @@ def normalize(
       use_running_average: in place of their own.
     """
     norm = norms[0]
-    if use_running_average is None:
-        use_running_average = norm.use_running_average
+    use_running_average = _mode(norm, use_running_average)
     mean, var, scale, bias = (
         jnp.concatenate([getattr(norm, name)[...] for norm in norms])
         for name in ("mean", "var", "scale", "bias")
     )
     x = jnp.concatenate(parts, axis=-1)
     dtype = jnp.result_type(x, scale) if norm.dtype is None else norm.dtype
-    wide = jnp.promote_types(dtype, jnp.float32)
+    wide = at_least_float32(dtype)
     axes = tuple(range(x.ndim - 1))
+    along_channels = functools.partial(jnp.expand_dims, axis=axes)
     split = functools.partial(
         jnp.split,
         indices_or_sections=list(itertools.accumulate(norm.num_features for norm in norms[:-1])),
@@ -112,7 +132,10 @@ def normalize(
     shift = jax.lax.stop_gradient(shift)  # whatever is subtracted, the results are the same
     if not use_running_average:
         # Of each part by itself: what computes it can add it up, too.
-        shifted = [part.astype(wide) - s for part, s in zip(parts, split(shift), strict=True)]
+        shifted = [
+            part.astype(wide) - along_channels(s)
+            for part, s in zip(parts, split(shift), strict=True)
+        ]
         moments = [jnp.stack([part.mean(axes), jnp.square(part).mean(axes)]) for part in shifted]
         # All of them together: one collective.
         offset, mean_square = over_devices(jnp.concatenate(moments, axis=-1))
@@ -120,17 +143,34 @@ def normalize(
         running_mean = norm.momentum * mean + (1 - norm.momentum) * batch_mean
         running_var = norm.momentum * var + (1 - norm.momentum) * batch_var
         for each, m, v in zip(norms, split(running_mean), split(running_var), strict=True):
-            each.mean.set_value(m)
-            each.var.set_value(v)
+            # In their own dtype, whatever that of the input is: what a loop carries may not change.
+            each.mean.set_value(m.astype(each.mean.dtype))
+            each.var.set_value(v.astype(each.var.dtype))
         var = batch_var
     # One product and one sum, of which the backward pass needs two sums over the input.
     factor = jax.lax.rsqrt(var + norm.epsilon) * scale
-    return ((x.astype(wide) - shift) * factor + (bias - offset * factor)).astype(dtype)
+    centred = x.astype(wide) - along_channels(shift)
+    return (centred * along_channels(factor) + along_channels(bias - offset * factor)).astype(dtype)
+
+
+def _mode(norm: nnx.BatchNorm, use_running_average: bool | None) -> bool:
+    """The mode of a call, else what the model around it was told, else that of the norm."""
+    for mode in (use_running_average, told.value, norm.use_running_average):
+        if mode is not None:
+            return mode
+    raise InputError("batch norm needs use_running_average, as an attribute or in the call")
+
+
+def leave_devices(model: nnx.Module) -> None:
+    """Lets each batch norm of a model take its input for the whole batch, without other devices."""
+    for _, module in nnx.iter_modules(model):
+        if isinstance(module, nnx.BatchNorm):
+            module.axis_name = None
 
 
 def mergeable(norms: Sequence[nnx.Module]) -> bool:
     """Whether `normalize` can treat the norms together, in training mode."""
-    if not all(type(norm) is BatchNorm and not norm.use_running_average for norm in norms):
+    if not all(type(norm) is BatchNorm and not _mode(norm, None) for norm in norms):
         return False
     settings = ("momentum", "epsilon", "dtype", "axis_name", "axis_index_groups")
     return all(
@@ -150,9 +190,13 @@ class ConvBN(nnx.Module):
       padding: as `nnx.Conv` has it. None is symmetric, `kernel_dilation * (kernel_size - 1) / 2`
         on each side, as in PyTorch; XLA's "SAME" pads unevenly at stride 2.
       feature_group_count: groups; must divide both channel counts.
-      scale_init: initialiser of the batch norm's scale.
+      kernel_init: initialiser of the kernel.
+      kernel_metadata: of the kernel, such as its sharding (see `nnx.Conv`).
+      precision: of the convolution (see `nnx.Conv`).
       dtype: dtype of the computation; inferred from input and parameters if None.
+      param_dtype: dtype of the parameters.
       rngs: source of the initial parameters.
+      **norm: momentum, epsilon, scale_init, axis_name and axis_index_groups of the `BatchNorm`.
     """
 
     def __init__(
@@ -165,13 +209,18 @@ class ConvBN(nnx.Module):
         kernel_dilation: int | Sequence[int] = 1,
         padding: PaddingLike | None = None,
         feature_group_count: int = 1,
-        scale_init: Initializer = jax.nn.initializers.ones,
+        kernel_init: Initializer = kaiming_normal,
+        kernel_metadata: Mapping[str, Any] = MappingProxyType({}),
+        precision: PrecisionLike = None,
         dtype: Dtype | None = None,
+        param_dtype: Dtype = jnp.float32,
         rngs: nnx.Rngs,
+        **norm,
     ):
         dilation = tuple(np.broadcast_to(kernel_dilation, 2).tolist())
         if padding is None:
             padding = tuple((d * (kernel_size - 1) // 2,) * 2 for d in dilation)
+        dtypes = {"dtype": dtype, "param_dtype": param_dtype}
         self.conv = nnx.Conv(
             in_features,
             out_features,
@@ -181,12 +230,14 @@ class ConvBN(nnx.Module):
             kernel_dilation=dilation,
             feature_group_count=feature_group_count,
             use_bias=False,
-            kernel_init=kaiming_normal,
+            kernel_init=kernel_init,
+            kernel_metadata=kernel_metadata,
             conv_general_dilated=conv_general_dilated,
-            dtype=dtype,
+            precision=precision,
+            **dtypes,
             rngs=rngs,
         )
-        self.bn = BatchNorm(out_features, scale_init=scale_init, dtype=dtype, rngs=rngs)
+        self.bn = BatchNorm(out_features, **norm, **dtypes, rngs=rngs)
         self.out_features = out_features
 
     def __call__(self, x: jax.Array) -> jax.Array:

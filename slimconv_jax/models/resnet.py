@@ -16,7 +16,7 @@ from flax.typing import Dtype, Initializer
 
 from slimconv_jax.errors import InputError, require_integer
 from slimconv_jax.models.ghost import GhostConvBN
-from slimconv_jax.models.layers import ConvBN, uniform_fan_in
+from slimconv_jax.models.layers import ConvBN, at_least_float32, uniform_fan_in
 from slimconv_jax.models.operations import max_pool
 from slimconv_jax.models.slimconv import SlimConv
 
@@ -389,5 +389,5 @@ class ResNet(nnx.Module):
     @jax.named_scope("head")
     def head(self, x: jax.Array) -> jax.Array:
         """Logits (N, num_classes), or pooled features, of the last feature map (N, H', W', C')."""
-        x = x.astype(jnp.promote_types(x.dtype, jnp.float32)).mean(axis=(1, 2))
+        x = x.astype(at_least_float32(x.dtype)).mean(axis=(1, 2))
         return x if self.classifier is None else self.classifier(x)

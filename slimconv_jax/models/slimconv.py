@@ -7,14 +7,16 @@ fewer channels than it gets.
 
 import functools
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from numbers import Real
+from types import MappingProxyType
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from flax.typing import Dtype, PaddingLike
+from flax.typing import Dtype, Initializer, PaddingLike, PrecisionLike
 
 from slimconv_jax.errors import InputError, require_integer
 from slimconv_jax.models.layers import (
@@ -25,6 +27,7 @@ from slimconv_jax.models.layers import (
     normalize,
     uniform_fan_in,
 )
+from slimconv_jax.models.mode import told
 
 CompressionRatio = str | Fraction | float
 
@@ -88,26 +91,30 @@ class Gate(nnx.Module):
     Args:
       features: channels C.
       squeeze_ratio: how many channels one squeezed channel stands for.
+      precision: of the products (see `nnx.Linear`).
       dtype: dtype of the computation; inferred from input and parameters if None.
+      param_dtype: dtype of the parameters.
       rngs: source of the initial parameters.
+      **norm: momentum, epsilon, axis_name and axis_index_groups of the `BatchNorm`.
     """
 
     def __init__(
-        self, features: int, *, squeeze_ratio: int = 32, dtype: Dtype | None = None, rngs: nnx.Rngs
+        self,
+        features: int,
+        *,
+        squeeze_ratio: int = 32,
+        precision: PrecisionLike = None,
+        dtype: Dtype | None = None,
+        param_dtype: Dtype = jnp.float32,
+        rngs: nnx.Rngs,
+        **norm,
     ):
         squeezed = max(features // squeeze_ratio, 1)
-        self.squeeze = nnx.Linear(
-            features, squeezed, use_bias=False, kernel_init=kaiming_normal, dtype=dtype, rngs=rngs
-        )
-        self.bn = BatchNorm(squeezed, dtype=dtype, rngs=rngs)
-        self.excite = nnx.Linear(
-            squeezed,
-            features,
-            kernel_init=kaiming_normal,
-            bias_init=uniform_fan_in(squeezed),
-            dtype=dtype,
-            rngs=rngs,
-        )
+        common = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        linear = {"kernel_init": kaiming_normal, "precision": precision, **common}
+        self.squeeze = nnx.Linear(features, squeezed, use_bias=False, **linear)
+        self.bn = BatchNorm(squeezed, **norm, **common)
+        self.excite = nnx.Linear(squeezed, features, bias_init=uniform_fan_in(squeezed), **linear)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps (..., H, W, C) to weights of shape (..., 1, 1, C)."""
@@ -143,8 +150,18 @@ class SlimConv(nnx.Module):
       lower_feature_group_count: groups of the lower one; must divide b. The same as
         `feature_group_count` if None.
       squeeze_ratio: the gate squeezes C channels to C // squeeze_ratio, at least 1.
+      kernel_init: initialiser of the kernels of the three convolutions; those of the gate, which
+        are matrices, have their own.
+      kernel_metadata: of the kernels of the three convolutions, such as their sharding (see
+        `nnx.Conv`).
+      momentum: of all batch norms: the share of the running average that each batch leaves.
+      epsilon: of all batch norms: added to the variance.
+      axis_name: of all batch norms: the name of the axis of devices whose inputs are one batch,
+        under `jax.shard_map` and the like.
+      axis_index_groups: of all batch norms: groups of those devices.
+      precision: of all convolutions and products (see `nnx.Conv`).
       dtype: dtype of the computation; inferred from input and parameters if None.
-        Parameters and batch statistics are float32.
+      param_dtype: dtype of the parameters. Batch statistics are float32.
       rngs: source of the initial parameters.
 
     Attributes:
@@ -168,7 +185,15 @@ class SlimConv(nnx.Module):
         feature_group_count: int = 1,
         lower_feature_group_count: int | None = None,
         squeeze_ratio: int = 32,
+        kernel_init: Initializer = kaiming_normal,
+        kernel_metadata: Mapping[str, Any] = MappingProxyType({}),
+        momentum: float = 0.9,
+        epsilon: float = 1e-5,
+        axis_name: str | None = None,
+        axis_index_groups: Sequence[Sequence[int]] | None = None,
+        precision: PrecisionLike = None,
         dtype: Dtype | None = None,
+        param_dtype: Dtype = jnp.float32,
         rngs: nnx.Rngs,
     ):
         if reduction is None:
@@ -199,37 +224,52 @@ class SlimConv(nnx.Module):
 
         upper_features = in_features // reduction
         lower_features = in_features // (2 * reduction)
+        common = {
+            "momentum": momentum,
+            "epsilon": epsilon,
+            "axis_name": axis_name,
+            "axis_index_groups": axis_index_groups,
+            "precision": precision,
+            "dtype": dtype,
+            "param_dtype": param_dtype,
+            "rngs": rngs,
+        }
+        conv = {"kernel_init": kernel_init, "kernel_metadata": kernel_metadata, **common}
         conv3x3 = {
             "strides": strides,
             "kernel_dilation": kernel_dilation,
             "padding": padding,
-            "dtype": dtype,
+            **conv,
         }
-        self.gate = Gate(in_features, squeeze_ratio=squeeze_ratio, dtype=dtype, rngs=rngs)
+        self.gate = Gate(in_features, squeeze_ratio=squeeze_ratio, **common)
         self.upper = ConvBN(
-            upper_features,
-            upper_features,
-            3,
-            feature_group_count=feature_group_count,
-            rngs=rngs,
-            **conv3x3,
+            upper_features, upper_features, 3, feature_group_count=feature_group_count, **conv3x3
         )
-        self.lower_reduce = ConvBN(upper_features, lower_features, 1, dtype=dtype, rngs=rngs)
+        self.lower_reduce = ConvBN(upper_features, lower_features, 1, **conv)
         self.lower = ConvBN(
             lower_features,
             lower_features,
             3,
             feature_group_count=lower_feature_group_count,
-            rngs=rngs,
             **conv3x3,
         )
         self.in_features = in_features
         self.out_features = upper_features + lower_features
         self.reduction = reduction
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Maps (..., H, W, in_features) to (..., H', W', out_features)."""
-        upper, lower = self.reconstruct(x)
+    def __call__(self, x: jax.Array, use_running_average: bool | None = None) -> jax.Array:
+        """Maps (..., H, W, in_features) to (..., H', W', out_features).
+
+        Args:
+          x: the input.
+          use_running_average: whether the batch norms normalise by their running averages, in
+            place of what `train` and `eval` have set.
+        """
+        with told(told.value if use_running_average is None else use_running_average):
+            return self._transform(*self.reconstruct(x))
+
+    def _transform(self, upper: jax.Array, lower: jax.Array) -> jax.Array:
+        """The output of the unit from the upper and the lower features."""
         # In training the batch norms of both paths pass over what they normalise once, together,
         # so that the modules of the paths are not called as such.
         paths = [self.upper, self.lower]

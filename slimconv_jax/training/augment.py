@@ -22,7 +22,10 @@ def normalize(images: jax.Array, *, mean: Sequence[float], std: Sequence[float])
             f"normalize: mean={mean!r} and std={std!r} must be three numbers each, one for each of "
             "red, green and blue, and those of std positive"
         )
-    return (images / jnp.float32(255) - jnp.asarray(mean)) / jnp.asarray(std)
+    mean, std = (
+        jnp.asarray(c, jnp.float32).reshape((1,) * (images.ndim - 1) + (3,)) for c in (mean, std)
+    )
+    return (images.astype(jnp.float32) / 255 - mean) / std
 
 
 def _three_numbers(value: object) -> bool:
@@ -99,7 +102,7 @@ def cutmix(
     """
     height, width = images.shape[1:3]
     share_key, row_key, column_key = jax.random.split(key, 3)
-    side = jnp.sqrt(1 - jax.random.beta(share_key, alpha, alpha))
+    side = jnp.sqrt(1 - jax.random.beta(share_key, alpha, alpha, dtype=jnp.float32))
 
     def within(key: jax.Array, length: int) -> jax.Array:
         centre = jax.random.randint(key, (), 0, length)
@@ -107,9 +110,9 @@ def cutmix(
         positions = jnp.arange(length)
         return (positions >= centre - half) & (positions < centre + half)
 
-    pasted = within(row_key, height)[:, None] & within(column_key, width)
-    mixed = jnp.where(pasted[..., None], jnp.roll(images, 1, axis=0), images)
-    return mixed, _blend(1 - pasted.mean(), targets)
+    pasted = within(row_key, height)[:, None] & within(column_key, width)[None, :]
+    mixed = jnp.where(pasted[None, ..., None], jnp.roll(images, 1, axis=0), images)
+    return mixed, _blend(1 - pasted.mean(dtype=jnp.float32), targets)
 
 
 def _blend(share: jax.Array, x: jax.Array) -> jax.Array:

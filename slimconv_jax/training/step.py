@@ -11,7 +11,9 @@ import optax
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
+from slimconv_jax.devices import find_devices
 from slimconv_jax.errors import InputError, require_integer, require_number
+from slimconv_jax.models.layers import at_least_float32
 
 PyTree = Any
 Metrics = dict[str, jax.Array]
@@ -49,7 +51,7 @@ def data_mesh(devices: list[jax.Device] | None = None) -> jax.sharding.Mesh:
 
     Those of one process are neighbours, so that its share of a batch is one piece.
     """
-    devices = jax.devices() if devices is None else devices
+    devices = find_devices() if devices is None else devices
     devices = sorted(devices, key=lambda device: (device.process_index, device.id))
     return jax.sharding.Mesh(np.array(devices), ("data",))
 
@@ -172,7 +174,7 @@ def make_train_step(
         model = nnx.merge(graphdef, params, stats)
         logits = model(normalize(images))
         loss = optax.softmax_cross_entropy(logits, optax.smooth_labels(targets, label_smoothing))
-        accuracy = (logits.argmax(axis=-1) == targets.argmax(axis=-1)).mean()
+        accuracy = (logits.argmax(axis=-1) == targets.argmax(axis=-1)).mean(dtype=targets.dtype)
         stats = nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))
         return loss.mean(), (stats, accuracy)
 
@@ -219,7 +221,9 @@ def make_train_step(
         return stats, *jax.lax.pmean(rest, "data")
 
     def train_step(key_data: jax.Array, state: TrainState, batch: dict[str, jax.Array]):
-        targets = jax.nn.one_hot(batch["label"], num_classes)
+        # In the precision of the parameters, which x64 alone does not change.
+        dtype = at_least_float32(jax.tree.leaves(state.params)[0].dtype)
+        targets = jax.nn.one_hot(batch["label"], num_classes, dtype=dtype)
         step_key = jax.random.fold_in(jax.random.wrap_key_data(key_data, impl=impl), state.step)
         with jax.named_scope("augment"):
             images, targets = augment(step_key, batch["image"], targets)
@@ -232,7 +236,8 @@ def make_train_step(
         step = state.step + 1
         ema = state.ema
         if ema is not None:
-            decay = jnp.minimum(ema_decay, (1 + step) / (10 + step))
+            at_first = (1 + step).astype(jnp.float32) / (10 + step).astype(jnp.float32)
+            decay = jnp.minimum(ema_decay, at_first)
             ema = optax.incremental_update(EMA(params, stats), ema, 1 - decay)
         metrics = {
             "loss": loss,

@@ -1,0 +1,171 @@
+"""SlimConv with its width restored: what stands in the place of any 3x3 convolution."""
+
+import math
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from flax import nnx
+from flax.linen import dtypes as linen_dtypes
+from flax.nnx.nn import dtypes as nnx_dtypes
+from flax.typing import Dtype, Initializer, PrecisionLike
+
+from slimconv_jax.errors import InputError
+from slimconv_jax.models.complexity import count_params
+from slimconv_jax.models.layers import kaiming_normal
+from slimconv_jax.models.operations import conv_general_dilated
+from slimconv_jax.models.slimconv import SlimConv
+
+
+class ProjectedSlimConv(nnx.Module):
+    """SlimConv, ReLU, and a 1x1 convolution that gives as many channels as one asks for.
+
+    To the module that it is in it looks like the 3x3 convolution that it replaces: it has the
+    attributes `in_features`, `out_features`, `kernel_size`, `strides` and `use_bias`, and is called
+    with `inputs`.
+
+    Args:
+      in_features: channels of the input.
+      out_features: channels of the output.
+      use_bias: whether the 1x1 convolution has a bias.
+      bias_init: its initialiser.
+      bias_metadata: of the bias, such as its sharding (see `nnx.Conv`).
+      kernel_init: initialiser of the kernels of all convolutions.
+      kernel_metadata: of these kernels, such as their sharding (see `nnx.Conv`).
+      precision: of all convolutions and products.
+      dtype: dtype of the computation; inferred from input and parameters if None.
+      param_dtype: dtype of the parameters. Batch statistics are float32.
+      rngs: source of the initial parameters.
+      **slimconv: the other arguments of `SlimConv`.
+
+    Raises:
+      ValueError: as `SlimConv`.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        use_bias: bool = True,
+        bias_init: Initializer = jax.nn.initializers.zeros,
+        bias_metadata: Mapping[str, Any] = MappingProxyType({}),
+        kernel_init: Initializer = kaiming_normal,
+        kernel_metadata: Mapping[str, Any] = MappingProxyType({}),
+        precision: PrecisionLike = None,
+        dtype: Dtype | None = None,
+        param_dtype: Dtype = jnp.float32,
+        rngs: nnx.Rngs,
+        **slimconv,
+    ):
+        common = {
+            "kernel_init": kernel_init,
+            "kernel_metadata": kernel_metadata,
+            "precision": precision,
+            "dtype": dtype,
+            "param_dtype": param_dtype,
+            "rngs": rngs,
+        }
+        self.slimconv = SlimConv(in_features, **slimconv, **common)
+        self.project = nnx.Conv(
+            self.slimconv.out_features,
+            out_features,
+            (1, 1),
+            use_bias=use_bias,
+            bias_init=bias_init,
+            bias_metadata=bias_metadata,
+            conv_general_dilated=conv_general_dilated,
+            **common,
+        )
+        self.in_features, self.out_features, self.use_bias = in_features, out_features, use_bias
+        self.kernel_size, self.strides = (3, 3), self.slimconv.upper.conv.strides
+
+    def __call__(self, inputs: jax.Array, *, use_running_average: bool | None = None) -> jax.Array:
+        """Maps (..., H, W, in_features) to (..., H', W', out_features); see `SlimConv`."""
+        return self.project(nnx.relu(self.slimconv(inputs, use_running_average)))
+
+
+def replacement(
+    conv: nnx.Conv | nn.Conv,
+    in_features: int,
+    out_features: int,
+    *,
+    reduction: int,
+    rngs: nnx.Rngs,
+    may_grow: bool = False,
+    **options,
+) -> ProjectedSlimConv:
+    """What does the work of a 3x3 convolution, with its settings.
+
+    Args:
+      conv: of NNX or Linen.
+      in_features: its channels.
+      out_features: the channels of its output.
+      reduction: r of the SlimConv.
+      rngs: source of the initial parameters.
+      may_grow: whether it may be larger than the convolution.
+      **options: more arguments of `ProjectedSlimConv`.
+
+    Raises:
+      ValueError: if there is none, or none that is smaller; the message says why.
+    """
+    is_nnx = isinstance(conv, nnx.Conv)
+    promote_dtype = (nnx_dtypes if is_nnx else linen_dtypes).promote_dtype
+    groups = conv.feature_group_count
+    unusual = {
+        "an input dilation": np.any(np.array(conv.input_dilation or 1) != 1),
+        "a mask": conv.mask is not None,
+        "its own promote_dtype": conv.promote_dtype is not promote_dtype,
+        "its own conv_general_dilated": (
+            conv.conv_general_dilated
+            not in (None, jax.lax.conv_general_dilated, conv_general_dilated)
+            or getattr(conv, "conv_general_dilated_cls", None) is not None
+        ),
+        "a preferred_element_type": getattr(conv, "preferred_element_type", None) is not None,
+    }
+    for what, is_so in unusual.items():
+        if is_so:
+            raise InputError(f"it has {what}, which SlimConv has not")
+    module = ProjectedSlimConv(
+        in_features,
+        out_features,
+        reduction=reduction,
+        strides=1 if conv.strides is None else conv.strides,
+        kernel_dilation=1 if conv.kernel_dilation is None else conv.kernel_dilation,
+        padding=conv.padding,
+        feature_group_count=groups,
+        use_bias=conv.use_bias,
+        precision=conv.precision,
+        dtype=conv.dtype,
+        param_dtype=conv.param_dtype,
+        rngs=rngs,
+        **options,
+    )
+    if not may_grow:
+        kernel = 9 * (in_features // groups) * out_features
+        before, after = kernel + conv.use_bias * out_features, count_params(module)
+        if after >= before:
+            raise InputError(f"SlimConv would have {after:,} parameters in place of {before:,}")
+        if (products := _macs_per_pixel(module)) >= kernel:
+            raise InputError(
+                f"SlimConv would have {products:,} multiply-adds a pixel of the output in place of "
+                f"{kernel:,}"
+            )
+    return module
+
+
+def _macs_per_pixel(module: ProjectedSlimConv) -> int:
+    """Multiply-adds for each pixel of the output, but those of the gate, which are few."""
+    unit = module.slimconv
+    # Before the stride, there are more pixels.
+    before_strides = math.prod(np.broadcast_to(module.strides, 2).tolist())
+    return (
+        math.prod(unit.upper.conv.kernel.shape)
+        + math.prod(unit.lower_reduce.conv.kernel.shape) * before_strides
+        + math.prod(unit.lower.conv.kernel.shape)
+        + math.prod(module.project.kernel.shape)
+    )
