@@ -12,11 +12,38 @@ from etils import epath
 from slimconv_jax.errors import InputError
 
 
+def locate(path: epath.PathLike) -> epath.Path:
+    """A path, local or in an object store.
+
+    Raises:
+      ValueError: if what reads the object store is not installed.
+    """
+    path = epath.Path(path)
+    if not is_address(path):
+        return path.expanduser()
+    try:
+        path.exists()
+    except ImportError as error:
+        raise InputError(
+            f"{path} needs another package ({error}): pip install 'slimconv_jax[gcs]', or, in a "
+            "clone, pip install -e '.[gcs]'"
+        ) from None
+    return path
+
+
+def is_address(path: epath.PathLike) -> bool:
+    """Whether a path is in an object store, such as gs://bucket/photos."""
+    return "://" in os.fspath(path)
+
+
 def absolute(path: epath.PathLike) -> epath.Path:
-    """A path that does not depend on the working directory, as Orbax needs it."""
-    if "://" in os.fspath(path):  # which `resolve` would take for a relative one
-        return epath.Path(path)
-    return epath.Path(path).expanduser().resolve()
+    """A path that does not depend on the working directory, as Orbax needs it.
+
+    Raises:
+      ValueError: as `locate`.
+    """
+    path = locate(path)
+    return path if is_address(path) else path.resolve()
 
 
 def read_text(file: epath.PathLike) -> str:

@@ -24,6 +24,7 @@ from slimconv_jax.data.sources import ImageFiles
 from slimconv_jax.data.transforms import Transform
 from slimconv_jax.errors import InputError, require_integer
 from slimconv_jax.evaluation import Preprocessing, class_names_of, preprocessing_of
+from slimconv_jax.files import is_address, locate
 from slimconv_jax.models.pieces import in_pieces
 from slimconv_jax.models.surgery import fold_batch_norm
 from slimconv_jax.saving import load_model, read_info
@@ -67,9 +68,10 @@ def expand_paths(paths: Sequence[str]) -> list[str]:
     """
     files = []
     for path in paths:
-        if "://" in path or os.path.isdir(path):
+        if locate(path).is_dir():
             files += find_images(path)
-        elif os.path.lexists(path):  # which may have the characters of a pattern in its name
+        # A file may have the characters of a pattern in its name.
+        elif is_address(path) or os.path.lexists(path):
             files.append(path)
         elif not glob.has_magic(path):
             raise InputError(f"there is no file or directory {path!r}")

@@ -11,6 +11,7 @@ from etils import epath
 from PIL import Image
 
 from slimconv_jax.errors import LIBRARY_ERRORS, InputError, InputWarning
+from slimconv_jax.files import is_address, locate
 
 _FORMATS = frozenset(
     {
@@ -81,7 +82,7 @@ def _begins_as_image(file: str) -> bool:
 
 def _walk(directory: str) -> Iterator[tuple[str, Sequence[str]]]:
     """Each directory below, but hidden ones, and the names of the files in it."""
-    if "://" in directory:
+    if is_address(directory):
         entries = list(epath.Path(directory).iterdir())
         is_directory = [entry.is_dir() for entry in entries]
         yield (
@@ -114,7 +115,7 @@ def find_images(directory: epath.PathLike) -> list[str]:
     Raises:
       ValueError: if there is no such directory, or no image in it.
     """
-    if not epath.Path(directory).is_dir():
+    if not locate(directory).is_dir():
         raise InputError(f"there is no directory {directory}")
     others = set()
     files = list_images(directory, others)
@@ -145,7 +146,7 @@ def read_bytes(file: str) -> bytes:
     Raises:
       OSError: if it cannot be read.
     """
-    if "://" in file:
+    if is_address(file):
         return epath.Path(file).read_bytes()
     # Read whole, so without Python's buffer in between.
     with open(file, "rb", buffering=0) as stream:

@@ -17,6 +17,7 @@ from PIL import Image
 from slimconv_jax.data.image_files import list_images, read_bytes, suffixes, warn_of_others
 from slimconv_jax.data.transforms import ImageError
 from slimconv_jax.errors import LIBRARY_ERRORS, InputError, require_integer
+from slimconv_jax.files import locate
 
 
 class Example(NamedTuple):
@@ -281,16 +282,11 @@ def existing_directory(path: epath.PathLike) -> epath.Path:
     Raises:
       ValueError: if there is none, or what reads the object store is not installed.
     """
-    path = epath.Path(path).expanduser()
+    path = locate(path)
     try:
         is_there = path.is_dir()
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror or error}") from None
-    except ImportError as error:
-        raise InputError(
-            f"to read {path} needs another package ({error}): pip install 'slimconv_jax[gcs]', or, "
-            "in a clone, pip install -e '.[gcs]'"
-        ) from None
     if not is_there:
         raise InputError(f"there is no directory {path}")
     return path

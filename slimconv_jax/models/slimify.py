@@ -199,12 +199,13 @@ def slimify(
             except InputError as error:
                 left[path] = str(error)
                 return node
-            replaced[path] = (node, slim_node)
+            replaced[path] = (node, slim_node, path)
             if evaluating:
                 slim_node.eval()
             return slim_node
-        if type(node) is Bottleneck:
-            _use_following_conv(node, rngs)
+        if type(node) is Bottleneck and _use_following_conv(node, rngs):
+            conv, place = (*path, "conv2", "conv"), (*path, "conv2")
+            replaced[conv] = (replaced[conv][0], node.conv2, place)
         regular = type(node) is ResNet and node.config.channels is None
         if regular and node.config.block == "bottleneck":
             units = [block.conv2 for stage in node.stages for block in stage]
@@ -240,9 +241,9 @@ def slimify(
                 old.in_features,
                 old.out_features,
                 (count_params(old), count_params(new)),
-                rows and tuple(_macs(part, path) for part in rows),
+                rows and (_macs(rows[0], path), _macs(rows[1], place)),
             )
-            for path, (old, new) in replaced.items()
+            for path, (old, new, place) in replaced.items()
         },
         left=left,
         not_chosen=tuple(not_chosen),
@@ -330,23 +331,24 @@ def _sharding(variable: nnx.Variable) -> dict[str, Any]:
     return {name: metadata[name] for name in names if metadata.get(name) is not None}
 
 
-def _use_following_conv(block: Bottleneck, rngs: nnx.Rngs) -> None:
+def _use_following_conv(block: Bottleneck, rngs: nnx.Rngs) -> bool:
     """Lets the 1x1 convolution that ends a bottleneck take the output of a new SlimConv.
 
     After the 3x3 convolution in it was replaced by SlimConv with a 1x1 convolution of its own.
+    Returns whether there was such a one.
     """
-    if isinstance(block.conv2, ConvBN) and isinstance(block.conv2.conv, ProjectedSlimConv):
-        block.conv2 = block.conv2.conv.slimconv
-        old, dtype = block.conv3, block.conv3.conv.dtype
-        block.conv3 = ConvBN(block.conv2.out_features, old.out_features, 1, dtype=dtype, rngs=rngs)
-        block.conv3.bn = old.bn
+    if not (isinstance(block.conv2, ConvBN) and isinstance(block.conv2.conv, ProjectedSlimConv)):
+        return False
+    block.conv2 = block.conv2.conv.slimconv
+    old, dtype = block.conv3, block.conv3.conv.dtype
+    block.conv3 = ConvBN(block.conv2.out_features, old.out_features, 1, dtype=dtype, rngs=rngs)
+    block.conv3.bn = old.bn
+    return True
 
 
 def _macs(rows: Sequence[Layer], path: Path) -> int:
-    """Multiply-adds of all calls of the module at a path, in a bottleneck of the SlimConv there."""
-    paths = (path, path[:-1]) if path[-2:] == ("conv2", "conv") else (path,)
-    there = [row for row in rows if row.path in paths]
-    return sum(row.macs for row in there if row.path == max((r.path for r in there), key=len))
+    """Multiply-adds of all calls of the module at a path."""
+    return sum(row.macs for row in rows if row.path == path)
 
 
 def _notes(

@@ -8,7 +8,6 @@ import argparse
 import collections
 import io
 import json
-import os
 import pickle
 import re
 import struct
@@ -24,7 +23,7 @@ import numpy as np
 from etils import epath
 
 from slimconv_jax.errors import LIBRARY_ERRORS, InputError, import_extra
-from slimconv_jax.files import read_text
+from slimconv_jax.files import is_address, locate, read_text
 
 _SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".tar", ".pkl", ".npz", ".msgpack", ".ckpt")
 _SHARD = re.compile(r"(.+)-(\d+)-of-(\d+)(\.\w+)")
@@ -48,7 +47,7 @@ def checkpoint_files(path: epath.PathLike) -> list[epath.Path]:
     Raises:
       ValueError: if there are none, or several models.
     """
-    path = epath.Path(path).expanduser()
+    path = locate(path)
     try:
         if path.is_dir():
             path = _only_checkpoint(path)
@@ -63,8 +62,6 @@ def checkpoint_files(path: epath.PathLike) -> list[epath.Path]:
         missing = [file.name for file in files if not file.exists()]
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror or error}") from None
-    except ImportError as error:  # of what reads object stores
-        raise InputError(f"cannot read {path}: {error}") from None
     if missing and len(files) > 1:
         raise InputError(f"{path} is of a model in {len(files)} files; {missing[0]} is missing")
     return files
@@ -120,7 +117,7 @@ def read_files(files: Sequence[epath.Path]) -> Any:
 
 def _read_anywhere(file: epath.Path) -> Any:
     """What a file holds, of which there is a copy for the time if it is in an object store."""
-    if "://" not in os.fspath(file):
+    if not is_address(file):
         return _read_one(Path(file))
     with tempfile.TemporaryDirectory() as directory:
         copy = Path(directory) / file.name

@@ -10,6 +10,7 @@ from randomize import apply, randomized
 from someone_elses import VGG, CallTimeMode, ModeInAttribute, Synchronised, Wrapped
 
 import slimconv_jax as sc
+from slimconv_jax.models.complexity import layers
 from slimconv_jax.models.projected import ProjectedSlimConv
 from slimconv_jax.models.resnet import ResNetConfig
 from slimconv_jax.models.zoo import abstract_model, abstract_resnet
@@ -53,6 +54,11 @@ def test_a_plain_resnet_becomes_its_sc_counterpart(name, k, params, macs):
     assert report.macs == (sc.count_macs(plain), macs)
     assert len(report.replaced) == 16 and not report.left
     assert ("stages", 3, 2, "conv2", "conv") in report.replaced
+    path = ("stages", 1, 0, "conv2")
+    replaced, unit = report.replaced[*path, "conv"], counterpart.stages[1][0].conv2
+    assert replaced.params[1] == sc.count_params(unit)
+    macs = [{row.path: row.macs for row in layers(model)} for model in (plain, counterpart)]
+    assert replaced.macs == (macs[0][*path, "conv"], macs[1][path])
     assert plain.config.reduction is None
 
 
