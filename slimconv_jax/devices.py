@@ -21,11 +21,18 @@ def find_devices() -> list[jax.Device]:
     try:
         devices = jax.devices()
     except (AssertionError, RuntimeError) as error:
-        platforms = jax.config.jax_platforms
         reason = f"JAX finds no devices: {str(error).partition(' (set JAX_PLATFORMS')[0]}"
-        if platforms:
-            reason = f"JAX is told to use {platforms!r} (JAX_PLATFORMS), and finds no such device"
-        raise InputError(f"{reason}; without JAX_PLATFORMS it uses what is there") from None
+        for name, platforms in (
+            ("JAX_PLATFORMS", jax.config.jax_platforms),
+            ("JAX_PLATFORM_NAME", os.environ.get("JAX_PLATFORM_NAME")),
+        ):
+            if platforms:
+                reason = (
+                    f"JAX is told to use {platforms!r} ({name}), and finds no such device; without "
+                    f"{name} it uses what is there"
+                )
+                break
+        raise InputError(reason) from None
     finally:
         logger.removeFilter(records.append)
     for record in records:

@@ -16,18 +16,24 @@ def locate(path: epath.PathLike) -> epath.Path:
     """A path, local or in an object store.
 
     Raises:
-      ValueError: if what reads the object store is not installed.
+      ValueError: if nothing reads such addresses, or what does is not installed.
     """
-    path = epath.Path(path)
-    if not is_address(path):
-        return path.expanduser()
     try:
+        path = epath.Path(path)
+        if not is_address(path):
+            return path.expanduser()
         path.exists()
     except ImportError as error:
+        install = ""
+        if os.fspath(path).startswith("gs://"):
+            install = ": pip install 'slimconv_jax[gcs]', or, in a clone, pip install -e '.[gcs]'"
+        raise InputError(f"{path} needs another package ({error}){install}") from None
+    except KeyError:
         raise InputError(
-            f"{path} needs another package ({error}): pip install 'slimconv_jax[gcs]', or, in a "
-            "clone, pip install -e '.[gcs]'"
+            f"{path} is an address that nothing here reads; a local path and gs://... are"
         ) from None
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror or error}") from None
     return path
 
 

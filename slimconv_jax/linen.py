@@ -14,29 +14,40 @@ dicts there, which Linen's own tools (`flatten_dict(sep=...)`, say) do not take,
 draws new initial values, which for a ResNet-50 takes ten seconds unless it is compiled.
 """
 
+import collections
+import contextlib
 import dataclasses
 import functools
+import inspect
 import math
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from flax import nnx
 from flax.core import unfreeze
+from flax.linen import linear
 from flax.traverse_util import flatten_dict, unflatten_dict
 from flax.typing import Dtype, Initializer, PaddingLike, PrecisionLike
 
-from slimconv_jax.errors import InputError, InputWarning
+from slimconv_jax.errors import InputError
 from slimconv_jax.models import resnet, slimconv
-from slimconv_jax.models.complexity import count_program_macs
+from slimconv_jax.models.complexity import count_params, count_program_macs
 from slimconv_jax.models.layers import kaiming_normal, leave_devices
-from slimconv_jax.models.mode import arguments_for, told, uses_running_average
-from slimconv_jax.models.projected import ProjectedSlimConv, replacement
+from slimconv_jax.models.mode import (
+    arguments_for,
+    attribute_mode,
+    running_average,
+    told,
+    uses_running_average,
+)
+from slimconv_jax.models.projected import ProjectedSlimConv, count_conv_params, replacement
 from slimconv_jax.models.slimconv import CompressionRatio, k_from_reduction, reduction_from_k
-from slimconv_jax.models.slimify import Replacement, SlimifyReport, name_of_path
+from slimconv_jax.models.slimify import Replacement, SlimifyReport, name_of_path, require_some
 from slimconv_jax.models.zoo import abstract, abstract_resnet, require_module, resnet_config
 
 _COLLECTIONS = {"params": nnx.Param, "batch_stats": nnx.BatchStat}
@@ -72,7 +83,7 @@ def _run(
     outline: Callable[[], nnx.Module],
     forward: Callable[[nnx.Module], Any],
     train: bool,
-    box: nn.meta.AxisMetadata | None = None,
+    boxes: Mapping[str, nn.meta.AxisMetadata] = MappingProxyType({}),
 ) -> Any:
     """Calls an NNX module whose variables are those of a Linen module.
 
@@ -82,17 +93,18 @@ def _run(
       outline: gives the NNX module without its arrays.
       forward: what to call it with.
       train: whether batch statistics are computed, and, unless initialising, updated.
-      box: what the kernels of convolutions are put in, such as `nn.Partitioned`.
+      boxes: what each "kernel" of a convolution and the "bias" of the last one is put in, such as
+        `nn.Partitioned`.
     """
     if not scope.variables.get("params") and scope.is_mutable_collection("params"):
         initial = build(rngs=nnx.Rngs(params=scope.make_rng("params")))
         for collection, tree in variables(initial).items():
-            for name, value in tree.items():
-                if box is not None:
-                    value = jax.tree.map(
-                        lambda x: box.replace_boxed(x) if x.ndim == 4 else x, value
-                    )
-                scope.put_variable(collection, name, value)
+            flat = flatten_dict(tree)
+            for path, value in flat.items():
+                if path[-1] in boxes and (value.ndim == 4 or path == ("project", "bias")):
+                    flat[path] = boxes[path[-1]].replace_boxed(value)
+            for name, value in unflatten_dict(flat).items():
+                _put(scope, collection, name, value)
     if train and not scope.is_mutable_collection("batch_stats"):
         raise InputError(
             f"train=True of {type(scope).__name__} updates the batch statistics: apply takes "
@@ -112,7 +124,7 @@ def _run(
                     f"{given[name].shape if name in given else 'none'}"
                 )
             variable.set_value(given[name])
-    with told(not train):
+    with running_average(not train), told(None):
         output = forward(module)
     if train and not scope.is_initializing():
         # In the boxes, such as `nn.Partitioned`, that the old ones are in.
@@ -121,6 +133,21 @@ def _run(
         for name, value in new.items():
             scope.put_variable("batch_stats", name, value)
     return output
+
+
+def _put(scope: nn.Module, collection: str, name: str, value: Any) -> None:
+    """Makes a variable of a module.
+
+    Raises:
+      ValueError: if a transform of Flax leaves the collection out.
+    """
+    if not scope.is_mutable_collection(collection):
+        raise InputError(
+            f"SlimConv has variables in {collection!r}, too, which the nn.scan, nn.vmap or the "
+            f"like around {name_of_path(scope.path)} has to map: variable_axes={{'params': 0, "
+            f"{collection!r}: 0}}, for example"
+        )
+    scope.put_variable(collection, name, value)
 
 
 def _mode(module: nn.Module, train: bool | None) -> bool:
@@ -139,10 +166,20 @@ def _mode(module: nn.Module, train: bool | None) -> bool:
     return nn.merge_param("train", module.train, train)
 
 
-def _box(kernel_init: Initializer) -> nn.meta.AxisMetadata | None:
-    """What an initialiser puts its values in, such as `nn.Partitioned`."""
-    value = jax.eval_shape(lambda: kernel_init(jax.random.key(0), (3, 3, 1, 1), jnp.float32))
-    return value if isinstance(value, nn.meta.AxisMetadata) else None
+def _boxes(**initializers: Initializer) -> dict[str, nn.meta.AxisMetadata]:
+    """What the initialisers of a "kernel" and a "bias" put their values in; see `_run`."""
+    key, shapes = jax.random.key(0), {"kernel": (3, 3, 1, 1), "bias": (1,)}
+    values = {
+        name: jax.eval_shape(
+            lambda key, name=name: initializers[name](key, shapes[name], jnp.float32), key
+        )
+        for name in initializers
+    }
+    return {n: value for n, value in values.items() if isinstance(value, nn.meta.AxisMetadata)}
+
+
+def _unboxed(init: Initializer) -> Initializer:
+    return lambda *args: nn.meta.unbox(init(*args))
 
 
 class SlimConv(nn.Module):
@@ -193,7 +230,7 @@ class SlimConv(nn.Module):
             for field in dataclasses.fields(self)
             if field.name not in ("parent", "name", "train")
         }
-        options["kernel_init"] = lambda *args: nn.meta.unbox(self.kernel_init(*args))
+        options["kernel_init"] = _unboxed(self.kernel_init)
         build = functools.partial(slimconv.SlimConv, x.shape[-1], **options)
         return _run(
             self,
@@ -201,7 +238,7 @@ class SlimConv(nn.Module):
             lambda: abstract(build),
             lambda unit: unit(x),
             _mode(self, train),
-            _box(self.kernel_init),
+            _boxes(kernel=self.kernel_init),
         )
 
 
@@ -215,7 +252,8 @@ class SlimmedConv(nn.Conv):
     stays a convolution, and so does every other one, where SlimConv cannot be or would be larger.
 
     Attributes:
-      features: see `nn.Conv`, as for all others but these.
+      features: see `nn.Conv`, as for all others but these. In a SlimConv, the bias and its
+        initialiser are those of the 1x1 convolution, and so is a `kernel_init` that is given.
       k: compression ratio, as the next ones see `slimconv_jax.SlimConv`.
       momentum: of the batch norms.
       epsilon: of the batch norms.
@@ -268,8 +306,11 @@ def _replacement(
     Raises:
       ValueError: if there is nothing; the message says why.
     """
+    options = {"bias_init": _unboxed(conv.bias_init), **norm}
+    if conv.kernel_init is not linear.default_kernel_init:
+        options["project_init"] = _unboxed(conv.kernel_init)
     build = functools.partial(
-        replacement, conv, inputs.shape[-1], conv.features, reduction=reduction, **norm
+        replacement, conv, inputs.shape[-1], conv.features, reduction=reduction, **options
     )
     return build, abstract(build)
 
@@ -282,7 +323,8 @@ def _run_slimmed(
     train: bool,
 ) -> jax.Array:
     """The output of what takes the place of a convolution."""
-    return _run(conv, build, lambda: outline, lambda m: m(inputs), train, _box(conv.kernel_init))
+    boxes = _boxes(kernel=conv.kernel_init, bias=conv.bias_init)
+    return _run(conv, build, lambda: outline, lambda m: m(inputs), train, boxes)
 
 
 class ResNet(nn.Module):
@@ -382,12 +424,21 @@ class Slimified(nn.Module):
           ValueError: if the network is told no mode, has no 3x3 convolution that `where`
             chooses, or has batch norms over devices that `axis_name` is not about.
         """
+        return self.call_method("__call__", *args, **kwargs)
+
+    def call_method(self, name: str, *args, **kwargs) -> Any:
+        """What another method of the network makes of its arguments.
+
+            slim.apply(variables, "encode", images, method="call_method")
+
+        Errors are those of a call.
+        """
         found = _Found()
-        with nn.intercept_methods(functools.partial(_intercept, self, found)):
-            output = self.module(*args, **kwargs)
+        with _intercepting(self, found, anew=self.is_initializing()):
+            output = getattr(self.module, name)(*args, **kwargs)
         if self.is_initializing():
             found.check()
-        if found.replaced and (others := found.axis_names - {None, self.axis_name}):
+        if found.replaced and (others := found.norms["axis_name"] - {None, self.axis_name}):
             raise InputError(
                 f"the network's batch norms take the devices of the axis {min(others)!r} together; "
                 f"those of SlimConv do so with linen.slimify(module, axis_name={min(others)!r})"
@@ -400,26 +451,30 @@ class Slimified(nn.Module):
         Args:
           *args: what the network is called with, such as `jnp.zeros((1, 224, 224, 3))`. Nothing is
             computed.
-          **kwargs: likewise; unless the mode is among them, it is that of evaluation.
+          **kwargs: likewise; unless the mode is among the arguments, it is that of evaluation.
 
         Raises:
           ValueError: as a call.
         """
-        kwargs = arguments_for(type(self.module).__call__, training=False) | kwargs
+        function = type(self.module).__call__
+        given = inspect.signature(function).bind_partial(self.module, *args, **kwargs).arguments
+        modes = arguments_for(function, training=False)
+        kwargs |= {name: mode for name, mode in modes.items() if name not in given}
+        leaves, treedef = jax.tree.flatten((args, kwargs))
+        arrays = {i: leaf for i, leaf in enumerate(leaves) if _is_traced(leaf)}
         found = _Found()
 
-        def count(intercept: bool) -> tuple[int, int]:
-            def run(*args):
-                return self.module.init_with_output(jax.random.key(0), *args, **kwargs)
+        def run(arrays: dict[int, jax.Array]) -> Any:
+            args, kwargs = treedef.unflatten([arrays.get(i, x) for i, x in enumerate(leaves)])
+            return self.module.init_with_output(jax.random.key(0), *args, **kwargs)
 
-            if intercept:
-                with nn.intercept_methods(functools.partial(_intercept, self, found)):
-                    jaxpr, (_, variables) = jax.make_jaxpr(run, return_shape=True)(*args)
-            else:
-                jaxpr, (_, variables) = jax.make_jaxpr(run, return_shape=True)(*args)
+        def count() -> tuple[int, int]:
+            jaxpr, (_, variables) = jax.make_jaxpr(run, return_shape=True)(arrays)
             return _count_params(variables["params"]), count_program_macs(jaxpr.jaxpr)
 
-        before, after = count(False), count(True)
+        before = count()
+        with _intercepting(self, found, anew=True):
+            after = count()
         found.check()
         return SlimifyReport(
             k=k_from_reduction(self.reduction),
@@ -428,8 +483,19 @@ class Slimified(nn.Module):
             not_chosen=tuple(found.not_chosen),
             params=(before[0], after[0]),
             macs=(before[1], after[1]),
-            image_shape=jnp.shape(args[0])[1:],
+            image_shape=next((x.shape[1:] for x in arrays.values()), ()),
+            notes=tuple(
+                f"the network has batch norms of {name}={min(others)}, and the new ones have "
+                f"{getattr(self, name)}; linen.slimify(module, {name}=...) sets it"
+                for name in ("momentum", "epsilon")
+                if (others := found.norms[name] - {getattr(self, name)})
+            ),
         )
+
+
+def _is_traced(leaf: Any) -> bool:
+    """Whether an argument of a network is an array; scalars may be modes."""
+    return isinstance(leaf, jax.ShapeDtypeStruct) or (hasattr(leaf, "dtype") and np.ndim(leaf) > 0)
 
 
 def _count_params(tree: Any) -> int:
@@ -438,34 +504,48 @@ def _count_params(tree: Any) -> int:
 
 @dataclasses.dataclass
 class _Found:
-    """The 3x3 convolutions of a network by path; see `SlimifyReport`."""
+    """The 3x3 convolutions of a network by path, as in `SlimifyReport`, and more about it.
+
+    Attributes:
+      norms: the values of each setting of its batch norms.
+      wrapper: what changes the parameters of the modules that are called now.
+    """
 
     replaced: dict = dataclasses.field(default_factory=dict)
     left: dict = dataclasses.field(default_factory=dict)
     not_chosen: list = dataclasses.field(default_factory=list)
-    axis_names: set = dataclasses.field(default_factory=set)
+    norms: dict = dataclasses.field(default_factory=lambda: collections.defaultdict(set))
+    wrapper: str | None = None
 
     def check(self) -> None:
-        """Makes sure that something was replaced, or warns.
+        """See `require_some`."""
+        none = "the network has no nn.Conv of 3x3"
+        require_some(self.replaced, self.left, self.not_chosen, none)
 
-        Raises:
-          ValueError: if there was nothing to replace.
-        """
-        if not self.replaced and not self.left:
-            why = "the network has no nn.Conv of 3x3"
-            if self.not_chosen:
-                why = (
-                    f"`where` chooses none of its {len(self.not_chosen)} 3x3 convolutions, such as "
-                    f"{self.not_chosen[0]}"
-                )
-            raise InputError(f"slimify: {why}")
-        if not self.replaced:
-            path, why = next(iter(self.left.items()))
-            warnings.warn(
-                f"slimify replaced nothing; {name_of_path(path)}, for one, is left: {why}",
-                InputWarning,
-                stacklevel=3,
-            )
+
+_slimified = jax.make_user_context(None)
+"""What is put into a network. A context of JAX, so that `nn.jit` in it compiles for each."""
+
+
+@contextlib.contextmanager
+def _intercepting(slimified: Slimified, found: _Found, *, anew: bool) -> Iterator[None]:
+    """Puts SlimConv into the networks that are called.
+
+    Args:
+      slimified: says where and of which settings.
+      found: gets what there is.
+      anew: whether parts that `nn.jit` has compiled are traced again, so that they get in `found`.
+    """
+    settings = [
+        getattr(slimified, field.name)
+        for field in dataclasses.fields(slimified)
+        if field.name not in ("module", "parent", "name")
+    ]
+    with (
+        _slimified((*settings, object() if anew else None)),
+        nn.intercept_methods(functools.partial(_intercept, slimified, found)),
+    ):
+        yield
 
 
 def _intercept(
@@ -478,33 +558,60 @@ def _intercept(
 ) -> Any:
     """Calls a method of any module in the network, or SlimConv in its place."""
     module, name = context.module, context.method_name
-    mode = uses_running_average(getattr(type(module), name), (module, *args), kwargs)
+    # Transforms of Flax call what is no attribute of the class.
+    function = getattr(type(module), name, None)
+    mode = function and uses_running_average(function, (module, *args), kwargs)
+    if mode is None:
+        mode = attribute_mode(module)
     if isinstance(module, nn.BatchNorm):
-        found.axis_names.add(module.axis_name)
-    with told(told.value if mode is None else mode):
-        if type(module) is not nn.Conv or name != "__call__" or not _is_3x3(module):
+        for setting in ("axis_name", "momentum", "epsilon"):
+            found.norms[setting].add(getattr(module, setting))
+    outer = found.wrapper
+    if isinstance(module, nn.WeightNorm | nn.SpectralNorm):
+        found.wrapper = type(module).__name__
+    try:
+        with told(told.value if mode is None else mode):
+            if isinstance(module, nn.Conv) and name == "__call__" and _is_3x3(module):
+                return _call_conv(slimified, found, method, module, args, kwargs)
             return method(*args, **kwargs)
-        path = module.path
-        if slimified.where is not None and not slimified.where(path, module):
-            found.not_chosen.append(path)
-            return method(*args, **kwargs)
-        inputs = kwargs["inputs"] if "inputs" in kwargs else args[0]
-        try:
-            build, outline = _replacement(module, inputs, slimified.reduction, _norm(slimified))
-        except InputError as error:
-            found.left[path] = str(error)
-            return method(*args, **kwargs)
-        kernel = 9 * (inputs.shape[-1] // module.feature_group_count) * module.features
-        before = kernel + module.use_bias * module.features
-        after = _count_params(nnx.state(outline, nnx.Param))
-        found.replaced[path] = Replacement(inputs.shape[-1], module.features, (before, after), None)
-        if slimified.train is None and told.value is None and not module.is_initializing():
-            raise InputError(
-                f"nothing tells the SlimConv in place of {name_of_path(path)} whether it is "
-                "trained; linen.slimify(module, train=...) does, and so does slim.clone(train=...)"
-            )
-        train = _mode(slimified, None)
-        return _run_slimmed(module, build, outline, inputs, train)
+    finally:
+        found.wrapper = outer
+
+
+def _call_conv(
+    slimified: Slimified,
+    found: _Found,
+    method: Callable,
+    conv: nn.Conv,
+    args: tuple,
+    kwargs: dict[str, Any],
+) -> Any:
+    """Calls a 3x3 convolution, or SlimConv in its place."""
+    path = conv.path
+    if type(conv) is SlimmedConv:
+        return method(*args, **kwargs)
+    if slimified.where is not None and not slimified.where(path, conv):
+        found.not_chosen.append(path)
+        return method(*args, **kwargs)
+    inputs = kwargs["inputs"] if "inputs" in kwargs else args[0]
+    try:
+        if type(conv) is not nn.Conv:
+            raise InputError(f"it is a {type(conv).__name__}, not an nn.Conv itself")
+        if found.wrapper:
+            raise InputError(f"it is in a {found.wrapper}, which changes its parameters")
+        build, outline = _replacement(conv, inputs, slimified.reduction, _norm(slimified))
+    except InputError as error:
+        found.left[path] = str(error)
+        return method(*args, **kwargs)
+    counts = count_conv_params(conv, inputs.shape[-1]), count_params(outline)
+    found.replaced[path] = Replacement(inputs.shape[-1], conv.features, counts, None)
+    train = slimified.train if told.value is None else not told.value
+    if train is None and not conv.is_initializing():
+        raise InputError(
+            f"nothing tells the SlimConv in place of {name_of_path(path)} whether it is "
+            "trained; linen.slimify(module, train=...) does, and so does slim.clone(train=...)"
+        )
+    return _run_slimmed(conv, build, outline, inputs, bool(train))
 
 
 def slimify(

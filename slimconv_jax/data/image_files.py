@@ -73,8 +73,11 @@ def is_image(file: str) -> bool:
 
 
 def _begins_as_image(file: str) -> bool:
+    if not is_address(file) and not os.path.isfile(file):
+        return False  # but a pipe, say, which never ends
     try:
-        Image.open(io.BytesIO(read_bytes(file)), formats=formats()).close()
+        stream = io.BytesIO(read_bytes(file)) if is_address(file) else file
+        Image.open(stream, formats=formats()).close()
     except DAMAGE:
         return False
     return True

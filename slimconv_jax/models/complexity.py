@@ -27,8 +27,8 @@ class Layer:
       shape: shape of its output, for a batch of one; None if it returns no single array.
       params: trainable parameters in it.
       macs: multiply-adds of the convolutions and matrix products in it, for one image.
-      told_alone: whether it is a batch norm or dropout whose call tells it a mode that the layers
-        around it do not hear.
+      told: what a call tells a batch norm or dropout: whether to use running averages; of other
+        modules, what the modules around are told. None is nothing.
     """
 
     path: tuple[str | int, ...]
@@ -36,7 +36,7 @@ class Layer:
     shape: tuple[int, ...] | None
     params: int
     macs: int
-    told_alone: bool = False
+    told: bool | None = None
 
 
 def count_params(model: nnx.Module) -> int:
@@ -195,9 +195,11 @@ def _call_recorded(model: nnx.Module, x: jax.Array, rows: list[Layer]) -> Any:
                     shape=None,
                     params=count_params(module),
                     macs=0,
-                    told_alone=isinstance(module, nnx.BatchNorm | nnx.Dropout)
-                    and told.value is None
-                    and uses_running_average(original, (module, *args), kwargs) is not None,
+                    told=(
+                        uses_running_average(original, (module, *args), kwargs)
+                        if isinstance(module, nnx.BatchNorm | nnx.Dropout)
+                        else told.value
+                    ),
                 )
             )
             active.append(module)

@@ -13,7 +13,7 @@ from flax import nnx
 from flax.typing import Dtype, Initializer, PaddingLike, PrecisionLike
 
 from slimconv_jax.errors import InputError
-from slimconv_jax.models.mode import told
+from slimconv_jax.models.mode import running_average
 from slimconv_jax.models.operations import conv_general_dilated
 
 kaiming_normal = nnx.initializers.variance_scaling(2.0, "fan_out", "normal")
@@ -154,8 +154,8 @@ def normalize(
 
 
 def _mode(norm: nnx.BatchNorm, use_running_average: bool | None) -> bool:
-    """The mode of a call, else what the model around it was told, else that of the norm."""
-    for mode in (use_running_average, told.value, norm.use_running_average):
+    """The mode of a call, else of the unit that it is in, else that of the norm."""
+    for mode in (use_running_average, running_average.value, norm.use_running_average):
         if mode is not None:
             return mode
     raise InputError("batch norm needs use_running_average, as an attribute or in the call")

@@ -5,6 +5,7 @@ model takes the mode as an argument (`training`, `deterministic`, ...) and hands
 norms. Layers that were put into a model later get no such argument. They hear it through a context.
 """
 
+import copyreg
 import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
@@ -14,17 +15,32 @@ import jax
 import numpy as np
 from flax import nnx
 
-_MEANS_TRAINING = {
-    **dict.fromkeys(("train", "training", "is_training", "is_train", "train_mode"), True),
-    **dict.fromkeys(("use_running_average", "deterministic", "inference"), False),
-    **dict.fromkeys(("eval", "is_eval", "eval_mode"), False),
-}
-"""The names that arguments for the mode have, and whether True means training."""
+from slimconv_jax.errors import InputError
 
-told = jax.make_user_context(None)
-"""Whether batch norms use their running averages, as a caller tells it; None if none does.
+_OF_DROPOUT = {"deterministic": False, "enable_dropout": True}
+_MEANS_TRAINING = {
+    "use_running_average": False,
+    **dict.fromkeys(("train", "training", "is_training", "is_train", "train_mode"), True),
+    **dict.fromkeys(("eval", "is_eval", "eval_mode", "evaluate"), False),
+    **dict.fromkeys(("test", "is_test", "testing", "test_mode"), False),
+    **dict.fromkeys(("inference", "is_inference", "inference_mode"), False),
+    **_OF_DROPOUT,
+}
+"""The names that arguments for the mode have, and whether True means training.
+
+Where there are several, the first one here counts: dropout may be asked for in evaluation.
+"""
+
+running_average = jax.make_user_context(None)
+"""Whether the batch norms of this package use their running averages; None: as each is set.
 
 A context of JAX, so that `jax.jit` compiles once for each.
+"""
+
+told = jax.make_user_context(None)
+"""What the modules around are told of their mode, as `running_average`; None if nothing.
+
+Only layers that were put into a model follow it.
 """
 
 
@@ -35,7 +51,7 @@ def mode_arguments(function: Callable) -> tuple[str, ...]:
         parameters = inspect.signature(function).parameters
     except (TypeError, ValueError):  # of what is not written in Python
         return ()
-    return tuple(name for name in parameters if name in _MEANS_TRAINING)
+    return tuple(name for name in _MEANS_TRAINING if name in parameters)
 
 
 def uses_running_average(
@@ -47,6 +63,9 @@ def uses_running_average(
       function: what is called, unbound.
       args: its positional arguments, the first of which is the module.
       kwargs: its other arguments.
+
+    Raises:
+      ValueError: if the mode is traced.
     """
     if not (names := mode_arguments(function)):
         return None
@@ -54,10 +73,30 @@ def uses_running_average(
         call = inspect.signature(function).bind(*args, **kwargs)
     except TypeError:
         return None  # the call itself says what is wrong
+    given = set(call.arguments)
     call.apply_defaults()
-    for name in names:
-        value = call.arguments[name]
-        if isinstance(value, bool | np.bool_):
+    return _mode_of({name: call.arguments[name] for name in names}, given)
+
+
+def attribute_mode(module: Any) -> bool | None:
+    """The mode that a Linen module has in its fields, as `told` has it; None if it has none."""
+    fields = type(module).__dataclass_fields__
+    return _mode_of({n: getattr(module, n) for n in _MEANS_TRAINING if n in fields}, set())
+
+
+def _mode_of(values: Mapping[str, Any], given: set[str]) -> bool | None:
+    """The first mode among values, of which those of dropout count if given, or if none is told."""
+    for name, value in values.items():
+        if name in _OF_DROPOUT and name not in given and told.value is not None:
+            continue
+        if isinstance(value, jax.core.Tracer):
+            raise InputError(
+                f"the mode {name} is traced; SlimConv needs it static, as batch norm does "
+                f"(static_argnames={name!r} of jit)"
+            )
+        if isinstance(value, bool | int | np.generic | np.ndarray | jax.Array) and not np.ndim(
+            value
+        ):
             return bool(value) is not _MEANS_TRAINING[name]
     return None
 
@@ -81,9 +120,10 @@ def telling(module_type: type[nnx.Module]) -> type[nnx.Module]:
             method := inspect.getattr_static(module_type, name), staticmethod | classmethod | type
         )
         and callable(method)
+        and hasattr(method, "__get__")
         and mode_arguments(method)
     }
-    if not methods or getattr(module_type, "_tells_mode", False):
+    if not methods or is_telling(module_type):
         return module_type
 
     def tell(method: Callable) -> Callable:
@@ -98,9 +138,20 @@ def telling(module_type: type[nnx.Module]) -> type[nnx.Module]:
     namespace = {name: tell(method) for name, method in methods.items()}
     for name in ("__module__", "__qualname__", "__doc__"):
         namespace[name] = getattr(module_type, name)
-    return type(module_type)(
-        module_type.__name__,
-        (module_type,),
-        namespace | {"_tells_mode": True},
-        pytree=module_type._pytree__is_pytree,
+    options = {} if module_type._pytree__is_pytree else {"pytree": False}
+    return _picklable(type(module_type))(
+        module_type.__name__, (module_type,), namespace | {"_tells_mode": True}, **options
     )
+
+
+def is_telling(module_type: type) -> bool:
+    """Whether a class is one of `telling`."""
+    return getattr(module_type, "_tells_mode", False)
+
+
+@functools.cache
+def _picklable(metaclass: type) -> type:
+    """A metaclass for the classes of `telling`, which pickle does not find by their names."""
+    derived = type(metaclass.__name__, (metaclass,), {})
+    copyreg.pickle(derived, lambda teller: (telling, teller.__bases__))
+    return derived

@@ -17,6 +17,7 @@ from flax.typing import Dtype, Initializer, PrecisionLike
 from slimconv_jax.errors import InputError
 from slimconv_jax.models.complexity import count_params
 from slimconv_jax.models.layers import kaiming_normal
+from slimconv_jax.models.mode import told
 from slimconv_jax.models.operations import conv_general_dilated
 from slimconv_jax.models.slimconv import SlimConv
 
@@ -25,8 +26,9 @@ class ProjectedSlimConv(nnx.Module):
     """SlimConv, ReLU, and a 1x1 convolution that gives as many channels as one asks for.
 
     To the module that it is in it looks like the 3x3 convolution that it replaces: it has the
-    attributes `in_features`, `out_features`, `kernel_size`, `strides` and `use_bias`, and is called
-    with `inputs`.
+    attributes of `nnx.Conv` but for the kernel, and is called as one. Its batch norms are in the
+    mode that the modules around are told by their calls (see `slimconv_jax.slimify`), else in that
+    of `train` and `eval`.
 
     Args:
       in_features: channels of the input.
@@ -35,6 +37,7 @@ class ProjectedSlimConv(nnx.Module):
       bias_init: its initialiser.
       bias_metadata: of the bias, such as its sharding (see `nnx.Conv`).
       kernel_init: initialiser of the kernels of all convolutions.
+      project_init: initialiser of the kernel of the 1x1 convolution; `kernel_init` if None.
       kernel_metadata: of these kernels, such as their sharding (see `nnx.Conv`).
       precision: of all convolutions and products.
       dtype: dtype of the computation; inferred from input and parameters if None.
@@ -55,6 +58,7 @@ class ProjectedSlimConv(nnx.Module):
         bias_init: Initializer = jax.nn.initializers.zeros,
         bias_metadata: Mapping[str, Any] = MappingProxyType({}),
         kernel_init: Initializer = kaiming_normal,
+        project_init: Initializer | None = None,
         kernel_metadata: Mapping[str, Any] = MappingProxyType({}),
         precision: PrecisionLike = None,
         dtype: Dtype | None = None,
@@ -63,30 +67,57 @@ class ProjectedSlimConv(nnx.Module):
         **slimconv,
     ):
         common = {
-            "kernel_init": kernel_init,
             "kernel_metadata": kernel_metadata,
             "precision": precision,
             "dtype": dtype,
             "param_dtype": param_dtype,
             "rngs": rngs,
         }
-        self.slimconv = SlimConv(in_features, **slimconv, **common)
+        self.slimconv = SlimConv(in_features, kernel_init=kernel_init, **slimconv, **common)
         self.project = nnx.Conv(
             self.slimconv.out_features,
             out_features,
             (1, 1),
             use_bias=use_bias,
+            kernel_init=kernel_init if project_init is None else project_init,
             bias_init=bias_init,
             bias_metadata=bias_metadata,
             conv_general_dilated=conv_general_dilated,
             **common,
         )
         self.in_features, self.out_features, self.use_bias = in_features, out_features, use_bias
-        self.kernel_size, self.strides = (3, 3), self.slimconv.upper.conv.strides
+        self.kernel_size, self.input_dilation, self.mask = (3, 3), 1, None
+        conv = self.slimconv.upper.conv
+        self.strides, self.padding = conv.strides, conv.padding
+        self.kernel_dilation, self.feature_group_count = (
+            conv.kernel_dilation,
+            conv.feature_group_count,
+        )
+        self.dtype, self.param_dtype, self.precision = dtype, param_dtype, precision
 
-    def __call__(self, inputs: jax.Array, *, use_running_average: bool | None = None) -> jax.Array:
-        """Maps (..., H, W, in_features) to (..., H', W', out_features); see `SlimConv`."""
-        return self.project(nnx.relu(self.slimconv(inputs, use_running_average)))
+    @property
+    def bias(self) -> nnx.Param | None:
+        """That of the 1x1 convolution."""
+        return self.project.bias
+
+    def __call__(
+        self,
+        inputs: jax.Array,
+        out_sharding: Any = None,
+        *,
+        use_running_average: bool | None = None,
+    ) -> jax.Array:
+        """Maps (..., H, W, in_features) to (..., H', W', out_features).
+
+        Args:
+          inputs: as of `nnx.Conv`.
+          out_sharding: likewise.
+          use_running_average: see `SlimConv`.
+        """
+        if use_running_average is None:
+            use_running_average = told.value
+        features = nnx.relu(self.slimconv(inputs, use_running_average))
+        return self.project(features, out_sharding=out_sharding)
 
 
 def replacement(
@@ -147,7 +178,7 @@ def replacement(
     )
     if not may_grow:
         kernel = 9 * (in_features // groups) * out_features
-        before, after = kernel + conv.use_bias * out_features, count_params(module)
+        before, after = count_conv_params(conv, in_features), count_params(module)
         if after >= before:
             raise InputError(f"SlimConv would have {after:,} parameters in place of {before:,}")
         if (products := _macs_per_pixel(module)) >= kernel:
@@ -156,6 +187,13 @@ def replacement(
                 f"{kernel:,}"
             )
     return module
+
+
+def count_conv_params(conv: nnx.Conv | nn.Conv, in_features: int) -> int:
+    """The parameters of a 3x3 convolution of NNX or Linen."""
+    out_features = conv.out_features if isinstance(conv, nnx.Conv) else conv.features
+    kernel = 9 * (in_features // conv.feature_group_count) * out_features
+    return kernel + conv.use_bias * out_features
 
 
 def _macs_per_pixel(module: ProjectedSlimConv) -> int:

@@ -27,7 +27,7 @@ from slimconv_jax.models.layers import (
     normalize,
     uniform_fan_in,
 )
-from slimconv_jax.models.mode import told
+from slimconv_jax.models.mode import running_average
 
 CompressionRatio = str | Fraction | float
 
@@ -265,7 +265,9 @@ class SlimConv(nnx.Module):
           use_running_average: whether the batch norms normalise by their running averages, in
             place of what `train` and `eval` have set.
         """
-        with told(told.value if use_running_average is None else use_running_average):
+        if use_running_average is None:
+            use_running_average = running_average.value
+        with running_average(use_running_average):
             return self._transform(*self.reconstruct(x))
 
     def _transform(self, upper: jax.Array, lower: jax.Array) -> jax.Array:

@@ -12,7 +12,7 @@ from flax import nnx
 from slimconv_jax.errors import InputError, InputWarning
 from slimconv_jax.models.complexity import Layer, as_image_shape, count_params, layers
 from slimconv_jax.models.layers import ConvBN
-from slimconv_jax.models.mode import mode_arguments, telling
+from slimconv_jax.models.mode import is_telling, mode_arguments, telling
 from slimconv_jax.models.projected import ProjectedSlimConv, replacement
 from slimconv_jax.models.resnet import Bottleneck, ResNet
 from slimconv_jax.models.slimconv import (
@@ -122,7 +122,8 @@ def slimify(
     In place of an `nnx.Conv` from C to D channels comes SlimConv(C), ReLU and a 1x1 convolution to
     D channels, which restores the width, so that the rest of the model still fits: a
     `slimconv_jax.models.projected.ProjectedSlimConv`. SlimConv gets the strides, padding, dilation
-    and groups, the 1x1 convolution the bias, both the dtypes, precision and sharding. The new batch
+    and groups, the 1x1 convolution the bias, with its values, both the dtypes, precision and
+    sharding. The new batch
     norms have the momentum, epsilon and axis of devices that all batch norms of the model have. In
     the bottlenecks of this package's plain ResNets a 1x1 convolution follows anyway: there SlimConv
     replaces the convolution with its batch norm, and the model becomes exactly its Sc counterpart.
@@ -131,7 +132,8 @@ def slimify(
 
     The new batch norms are in the mode that `model.train()` and `model.eval()` set, and where a
     module that they are in is told its mode by an argument (`training`, `deterministic`, ...), in
-    that one: such a module gets a class of the same name that passes it on.
+    that one: such a module gets a class of the same name that passes it on. That is not so where
+    the module's own batch norms do not hear the argument, which is then about something else.
 
     Args:
       model: any NNX module; it stays as it is. The convolutions inside a SlimConv do not count.
@@ -151,14 +153,16 @@ def slimify(
 
     Raises:
       ValueError: if `k` is none, the model has no 3x3 convolution, `where` chooses none, the
-        model takes no image of the `image_size` (which None, too, does where it is to be timed), or
-        it cannot be changed: Flax replaces no modules in tuples, and none in a model that contains
-        itself.
+        model takes no image of the `image_size` (which None, too, does where it is to be timed),
+        or no longer takes one with SlimConv in it, or it cannot be changed: Flax replaces no
+        modules in tuples, and none in a model that contains itself.
     """
     reduction = reduction_from_k(k)
     require_module(model, "slimify")
     image_shape = as_image_shape(224 if image_size is None else image_size)
     rngs = nnx.Rngs(0) if rngs is None else rngs
+    if not isinstance(rngs, nnx.Rngs):
+        raise InputError(f"slimify: rngs must be nnx.Rngs, such as nnx.Rngs(0), not {rngs!r}")
     if where is not None and not callable(where):
         raise InputError(f"slimify: where={where!r} must be a function of a path and a convolution")
     evaluating = is_evaluating(model)
@@ -214,26 +218,25 @@ def slimify(
         return node
 
     slim = map_modules(replace, slim, "slimify")
-    if not replaced and not left:
-        why = "the model has no nnx.Conv of 3x3 outside of SlimConvs"
-        if not_chosen:
-            why = (
-                f"`where` chooses none of its {len(not_chosen)} 3x3 convolutions, such as "
-                f"{not_chosen[0]}"
-            )
-        raise InputError(f"slimify: {why}")
-    for _, module in nnx.iter_modules(slim):
-        teller = telling(type(module))
-        if teller is not type(module) and not isinstance(module, ProjectedSlimConv):
-            parts = (part for _, part in nnx.iter_modules(module))
-            if any(isinstance(part, ProjectedSlimConv) for part in parts):
-                object.__setattr__(module, "__class__", teller)
+    require_some(
+        replaced, left, not_chosen, "the model has no nnx.Conv of 3x3 outside of SlimConvs"
+    )
+    rows = None
     try:
-        rows = layers(model, image_shape), layers(slim, image_shape)
-    except InputError:
+        rows = [layers(model, image_shape)]
+    except InputError as error:
         if image_size is not None or time:
             raise
-        rows = None
+        notes.append(
+            f"{error}; without an `image_size` that it takes, multiply-adds are not counted, and "
+            "it is not known whether the new batch norms are told the mode of the model's own"
+        )
+    _pass_mode_on(slim, _rows_with_mode(model, rows[0]) if rows else ())
+    if rows:
+        try:
+            rows.append(layers(slim, image_shape))
+        except InputError as error:
+            raise InputError(f"slimify: with SlimConv in it, {error}") from error
     report = SlimifyReport(
         k=k_from_reduction(reduction),
         replaced={
@@ -253,14 +256,62 @@ def slimify(
         seconds=time_steps((model, slim), image_shape) if time and replaced else None,
         notes=(*notes, *_notes(model, slim, replaced, rows and rows[1], time)),
     )
-    if not replaced:
-        first = next(iter(left))
-        warnings.warn(
-            f"slimify replaced nothing; {name_of_path(first)}, for one, is left: {left[first]}",
-            InputWarning,
-            stacklevel=2,
-        )
     return slim, report
+
+
+def require_some(
+    replaced: Mapping[Path, Any],
+    left: Mapping[Path, str],
+    not_chosen: Sequence[Path],
+    there_is_none: str,
+) -> None:
+    """Makes sure that some convolution was replaced, or warns the caller's caller.
+
+    Raises:
+      ValueError: if there was nothing to replace.
+    """
+    if not replaced and not left:
+        if not_chosen:
+            there_is_none = (
+                f"`where` chooses none of its {len(not_chosen)} 3x3 convolutions, such as "
+                f"{not_chosen[0]}"
+            )
+        raise InputError(f"slimify: {there_is_none}")
+    if not replaced:
+        path, why = next(iter(left.items()))
+        warnings.warn(
+            f"slimify replaced nothing; {name_of_path(path)}, for one, is left: {why}",
+            InputWarning,
+            stacklevel=3,
+        )
+
+
+def _rows_with_mode(model: nnx.Module, rows: Sequence[Layer]) -> list[Layer]:
+    """The calls of a model's batch norms, or, if it has none, of its dropouts."""
+    for kind in (nnx.BatchNorm, nnx.Dropout):
+        paths = {path for path, part in nnx.iter_modules(model) if isinstance(part, kind)}
+        if chosen := [row for row in rows if row.path in paths]:
+            return chosen
+    return []
+
+
+def _pass_mode_on(slim: nnx.Module, rows: Sequence[Layer]) -> None:
+    """Lets the modules around new layers tell them the mode.
+
+    Args:
+      slim: the model with the new layers.
+      rows: the calls of what has a mode in the model without them.
+    """
+    for path, module in nnx.iter_modules(slim):
+        teller = telling(type(module))
+        if teller is type(module) or isinstance(module, ProjectedSlimConv):
+            continue
+        parts = (part for _, part in nnx.iter_modules(module))
+        if not any(isinstance(part, ProjectedSlimConv) for part in parts):
+            continue
+        inside = [row for row in rows if row.path[: len(path)] == path] or rows
+        if not inside or any(row.told is not None for row in inside):
+            object.__setattr__(module, "__class__", teller)
 
 
 def _kernels(module: nnx.Module) -> list[int]:
@@ -307,7 +358,7 @@ def _slim(
         if variable is not None
     }
     try:
-        return replacement(
+        module = replacement(
             conv,
             conv.in_features,
             conv.out_features,
@@ -322,6 +373,9 @@ def _slim(
             raise
         reason = str(error).split("\n")[0]
         raise InputError(f"it has a sharding that SlimConv cannot have: {reason}") from None
+    if conv.bias is not None:
+        module.bias.set_value(conv.bias.get_value())
+    return module
 
 
 def _sharding(variable: nnx.Variable) -> dict[str, Any]:
@@ -361,18 +415,22 @@ def _notes(
     """What changes for the user of a model."""
     if not replaced:
         return
-    hearing = {
+    tellers = {
         f"{type(module).__name__}({', '.join(mode_arguments(type(module).__call__))}=)"
         for _, module in nnx.iter_modules(slim)
-        if getattr(module, "_tells_mode", False)
+        if is_telling(type(module))
     }
-    if hearing:
-        yield f"the new batch norms follow the mode that calls of {', '.join(hearing)} tell"
-    if deaf := [row for row in rows or () if row.told_alone]:
+    if tellers:
         yield (
-            f"{name_of_path(deaf[0].path)}, a {deaf[0].type}, is told its mode by the module that "
-            "calls it, and the new batch norms are not: they follow model.train() and "
-            "model.eval(), to be called in addition"
+            f"the new batch norms follow the mode that calls of {', '.join(sorted(tellers))} tell"
+        )
+    hearing = [row for row in _rows_with_mode(model, rows or ()) if row.told is not None]
+    new = [row for row in rows or () if row.type == ProjectedSlimConv.__name__]
+    if hearing and (deaf := [row for row in new if row.told != hearing[0].told]):
+        yield (
+            f"{name_of_path(hearing[0].path)}, a {hearing[0].type}, is told its mode by the module "
+            f"that calls it, and the new layer {name_of_path(deaf[0].path)} is not: it follows "
+            "model.train() and model.eval(), to be called in addition"
         )
     if not jax.tree.leaves(nnx.state(model, nnx.BatchStat)):
         yield (

@@ -33,7 +33,8 @@ from slimconv_jax.torch_interop.strangers import looks_like
 _LEAF = re.compile(r"(?:.*\.)?(?:weight|bias|running_mean|running_var)")
 _COUNTER = re.compile(r"(?:.*\.)?num_batches_tracked")
 _WRAPPERS = re.compile(
-    r"(^|(?<=\.))(_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module|_orig_mod|module)\."
+    r"(^|(?<=\.))(_fsdp_wrapped_module|_fpw_module|_checkpoint_wrapped_module|_wrapped_module|"
+    r"_forward_module|_orig_mod|base_layer|module)\."
 )
 """What wrappers of PyTorch put into the names of what they wrap, at the front or inside."""
 
@@ -52,7 +53,7 @@ def from_torch(
     Its architecture is read off the shapes: blocks, width, k, groups, stem and classes; without
     `fc` it has no classifier. Strides, dilation, anti-aliasing (timm's `aa_layer`) and the like
     leave no trace in shapes: they are those of the published networks. A network that was trained
-    with dilation is right after `backbone(model, output_stride=...)`.
+    with dilation computes the same only after `backbone(model, output_stride=...)`.
 
     Args:
       state_dict: PyTorch tensors or NumPy arrays by name, the released ones or torchvision's,
@@ -244,7 +245,7 @@ def _as_array(value: Any) -> np.ndarray | str:
                 return f"a tensor {what}"
         wide = torch.float64 if keep and value.dtype == torch.float64 else torch.float32
         try:
-            return value.detach().to("cpu", wide).numpy()
+            return value.detach().resolve_neg().to("cpu", wide).numpy()
         except (
             NotImplementedError,
             RuntimeError,
@@ -279,7 +280,9 @@ def _differences(found: Mapping[str, tuple], expected: Mapping[str, tuple]) -> I
         near = difflib.get_close_matches(name, alike if count < 20 else [], n=1)
         yield f"  missing     {name} {shape}" + (f"; is it {near[0]}?" if near else "")
     for name, shape in unexpected.items():
-        yield f"  unexpected  {name} {shape}"
+        is_classifier = len(shape) == 2 and "fc.weight" not in expected
+        hint = "; if it is the classifier, rename it to fc.weight" if is_classifier else ""
+        yield f"  unexpected  {name} {shape}{hint}"
     for name, shape in expected.items():
         if name in found and found[name] != shape:
             yield f"  shape       {name} is {found[name]}, must be {shape}"

@@ -6,6 +6,7 @@ containers.
 
 import argparse
 import collections
+import datetime
 import io
 import json
 import pickle
@@ -16,9 +17,10 @@ import types
 import warnings
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PosixPath, PurePosixPath
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
@@ -26,6 +28,12 @@ from slimconv_jax.errors import LIBRARY_ERRORS, InputError, import_extra
 from slimconv_jax.files import is_address, locate, read_text
 
 _SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".tar", ".pkl", ".npz", ".msgpack", ".ckpt")
+_TRAINING = ("optimizer", "scheduler", "scaler", "training_args", "random_states", "rng_state")
+"""What the files begin with that training frameworks put beside that of the weights."""
+
+_SAME = ("model.safetensors", "pytorch_model.bin", "flax_model.msgpack")
+"""How the weights are named if they lie in a directory in several formats, in order of choice."""
+
 _SHARD = re.compile(r"(.+)-(\d+)-of-(\d+)(\.\w+)")
 
 
@@ -69,13 +77,17 @@ def checkpoint_files(path: epath.PathLike) -> list[epath.Path]:
 
 def _only_checkpoint(directory: epath.Path) -> epath.Path:
     """The file that is meant by a directory."""
-    files = sorted(path for path in directory.iterdir() if path.is_file())
+    files = [path for path in directory.iterdir() if not path.name.startswith(_TRAINING)]
+    files = sorted(path for path in files if path.is_file())
     indices = [path for path in files if path.name.endswith(".index.json")]
     firsts = [p for p in files if (match := _SHARD.fullmatch(p.name)) and int(match[2]) == 1]
     single = [p for p in files if p.suffix in _SUFFIXES and not _SHARD.fullmatch(p.name)]
     for candidates in (indices, firsts, single):
+        names = [path.name for path in candidates]
         if len(candidates) == 1:
             return candidates[0]
+        if candidates and all(name in _SAME for name in names):
+            return directory / min(names, key=_SAME.index)
         if candidates:
             names = ", ".join(path.name for path in candidates[:8])
             raise InputError(f"{directory} has several checkpoints, {names}; give one of them")
@@ -151,7 +163,7 @@ def _read_one(path: Path) -> Any:
             return _guarded(path, lambda: dict(np.load(path, allow_pickle=False)), "npz")
     if path.suffix == ".msgpack":
         return _guarded(path, lambda: _read_msgpack(path), "msgpack")
-    if _is_plain_pickle(head):
+    if _is_plain_pickle(head) or (path.suffix in (".pkl", ".pickle") and head[0] not in b"\x80P"):
         return _guarded(path, lambda: _SafeUnpickler(io.BytesIO(path.read_bytes())).load())
     torch = import_torch()
 
@@ -208,6 +220,8 @@ class _SafeUnpickler(pickle.Unpickler):
         allowed["_codecs", "encode"] = lambda text, _: text.encode("latin1")
         for core in ("core", "_core"):
             allowed[f"numpy.{core}.numeric", "_frombuffer"] = np._core.numeric._frombuffer
+        allowed["ml_dtypes", "bfloat16"] = jnp.bfloat16.dtype.type
+        allowed["jax._src.array", "_reconstruct_array"] = _array_of_jax
         if module.startswith("torch"):
             torch = import_torch()
             allowed["torch._utils", "_rebuild_tensor_v2"] = torch._utils._rebuild_tensor_v2
@@ -218,6 +232,13 @@ class _SafeUnpickler(pickle.Unpickler):
         if (module, name) not in allowed:
             raise pickle.UnpicklingError(f"GLOBAL {module}.{name} was not an allowed global")
         return allowed[module, name]
+
+
+def _array_of_jax(function: Callable, args: tuple, state: tuple, _: Any) -> np.ndarray:
+    """A pickled array of JAX, as one of NumPy."""
+    array = function(*args)
+    array.__setstate__(state)
+    return array
 
 
 def _is_safetensors(head: bytes, size: int) -> bool:
@@ -234,6 +255,10 @@ def _not_a_checkpoint(head: bytes) -> str | None:
     for magic, what in (
         (b"\x1f\x8b", "a gzip archive, to be unpacked first"),
         (b"\xfd7zXZ", "an xz archive, to be unpacked first"),
+        (b"BZh", "a bzip2 archive, to be unpacked first"),
+        (b"\x28\xb5\x2f\xfd", "a Zstandard archive, to be unpacked first"),
+        (b"7z\xbc\xaf", "a 7z archive, to be unpacked first"),
+        (b"GGUF", "a GGUF file"),
         (b"\x89HDF", "an HDF5 file"),
         (b"\x93NUMPY", "a NumPy array"),
     ):
@@ -277,7 +302,11 @@ def _check_zip(path: Path) -> None:
 
 def _is_npz(path: Path) -> bool:
     with zipfile.ZipFile(path) as archive:
-        return all(name.endswith(".npy") for name in archive.namelist())
+        names = archive.namelist()
+    inside = [name for name in names if name.endswith(_SUFFIXES)]
+    if inside and not any(name.endswith("data.pkl") for name in names):  # as in PyTorch's own
+        raise InputError(f"{path} is an archive with {inside[0]} in it, to be unpacked first")
+    return all(name.endswith(".npy") for name in names)
 
 
 def _harmless() -> list[Any]:
@@ -295,6 +324,7 @@ def _harmless() -> list[Any]:
     return [
         *multiarray,
         *dtypes,
+        *(datetime.datetime, PosixPath, PurePosixPath),
         np.dtype,
         np.ndarray,
         argparse.Namespace,

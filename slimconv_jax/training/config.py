@@ -9,6 +9,7 @@ import inspect
 import itertools
 import os
 import re
+import traceback
 from collections.abc import Callable, Collection, Sequence
 
 import ml_collections
@@ -18,7 +19,7 @@ from ml_collections import config_flags
 from slimconv_jax.data.loader import load_dataset
 from slimconv_jax.data.sources import load_source, load_splits
 from slimconv_jax.data.transforms import Transform
-from slimconv_jax.errors import InputError, require_integer
+from slimconv_jax.errors import LIBRARY_ERRORS, InputError, require_integer
 from slimconv_jax.models.zoo import create_model
 from slimconv_jax.training.augment import augment, normalize
 from slimconv_jax.training.optimizer import create_optimizer, create_schedule
@@ -99,21 +100,30 @@ def prepare_arguments(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     """
     try:
         argv = flags.FlagValues().read_flags_from_files(list(argv), force_gnu=False)
-    except flags.Error as error:
+    except (flags.Error, UnicodeDecodeError) as error:
         raise InputError(f"the file of --flagfile cannot be read: {error}") from None
+    # Editors on Windows put a byte-order mark before the first line of a file.
+    argv = [a.removeprefix("\ufeff") for a in argv if not a.startswith("\ufeff#")]
     _check_overrides(argv)
-    kept, nothing = [], []
+    kept, nothing = [], {}
     arguments = iter(itertools.pairwise([*argv, ""]))
     for argument, following in arguments:
-        # --config.KEY=None, or the same in two arguments.
-        override = re.fullmatch(r"--?config\.([^=]+)(=None|=none)?", argument)
-        if override and (override[2] or following in ("None", "none")):
-            nothing.append(override[1])
-            if not override[2]:
-                next(arguments, None)
-        else:
+        # --config.KEY=VALUE, or the same in two arguments.
+        override = re.fullmatch(r"--?config\.([^=]+)(=.*)?", argument, re.DOTALL)
+        if override is None:
             kept.append(argument)
-    return kept, nothing
+            continue
+        key, value = override[1], (override[2] or f"={following}")[1:]
+        nothing.pop(key, None)
+        if value not in ("None", "none"):
+            kept.append(argument)
+            continue
+        if "[" in key:
+            raise InputError(f"config.{key} cannot be None; the whole of it can be set in the file")
+        nothing[key] = None
+        if not override[2]:
+            next(arguments, None)
+    return kept, list(nothing)
 
 
 def _check_overrides(argv: Sequence[str]) -> None:
@@ -128,10 +138,16 @@ def _check_overrides(argv: Sequence[str]) -> None:
     config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=plain)
     try:
         values(plain, known_only=True)
-    except flags.Error:
-        return  # left to the parsing proper, which says it well
-    except (AttributeError, SyntaxError) as error:
-        reason = str(error)
+    except flags.Error as error:
+        if "Traceback" not in str(error):
+            return  # left to the parsing proper, which says it well
+        reason = str(error).strip().splitlines()[-1]
+        raise InputError(f"the config file {_config_of(plain)} cannot be used: {reason}") from None
+    except LIBRARY_ERRORS as error:
+        *_, last = traceback.extract_tb(error.__traceback__)
+        reason = f"{type(error).__name__}: {error} ({last.filename}, line {last.lineno})"
+        if isinstance(error, SyntaxError):
+            reason = str(error)
         if "has no attribute 'get_config'" in reason:
             reason = "it has no function get_config"
         raise InputError(f"the config file {_config_of(plain)} cannot be used: {reason}") from None

@@ -301,7 +301,7 @@ def test_the_mode_that_a_call_tells_reaches_the_new_layers(images):
     np.testing.assert_array_equal(together[0], alone[0])
     trained, _ = moved(model, lambda model: call(model, images, True))
     assert len(trained) == 2 + 2 * 4  # its own batch norm, and those of the gate and three paths
-    # What the model was not told by the call stays as `train` and `eval` set it.
+    # The call counts more than `train` and `eval`.
     model.eval()
     assert len(moved(model, lambda model: call(model, images, True))[0]) == 10
     assert nnx.graphdef(sc.slimify(CallTimeMode(rngs=nnx.Rngs(0)))[0]) == nnx.graphdef(
