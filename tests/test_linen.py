@@ -344,3 +344,73 @@ def test_batch_norms_over_devices_stay_so_or_are_refused(photos):
     _, updates = jax.vmap(lambda x: apply(variables, x), axis_name="batch")(x[:, None])
     for path, value in paths(updates["batch_stats"]).items():
         np.testing.assert_allclose(value[0], value[1], atol=1e-6, err_msg=path)
+
+
+class Block(nn.Module):
+    """Its own batch norm is told the mode by the call, or by an attribute."""
+
+    train: bool | None = None
+
+    @nn.compact
+    def __call__(self, x, train: bool | None = None):
+        train = nn.merge_param("train", self.train, train)
+        return nn.BatchNorm(use_running_average=not train)(nn.Conv(12, (3, 3))(x))
+
+
+class Around(nn.Module):
+    """A block, perhaps transformed."""
+
+    block: Any
+    inner: bool | None = None
+
+    @nn.compact
+    def __call__(self, x, train: bool = False):
+        return self.block(self.inner)(x, *([train] if self.inner is None else []))
+
+
+def moved(variables, updates):
+    before, after = paths(variables["batch_stats"]), paths(updates["batch_stats"])
+    return sum(bool((before[path] != after[path]).any()) for path in before)
+
+
+TRANSFORMS = {
+    "none": Block,
+    "remat": nn.remat(Block, static_argnums=(2,)),
+    "jit": nn.jit(Block, static_argnums=(2,)),
+}
+
+
+@pytest.mark.parametrize("block", TRANSFORMS.values(), ids=TRANSFORMS)
+def test_a_network_with_transforms_of_flax_is_slimified(photos, block):
+    x = jnp.tile(photos, 4)
+    for k, features in (("4/3", 6), ("8/3", 3)):
+        slim = sc.linen.slimify(Around(block), k=k)
+        variables = slim.init(jax.random.key(0), x)
+        (kernel,) = (v for p, v in paths(variables["params"]).items() if "/upper/conv/" in p)
+        assert kernel.shape[-1] == features
+        for train in (False, True, 0, 1, np.True_):
+            _, updates = slim.apply(variables, x, train=bool(train), mutable=["batch_stats"])
+            assert moved(variables, updates) == (10 if train else 0)
+
+
+def test_the_mode_in_an_attribute_counts_and_so_does_what_is_told(photos):
+    x = jnp.tile(photos, 4)
+    frozen = sc.linen.slimify(Around(Block, inner=False))
+    variables = frozen.init(jax.random.key(0), x)
+    _, updates = frozen.apply(variables, x, train=True, mutable=["batch_stats"])
+    assert moved(variables, updates) == 0
+    slim = sc.linen.slimify(Around(Block), train=False)
+    _, updates = slim.apply(variables, x, train=True, mutable=["batch_stats"])
+    assert moved(variables, updates) == 10
+    assert slim.report(x, False).params == slim.report(x=x).params
+    _, updates = slim.apply(
+        variables, "__call__", x, jnp.array(True), method="call_method", mutable=["batch_stats"]
+    )
+    assert moved(variables, updates) == 10
+
+
+def test_initialisers_of_the_convolution_are_kept(photos):
+    init = {"bias_init": nn.initializers.constant(-4.6), "kernel_init": nn.initializers.ones}
+    conv = sc.linen.SlimmedConv(12, (3, 3), train=False, **init)
+    project = conv.init(jax.random.key(0), jnp.tile(photos, 4))["params"]["project"]
+    assert (project["bias"] == -4.6).all() and (project["kernel"] == 1).all()

@@ -28,7 +28,7 @@ _MEANS_TRAINING = {
 }
 """The names that arguments for the mode have, and whether True means training.
 
-Where there are several, the first one here counts: dropout may be asked for in evaluation.
+Where there are several, the first one here counts, and those of dropout do not.
 """
 
 running_average = jax.make_user_context(None)
@@ -75,6 +75,7 @@ def uses_running_average(
         return None  # the call itself says what is wrong
     given = set(call.arguments)
     call.apply_defaults()
+    names = [name for name in names if name not in _OF_DROPOUT] or names
     return _mode_of({name: call.arguments[name] for name in names}, given)
 
 

@@ -1,5 +1,7 @@
 """SlimConv put into networks of NNX."""
 
+import pickle
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -379,3 +381,39 @@ def test_slimified_twice_is_slimified_once(images):
     folded = sc.fold_batch_norm(once)
     np.testing.assert_allclose(folded(images), once(images, training=False), atol=1e-5)
     assert isinstance(once.conv, ProjectedSlimConv)
+
+
+class DropoutMode(ModeInAttribute):
+    """Is told the mode of dropout, and, if at all, that of batch norm by another argument."""
+
+    def __call__(self, x, deterministic=True, use_running_average=None):
+        return self.bn(self.conv1(self.conv(x)), use_running_average=use_running_average)
+
+
+def test_the_mode_of_dropout_is_not_that_of_batch_norm(images):
+    model, _ = sc.slimify(DropoutMode(rngs=nnx.Rngs(0)), image_size=8)
+    assert len(moved(model, lambda m: m(images))[0]) == 10
+    model.eval()
+    assert not moved(model, lambda m: m(images, deterministic=False))[0]
+
+
+@pytest.mark.parametrize("mode", [0, np.False_, jnp.array(False)])
+def test_modes_are_of_any_type(images, mode):
+    model, _ = sc.slimify(CallTimeMode(rngs=nnx.Rngs(0)), image_size=8)
+    assert not moved(model, lambda m: m(images, mode))[0]
+    with pytest.raises(ValueError, match="the mode training is traced; SlimConv needs it static"):
+        nnx.jit(lambda m, x, training: m(x, training))(model, images, True)
+
+
+def test_a_slimified_model_pickles(images):
+    model, _ = sc.slimify(CallTimeMode(rngs=nnx.Rngs(0)), image_size=8)
+    back = pickle.loads(pickle.dumps(model))
+    assert type(back) is type(model)
+    np.testing.assert_array_equal(back(images), model(images))
+
+
+def test_a_bias_keeps_its_values():
+    init = nnx.initializers.constant(-4.6)
+    conv = nnx.Conv(8, 8, (3, 3), bias_init=init, rngs=nnx.Rngs(0))
+    model, _ = sc.slimify(nnx.Sequential(conv), image_size=(4, 4, 8))
+    assert (model.layers[0].bias[...] == jnp.float32(-4.6)).all()
