@@ -82,6 +82,13 @@ def test_a_config_is_called_with_its_argument_and_changed_by_files(tmp_path):
         read_config(path, [f"--flagfile={tmp_path / 'flags'}"])
     with pytest.raises(InputError, match=r"the file of --flagfile cannot be read: .*nowhere"):
         read_config(path, [f"--flagfile={tmp_path / 'nowhere'}"])
+    (tmp_path / "flags").write_bytes(b"\xef\xbb\xbf--config.seed=6\n--config.model.k=None\n")
+    config = read_config(path, [f"--flagfile={tmp_path / 'flags'}", "--config.model.k=8/3"])
+    assert (config.seed, config.model.k) == (6, "8/3")
+    with pytest.raises(InputError, match=r"config.normalize.mean\[7\] cannot be None"):
+        read_config(path, ["--config.normalize.mean[7]=None"])
+    with pytest.raises(InputError, match=r"mine.py:x cannot be used: ValueError: invalid literal"):
+        read_config(f"{path}:x", [])
     # A switch takes no value, and what follows is another override.
     config = read_config(path, ["--config.model.zero_init_residual", "--config.init_from=None"])
     assert config.model.zero_init_residual is True and config.init_from is None

@@ -1,5 +1,6 @@
 """Which files are images, and that all of them are read."""
 
+import os
 import re
 from typing import ClassVar
 
@@ -160,3 +161,9 @@ def test_an_object_store_that_nothing_reads_is_a_sentence(monkeypatch):
     for use in uses:
         with pytest.raises(ValueError, match=r"^gs://b/a needs another package \(Please install "):
             use("gs://b/a")
+
+
+def test_a_pipe_without_an_ending_is_no_image(tmp_path):
+    write(tmp_path, ("a.png",))
+    os.mkfifo(tmp_path / "pipe")
+    assert names(list_images(tmp_path)) == ["a.png"]

@@ -241,7 +241,7 @@ def test_arrays_of_numpy_and_of_flax(tmp_path):
         read_checkpoint(tmp_path / "b.npz")
 
 
-@pytest.mark.parametrize("protocol", [2, 4, 5])
+@pytest.mark.parametrize("protocol", [0, 1, 2, 4, 5])
 @pytest.mark.parametrize("content", [ARRAYS, TENSORS], ids=["numpy", "torch"])
 def test_plain_pickles(tmp_path, content, protocol):
     with open(tmp_path / "a.pkl", "wb") as file:

@@ -238,6 +238,7 @@ def test_a_network_without_classifier_comes_back():
         lambda name: (
             f"_fsdp_wrapped_module.{name.replace('layer2.', 'layer2._fsdp_wrapped_module.')}"
         ),
+        lambda name: name.replace("layer2.0.", "layer2.0._fpw_module._wrapped_module."),
         lambda name: name.replace("bn1.", "bn1.module.") if name.startswith("layer3") else name,
     ],
 )
