@@ -123,10 +123,10 @@ def slimify(
     D channels, which restores the width, so that the rest of the model still fits: a
     `slimconv_jax.models.projected.ProjectedSlimConv`. SlimConv gets the strides, padding, dilation
     and groups, the 1x1 convolution the bias, with its values, both the dtypes, precision and
-    sharding. The new batch
-    norms have the momentum, epsilon and axis of devices that all batch norms of the model have. In
-    the bottlenecks of this package's plain ResNets a 1x1 convolution follows anyway: there SlimConv
-    replaces the convolution with its batch norm, and the model becomes exactly its Sc counterpart.
+    sharding. The new batch norms have the momentum, epsilon and axis of devices that all batch
+    norms of the model have. In the bottlenecks of this package's plain ResNets a 1x1 convolution
+    follows anyway: there SlimConv replaces the convolution with its batch norm, and the model
+    becomes exactly its Sc counterpart.
     What is new has new parameters; everything else is copied. A convolution in several places is
     replaced by one; those that share no more than a kernel become separate.
 
@@ -161,7 +161,7 @@ def slimify(
     require_module(model, "slimify")
     image_shape = as_image_shape(224 if image_size is None else image_size)
     rngs = nnx.Rngs(0) if rngs is None else rngs
-    if not isinstance(rngs, nnx.Rngs):
+    if not hasattr(rngs, "params"):
         raise InputError(f"slimify: rngs must be nnx.Rngs, such as nnx.Rngs(0), not {rngs!r}")
     if where is not None and not callable(where):
         raise InputError(f"slimify: where={where!r} must be a function of a path and a convolution")
