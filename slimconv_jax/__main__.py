@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from slimconv_jax.console import prepare_console
-from slimconv_jax.errors import InputError
+from slimconv_jax.errors import InputError, printable
 from slimconv_jax.model_tables import print_architectures, print_layers, print_published
 from slimconv_jax.models.zoo import describe
 
@@ -124,14 +124,15 @@ def predict_command(args: argparse.Namespace) -> None:
         ]
         print(json.dumps(report, indent=2))
         return
-    width = max(map(len, images))
+    width = max(len(printable(image)) for image in images)
     for position, (image, guesses) in enumerate(predictions):
         if position == 0:
             print(f"{'image':{width}}  probability  class")
         rows = [f"{guess.probability:11.2%}  {guess.name}" for guess in guesses]
+        name = printable(image)
         for row in rows or ["cannot be read"]:
-            print(f"{image:{width}}  {row}")
-            image = ""
+            print(f"{name:{width}}  {printable(row)}")
+            name = ""
 
 
 def export_command(args: argparse.Namespace) -> None:

@@ -7,7 +7,7 @@ import warnings
 import rich.console
 import rich.progress
 
-from slimconv_jax.errors import InputWarning
+from slimconv_jax.errors import InputWarning, printable
 
 console = rich.console.Console()
 _stderr_console = rich.console.Console(stderr=True)
@@ -31,7 +31,7 @@ _format_warning_of_python = warnings.formatwarning
 
 def _format_warning(message: Warning | str, category: type[Warning], *where) -> str:
     if issubclass(category, InputWarning):
-        return f"warning: {message}\n"
+        return f"warning: {printable(str(message))}\n"
     return _format_warning_of_python(message, category, *where)
 
 
@@ -41,7 +41,7 @@ def say(text: str) -> None:
 
 
 def _print(to: rich.console.Console, text: str) -> None:
-    to.print(text, highlight=False, markup=False, soft_wrap=True)
+    to.print(printable(text), highlight=False, markup=False, soft_wrap=True)
 
 
 class Status:

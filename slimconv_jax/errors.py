@@ -6,6 +6,7 @@ And the one warning that means "part of the input was not used".
 import importlib
 import math
 import pickle
+import re
 import struct
 import sys
 import types
@@ -30,9 +31,20 @@ class InputError(ValueError):
     `ValueError`.
     """
 
+    def __str__(self) -> str:
+        return printable(super().__str__())
+
 
 class InputWarning(UserWarning):
     """Input that is used in part, or may not be what is meant; the message is for the user."""
+
+
+def printable(text: str) -> str:
+    """A text with escapes for what would move the cursor of a terminal or colour it.
+
+    The names of files and classes may hold such characters. Line ends and tabs stay.
+    """
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda match: repr(match[0])[1:-1], text)
 
 
 def require_integer(name: str, value: object, least: int) -> None:

@@ -6,7 +6,7 @@ import warnings
 import pytest
 
 from slimconv_jax.console import Progress, prepare_console, say
-from slimconv_jax.errors import InputWarning
+from slimconv_jax.errors import InputError, InputWarning
 
 
 @pytest.mark.parametrize(
@@ -46,6 +46,17 @@ def test_any_name_can_be_printed(encoding, monkeypatch):
         lines += stream.buffer.getvalue().splitlines()
     assert lines[0] == lines[1] == lines[2]
     assert lines[0].startswith(b"caf\\udce9 ")
+
+
+def test_a_name_does_not_command_the_terminal(monkeypatch, capsys):
+    name = "red\x1b[31m\x07\x9b2J or\nnot"
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
+    prepare_console()
+    say(name)
+    said = capsys.readouterr().out
+    assert said == r"red\x1b[31m\x07\x9b2J" + " or\nnot\n"
+    assert str(InputError(name)) + "\n" == said
+    assert warnings.formatwarning(name, InputWarning, "a.py", 3) == f"warning: {said}"
 
 
 def test_a_warning_about_input_is_one_line(monkeypatch):

@@ -89,10 +89,8 @@ class ProjectedSlimConv(nnx.Module):
         self.kernel_size, self.input_dilation, self.mask = (3, 3), 1, None
         conv = self.slimconv.upper.conv
         self.strides, self.padding = conv.strides, conv.padding
-        self.kernel_dilation, self.feature_group_count = (
-            conv.kernel_dilation,
-            conv.feature_group_count,
-        )
+        self.kernel_dilation = conv.kernel_dilation
+        self.feature_group_count = conv.feature_group_count
         self.dtype, self.param_dtype, self.precision = dtype, param_dtype, precision
 
     @property

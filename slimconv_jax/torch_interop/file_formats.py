@@ -161,7 +161,7 @@ def _read_one(path: Path) -> Any:
         _check_zip(path)
         if _is_npz(path):
             return _guarded(path, lambda: dict(np.load(path, allow_pickle=False)), "npz")
-    if path.suffix == ".msgpack":
+    if path.suffix == ".msgpack" or _is_msgpack(head):
         return _guarded(path, lambda: _read_msgpack(path), "msgpack")
     if _is_plain_pickle(head) or (path.suffix in (".pkl", ".pickle") and head[0] not in b"\x80P"):
         return _guarded(path, lambda: _SafeUnpickler(io.BytesIO(path.read_bytes())).load())
@@ -245,6 +245,10 @@ def _is_safetensors(head: bytes, size: int) -> bool:
     return len(head) > 8 and head[8:9] == b"{" and struct.unpack("<Q", head[:8])[0] <= size - 8
 
 
+def _is_msgpack(head: bytes) -> bool:
+    return 0x81 <= head[0] <= 0x8F or head[0] in (0xDE, 0xDF)  # a map that is not empty
+
+
 def _not_a_checkpoint(head: bytes) -> str | None:
     """What a file is that begins like this, if it is something that people mistake for one."""
     start = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
@@ -259,6 +263,7 @@ def _not_a_checkpoint(head: bytes) -> str | None:
         (b"\x28\xb5\x2f\xfd", "a Zstandard archive, to be unpacked first"),
         (b"7z\xbc\xaf", "a 7z archive, to be unpacked first"),
         (b"GGUF", "a GGUF file"),
+        *((b"\x08%c\x12" % version, "an ONNX file") for version in range(1, 32)),
         (b"\x89HDF", "an HDF5 file"),
         (b"\x93NUMPY", "a NumPy array"),
     ):

@@ -206,7 +206,7 @@ def check_config(config: ml_collections.ConfigDict, num_devices: int) -> None:
         _check_keys(f"config.{section}", config[section], required, optional=parameters)
     for key, least in INTEGERS.items():
         require_integer(f"config.{key}", config[key], least)
-    if not isinstance(config.init_from, str | None):
+    if not isinstance(config.init_from, str | None) or config.init_from == "":
         raise InputError(f"config.init_from={config.init_from!r} must be a path or None")
     if config.seed >= 2**32:
         raise InputError(f"config.seed={config.seed} must be less than 2**32")

@@ -123,6 +123,7 @@ BAD = {
     "text": ("weights: ja, schöne".encode(), "is a text file"),
     "lfs": (b"version https://git-lfs.github.com/spec/v1\noid sha256:12", "is a Git LFS pointer"),
     "tar": (b"a" * 257 + b"ustar\x0000" + b"\0" * 500, "is a tar archive, to be unpacked first"),
+    "onnx": (b"\x08\x08\x12\x07pytorch", "is an ONNX file, not a checkpoint"),
     "gzip": (b"\x1f\x8b\x08\x00\x00", "is a gzip archive, to be unpacked first"),
     "random": (np.random.default_rng(0).bytes(5000), "is no checkpoint, or is truncated"),
     "pickle": (pickle.dumps(Evil(), 2), "was refused: reading it would run posix.mkdir"),
@@ -229,8 +230,9 @@ def test_arrays_of_numpy_and_of_flax(tmp_path):
     check(read_checkpoint(tmp_path / "a.npz")[0])
     nested = {"module": {"conv1": {"weight": ARRAYS["module.conv1.weight"]}}}
     nested["module"]["bn1"] = {"bias": ARRAYS["module.bn1.bias"]}
-    (tmp_path / "a.msgpack").write_bytes(serialization.to_bytes(nested))
-    check(read_checkpoint(tmp_path / "a.msgpack")[0])
+    for name in ("a.msgpack", "without_an_ending"):
+        (tmp_path / name).write_bytes(serialization.to_bytes(nested))
+        check(read_checkpoint(tmp_path / name)[0])
     for name in ("a.npz", "a.msgpack"):
         data = (tmp_path / name).read_bytes()
         (tmp_path / name).write_bytes(data[: len(data) // 2])
