@@ -202,7 +202,8 @@ def clean_state_dict(state_dict: Mapping[str, Any]) -> dict[str, np.ndarray]:
             raise InputError(f"{full_name} is {array}; a dense floating-point tensor is needed")
         if name in arrays:
             raise InputError(f"{name} is there twice, with and without the name of a wrapper")
-        arrays[name] = array
+        if array.size:  # a classifier of no classes has none
+            arrays[name] = array
     blocks: dict[str, set[str]] = {}
     for name in arrays:
         if match := _PREFIX.fullmatch(name):
@@ -280,7 +281,7 @@ def _differences(found: Mapping[str, tuple], expected: Mapping[str, tuple]) -> I
         near = difflib.get_close_matches(name, alike if count < 20 else [], n=1)
         yield f"  missing     {name} {shape}" + (f"; is it {near[0]}?" if near else "")
     for name, shape in unexpected.items():
-        is_classifier = len(shape) == 2 and "fc.weight" not in expected
+        is_classifier = len(shape) == 2 and "fc.weight" not in expected.keys() | found.keys()
         hint = "; if it is the classifier, rename it to fc.weight" if is_classifier else ""
         yield f"  unexpected  {name} {shape}{hint}"
     for name, shape in expected.items():

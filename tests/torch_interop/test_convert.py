@@ -228,6 +228,8 @@ def test_a_network_without_classifier_comes_back():
         back = from_torch(as_tensors(headless, prefix))
         assert back.config.num_classes == 0
         same(to_torch(back), headless)
+    of_no_classes = {"fc.weight": torch.zeros(0, 256), "fc.bias": torch.zeros(0)}
+    same(to_torch(from_torch(as_tensors(headless) | of_no_classes)), headless)
 
 
 @pytest.mark.parametrize(
