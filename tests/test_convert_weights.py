@@ -188,7 +188,7 @@ def test_beyond_the_tolerance_nothing_is_written(tmp_path, checkpoint, capsys):
 
 def test_an_interruption_leaves_nothing(tmp_path, checkpoint):
     process = subprocess.Popen(
-        [sys.executable, convert_weights.__file__, checkpoint, "model", "--image-size", "1500"],
+        [sys.executable, convert_weights.__file__, checkpoint, "model", "--image-size", "400"],
         cwd=tmp_path,
         env=os.environ | {"XDG_CACHE_HOME": str(tmp_path / "cache")},
         stdout=subprocess.PIPE,
