@@ -274,6 +274,8 @@ def test_slimify_a_network_of_linen(photos):
     variables, plain = (n.init(jax.random.key(0), photos, train=False) for n in (slim, net))
     counts = [sum(x.size for x in jax.tree.leaves(v["params"])) for v in (plain, variables)]
     assert report.params == tuple(counts) and report.macs[1] < report.macs[0]
+    assert report.macs == slim.report(photos[:1]).macs  # of an image, however many there are
+    assert report.image_shape == (8, 8, 3)
     assert report.replaced["Bottleneck_0", "Conv_1"].params[0] == 9 * 8 * 16
     # What stays has the same paths and the same initial values.
     before, after = paths(plain["params"]), paths(variables["params"])

@@ -95,6 +95,7 @@ class Slimified(nn.Module):
         kwargs |= {name: mode for name, mode in modes.items() if name not in given}
         leaves, treedef = jax.tree.flatten((args, kwargs))
         arrays = {i: leaf for i, leaf in enumerate(leaves) if _is_traced(leaf)}
+        num_images, *image_shape = next((x.shape for x in arrays.values()), (1,))
         found = _Found()
 
         def run(arrays: dict[int, jax.Array]) -> Any:
@@ -103,7 +104,8 @@ class Slimified(nn.Module):
 
         def count() -> tuple[int, int]:
             jaxpr, (_, variables) = jax.make_jaxpr(run, return_shape=True)(arrays)
-            return _count_params(variables["params"]), count_program_macs(jaxpr.jaxpr)
+            macs = count_program_macs(jaxpr.jaxpr) // max(num_images, 1)
+            return _count_params(variables["params"]), macs
 
         before = count()
         with _intercepting(self, found, anew=True):
@@ -116,7 +118,7 @@ class Slimified(nn.Module):
             not_chosen=tuple(found.not_chosen),
             params=(before[0], after[0]),
             macs=(before[1], after[1]),
-            image_shape=next((x.shape[1:] for x in arrays.values()), ()),
+            image_shape=tuple(image_shape),
             notes=tuple(
                 f"the network has batch norms of {name}={min(others)}, and the new ones have "
                 f"{getattr(self, name)}; linen.slimify(module, {name}=...) sets it"
