@@ -100,14 +100,14 @@ def convert(args: argparse.Namespace) -> None:
                 images, kind = inputs(args.images, args.num_images, size)
                 say(f"parity  with the published network in PyTorch, on {kind}, in float32:")
                 parity = check_parity(model, state_dict, images)
-                show(parity)
+                show(parity, model.config.num_classes)
                 if difference := parity.first_difference(tolerance):
                     # Saturated gates, for one, can amplify rounding a hundredfold.
                     say(f"        {difference.stage} is beyond {tolerance:.0e}; again, in float64:")
                     tolerance *= 1e-4
                     with jax.enable_x64(True):
                         parity = check_parity(model, state_dict, images.astype(np.float64))
-                    show(parity)
+                    show(parity, model.config.num_classes)
             except (MemoryError, RuntimeError) as error:  # of JAX and PyTorch, when memory ends
                 raise InputError(
                     f"the comparison failed, which fewer or smaller images may mend (--num-images, "
@@ -152,8 +152,8 @@ def inputs(directory: str | None, count: int, size: int) -> tuple[np.ndarray, st
     return images, f"{len(files)} images of {size}x{size} from {directory}"
 
 
-def show(parity: Parity) -> None:
-    """Prints the errors, stage by stage."""
+def show(parity: Parity, num_classes: int) -> None:
+    """Prints the errors, stage by stage; without classes the last ones are of pooled features."""
     row = "        {:8} {:>12}  {:>13}  {:>17}"
     say(row.format("output", "shape", "max abs error", "max relative error"))
     for stage in parity.stages:
@@ -162,7 +162,10 @@ def show(parity: Parity) -> None:
             f"{error:.1e}" if stage.finite else "not finite"
             for error in (stage.max_abs_error, stage.max_rel_error)
         )
-        say(row.format(stage.stage, shape, *errors))
+        name = "pooled" if stage.stage == "logits" and not num_classes else stage.stage
+        say(row.format(name, shape, *errors))
+    if not num_classes:
+        return
     same = round(parity.top1_agreement * parity.images)
     say(f"        the same class comes first in {same} of {parity.images} images")
 

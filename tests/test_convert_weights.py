@@ -92,6 +92,16 @@ def test_a_file_of_the_original_training_script(tmp_path, state_dict, monkeypatc
     assert description["parity"]["stages"][-1]["max_rel_error"] < 1e-5
 
 
+def test_without_a_classifier_pooled_features_are_compared(tmp_path, state_dict, capsys):
+    headless = {name: v for name, v in state_dict.items() if not name.startswith("fc.")}
+    torch.save(as_tensors(headless), tmp_path / "headless.pth")
+    assert convert(tmp_path / "headless.pth", tmp_path / "model") == 0
+    said = capsys.readouterr().out
+    assert "no classifier" in said and "same class" not in said
+    names = [line.split()[0] for line in said.splitlines() if "e-0" in line]
+    assert names == ["stem", *["stage"] * 4, "pooled"]
+
+
 def test_and_back(tmp_path, checkpoint, state_dict, capsys):
     assert convert(checkpoint, tmp_path / "model", "--format", "safetensors") == 0
     assert (tmp_path / "model" / "weights.safetensors").exists()
