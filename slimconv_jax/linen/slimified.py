@@ -95,7 +95,7 @@ class Slimified(nn.Module):
         kwargs |= {name: mode for name, mode in modes.items() if name not in given}
         leaves, treedef = jax.tree.flatten((args, kwargs))
         arrays = {i: leaf for i, leaf in enumerate(leaves) if _is_traced(leaf)}
-        num_images, *image_shape = next((x.shape for x in arrays.values()), (1,))
+        num_images, *image_shape = next((x.shape for x in arrays.values() if x.shape), (1,))
         found = _Found()
 
         def run(arrays: dict[int, jax.Array]) -> Any:
