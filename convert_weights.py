@@ -23,7 +23,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from slimconv_jax.console import console, prepare_console, say
+from slimconv_jax.console import console, exit_status, prepare_console, say
 from slimconv_jax.data.image_files import find_images
 from slimconv_jax.data.transforms import (
     IMAGENET_MEAN,
@@ -270,20 +270,16 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     """Runs the command; returns the exit status."""
     prepare_console()
+    return exit_status(lambda: _run(argv), interrupted="interrupted; nothing was written")
+
+
+def _run(argv: list[str] | None) -> None:
     args = parse_args(argv)
     enable_compilation_cache()
-    try:
-        find_devices()
-        if args.parity:
-            import_torch()
-        convert(args)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted; nothing was written", file=sys.stderr)
-        return 130
-    return 0
+    find_devices()
+    if args.parity:
+        import_torch()
+    convert(args)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from ml_collections import config_flags
 
 from slimconv_jax.console import prepare_console
 from slimconv_jax.devices import enable_compilation_cache
-from slimconv_jax.errors import LIBRARY_ERRORS, InputError
+from slimconv_jax.errors import LIBRARY_ERRORS, InputError, exhausted
 from slimconv_jax.files import absolute
 from slimconv_jax.saving import list_checkpoints
 from slimconv_jax.training.config import prepare_arguments
@@ -92,6 +92,8 @@ def main(argv: list[str]) -> int | None:
             what = "the same command continues from the last checkpoint"
         return _stop(f"interrupted; {what}", 143 if isinstance(error, _Terminated) else 130)
     except LIBRARY_ERRORS as error:
+        if reason := exhausted(error):
+            return _stop(f"error: {reason} (also config.model.remat, step.accumulation_steps)", 1)
         if not is_lost_contact(error):
             raise
         reason = str(error).splitlines()[0]

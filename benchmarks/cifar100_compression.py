@@ -35,8 +35,8 @@ from ml_collections import ConfigDict
 
 import slimconv_jax as sc
 from slimconv_jax.benchmark import core_shares, environment_apart
-from slimconv_jax.console import Status, say
-from slimconv_jax.errors import InputError, require_integer, run_script
+from slimconv_jax.console import Status, run_script, say
+from slimconv_jax.errors import InputError, require_integer
 from slimconv_jax.files import replace_file
 from slimconv_jax.models.published import CIFAR100
 from slimconv_jax.models.zoo import abstract_model, named_config, normalize_model, parse_model

@@ -29,9 +29,8 @@ from flax import nnx
 
 import slimconv_jax as sc
 from slimconv_jax.benchmark_report import check_outputs, write_json
-from slimconv_jax.console import Status
+from slimconv_jax.console import Status, run_script
 from slimconv_jax.data.transforms import IMAGENET_MEAN, IMAGENET_STD
-from slimconv_jax.errors import run_script
 from slimconv_jax.models.complexity import count_program_macs
 from slimconv_jax.models.zoo import parse_model
 from slimconv_jax.planning import (

@@ -33,7 +33,8 @@ from slimconv_jax.benchmark import (
     take_turns,
     train_program,
 )
-from slimconv_jax.errors import require_integer, run_script
+from slimconv_jax.console import run_script
+from slimconv_jax.errors import require_integer
 from slimconv_jax.models.operations import max_pool
 from slimconv_jax.models.pieces import PIXELS
 from slimconv_jax.models.slimconv import Gate, SlimConv

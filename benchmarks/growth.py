@@ -24,7 +24,8 @@ from slimconv_jax.benchmark import (
     take_turns,
 )
 from slimconv_jax.benchmark_report import check_outputs
-from slimconv_jax.errors import require_integer, run_script
+from slimconv_jax.console import run_script
+from slimconv_jax.errors import require_integer
 
 BASE = Case("sc_resnet50", "train", 8, 64, "float32", "jax")
 AXES = {

@@ -31,10 +31,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from slimconv_jax.console import run_script
 from slimconv_jax.data.loader import load_dataset
 from slimconv_jax.data.sources import ImageFolder
 from slimconv_jax.data.transforms import Transform, sample_crop
-from slimconv_jax.errors import require_integer, run_script
+from slimconv_jax.errors import require_integer
 from slimconv_jax.training.step import batch_sharded, data_mesh
 
 SIZE = 224

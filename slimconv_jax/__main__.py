@@ -9,7 +9,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from slimconv_jax.console import prepare_console
+from slimconv_jax.console import exit_status, prepare_console
 from slimconv_jax.errors import InputError, printable
 from slimconv_jax.model_tables import print_architectures, print_layers, print_published
 from slimconv_jax.models.zoo import describe
@@ -295,6 +295,11 @@ def _add_inference(command: argparse.ArgumentParser) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one command; returns the exit status."""
+    prepare_console(needs_stdout=True)
+    return exit_status(lambda: _run(sys.argv[1:] if argv is None else argv))
+
+
+def _run(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m slimconv_jax", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
@@ -464,24 +469,8 @@ def main(argv: list[str] | None = None) -> int:
     unknown = [text for text in rest if text not in args.overrides or args.run is not plan_command]
     if unknown:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
-    args.argv = sys.argv[1:] if argv is None else argv
-    prepare_console()
-    try:
-        args.run(args)
-        sys.stdout.flush()
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except MemoryError as error:
-        print(f"error: there is not enough memory: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    except BrokenPipeError:  # the reader has seen enough, as in `list | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    return 0
+    args.argv = argv
+    args.run(args)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ import numpy as np
 import optax
 from flax import nnx
 
-from slimconv_jax.errors import InputError, import_extra, require_integer
+from slimconv_jax.errors import InputError, exhausted, import_extra, require_integer
 from slimconv_jax.evaluation import Preprocessing
 from slimconv_jax.exporting import export_program, read_onnx
 from slimconv_jax.models.complexity import count_macs
@@ -144,8 +144,7 @@ def build(case: Case) -> Program:
         raise
     except (MemoryError, OSError, RuntimeError) as error:  # of XLA, CUDA, or torch.compile
         reason = f"{error}".strip().split("\n")[0]
-        lacking = ("RESOURCE_EXHAUSTED", "out of memory", "allocate")
-        if isinstance(error, MemoryError) or any(words in reason for words in lacking):
+        if exhausted(error):
             raise InputError(
                 f"{case.model} at batch size {case.batch_size} does not fit into the memory: "
                 f"{reason}"

@@ -1,13 +1,17 @@
 """What a person sees: lines, and progress bars where there is a terminal."""
 
+import contextlib
+import io
+import os
 import sys
 import time
 import warnings
+from collections.abc import Callable
 
 import rich.console
 import rich.progress
 
-from slimconv_jax.errors import InputWarning, printable
+from slimconv_jax.errors import InputError, InputWarning, exhausted, printable
 
 console = rich.console.Console()
 _stderr_console = rich.console.Console(stderr=True)
@@ -15,15 +19,115 @@ _stderr_console = rich.console.Console(stderr=True)
 _SECONDS_BETWEEN_LINES = 10
 
 
-def prepare_console() -> None:
-    """Lets the commands print whatever files and classes are named, and warn in one line.
+def prepare_console(*, needs_stdout: bool = False) -> None:
+    """Lets a command print whatever names there are, warn in one line, and go on unread.
 
     A name that is no UTF-8, or that the terminal has no characters for, is printed with escapes.
+    Where standard output or standard error is closed, or can take no more (a reader that has gone,
+    a full disk), what is printed from then on is dropped, and the command goes on.
+
+    Args:
+      needs_stdout: whether the command is for what it prints, so that it ends when that cannot be
+        printed: with a BrokenPipeError if the reader has gone, else with a ValueError.
     """
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # those of tests have it not
+    for descriptor in range(3):  # a closed one would be given to the next file that is opened
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # it gets the lowest number that is free
+    for name, needed in (("stdout", needs_stdout), ("stderr", False)):
+        stream = getattr(sys, name)
+        if stream is None:  # it was closed when Python started
+            setattr(sys, name, io.TextIOWrapper(io.FileIO(os.devnull, "w")))
+        elif stream is getattr(sys, f"__{name}__") and _has_descriptor(stream):
+            stream.flush()
+            setattr(sys, name, _unbreakable(stream, needed=needed))
+        elif hasattr(stream, "reconfigure"):  # those of tests have it not
             stream.reconfigure(errors="backslashreplace")
     warnings.formatwarning = _format_warning
+
+
+def _has_descriptor(stream: io.TextIOWrapper) -> bool:
+    try:
+        stream.fileno()
+    except (AttributeError, OSError):
+        return False
+    return True
+
+
+def _unbreakable(stream: io.TextIOWrapper, *, needed: bool) -> io.TextIOWrapper:
+    """A standard stream that `_Output` writes, otherwise the same."""
+    return io.TextIOWrapper(
+        io.BufferedWriter(_Output(stream.fileno(), needed=needed)),
+        stream.encoding,
+        "backslashreplace",
+        line_buffering=stream.line_buffering,
+        write_through=stream.write_through,
+    )
+
+
+class _Output(io.FileIO):
+    """A standard stream that is given up, for nowhere, when it can take no more.
+
+    Args:
+      descriptor: 1 or 2.
+      needed: whether giving it up is an error, once.
+    """
+
+    def __init__(self, descriptor: int, *, needed: bool):
+        super().__init__(descriptor, "wb", closefd=False)
+        self._needed = needed
+
+    def write(self, data) -> int:
+        try:
+            return super().write(data)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, self.fileno())
+                os.close(nowhere)
+            if not self._needed:
+                return len(data)
+            if isinstance(error, BrokenPipeError):
+                raise
+            raise InputError(f"cannot write to standard output: {error.strerror}") from None
+
+
+def exit_status(command: Callable[[], None], *, interrupted: str = "interrupted") -> int:
+    """Runs a command to its end, or to a sentence on standard error; returns its exit status.
+
+    That is 0, or 1 after bad input, a lack of memory or when the reader of standard output has
+    gone, as in `COMMAND | head`, or 130 after Ctrl-C.
+
+    Args:
+      command: what to run.
+      interrupted: the sentence about Ctrl-C.
+    """
+    try:
+        try:
+            command()
+        finally:
+            sys.stdout.flush()
+    except InputError as error:
+        message, status = f"error: {error}", 1
+    except (MemoryError, RecursionError, RuntimeError) as error:
+        if (reason := exhausted(error)) is None:
+            raise
+        message, status = f"error: {reason}", 1
+    except BrokenPipeError:
+        return 1
+    except KeyboardInterrupt:
+        message, status = interrupted, 130
+    else:
+        return 0
+    print(message, file=sys.stderr)
+    return status
+
+
+def run_script(main: Callable[[], None]) -> None:
+    """Runs a script that is for what it prints; see `exit_status`."""
+    prepare_console(needs_stdout=True)
+    sys.exit(exit_status(main))
 
 
 _format_warning_of_python = warnings.formatwarning

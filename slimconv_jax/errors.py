@@ -8,11 +8,9 @@ import math
 import pickle
 import re
 import struct
-import sys
 import types
 import zipfile
 import zlib
-from collections.abc import Callable
 from numbers import Integral, Real
 
 LIBRARY_ERRORS = (
@@ -81,12 +79,15 @@ def import_extra(module: str, *, extra: str, package: str | None = None) -> type
         ) from None
 
 
-def run_script(main: Callable[[], None]) -> None:
-    """Runs a script to its end, to a sentence about bad input (status 1), or to Ctrl-C (130)."""
-    try:
-        main()
-    except InputError as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
+def exhausted(error: Exception) -> str | None:
+    """What to tell of an error that means that memory or the stack ran out; None of others."""
+    if isinstance(error, RecursionError):
+        return f"the input is nested too deeply: {error}"
+    reason = str(error).strip().partition("\n")[0]
+    signs = ("RESOURCE_EXHAUSTED", "out of memory", "allocate")  # of XLA, CUDA and PyTorch
+    if not isinstance(error, MemoryError) and not any(sign in reason for sign in signs):
+        return None
+    return (
+        f"there is not enough memory ({reason or 'of this machine'}); smaller batches, smaller "
+        "images or a narrower model need less"
+    )

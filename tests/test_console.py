@@ -1,11 +1,12 @@
 import io
+import subprocess
 import sys
 import time
 import warnings
 
 import pytest
 
-from slimconv_jax.console import Progress, prepare_console, say
+from slimconv_jax.console import Progress, exit_status, prepare_console, say
 from slimconv_jax.errors import InputError, InputWarning
 
 
@@ -64,3 +65,77 @@ def test_a_warning_about_input_is_one_line(monkeypatch):
     prepare_console()
     assert warnings.formatwarning("two left", InputWarning, "a.py", 3) == "warning: two left\n"
     assert "a.py:3: UserWarning: other" in warnings.formatwarning("other", UserWarning, "a.py", 3)
+
+
+PRINTS = """
+import sys
+from slimconv_jax.console import exit_status, prepare_console, say
+prepare_console(needs_stdout=sys.argv[1] == "needed")
+
+def command():
+    for number in range(20_000):  # more than a pipe holds
+        say(f"line {number}")
+    sys.stdout.flush()
+    open(sys.argv[2], "w").write("done")
+
+sys.exit(exit_status(command))
+"""
+
+
+@pytest.mark.parametrize("needed", [True, False])
+@pytest.mark.parametrize("stdout", ["full", "closed", "read no more"])
+def test_what_nobody_reads(needed, stdout, tmp_path):
+    # In a process of its own, since descriptors are changed.
+    shell = {"full": "{} > /dev/full", "closed": "{} >&- <&-", "read no more": "{} | head -n 1"}
+    what = "needed" if needed else "beside"
+    program = f"\"$0\" -c '{PRINTS}' {what} {tmp_path}/done"
+    command = "set -o pipefail; " + shell[stdout].format(program)
+    result = subprocess.run(
+        ["bash", "-c", command, sys.executable], capture_output=True, text=True, timeout=60
+    )
+    went_on = not needed or stdout == "closed"
+    assert result.returncode == (0 if went_on else 1), result
+    assert (tmp_path / "done").exists() == went_on
+    explained = needed and stdout == "full"
+    sentence = "error: cannot write to standard output: No space left on device\n"
+    assert result.stderr == (sentence if explained else "")
+
+
+def test_a_full_standard_error_is_no_reason_to_stop(tmp_path):
+    program = "import sys; from slimconv_jax.console import prepare_console; prepare_console(); "
+    program += "print('a', file=sys.stderr); print('b', file=sys.stderr); print('c')"
+    with open("/dev/full", "w") as full:
+        result = subprocess.run(
+            [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=full
+        )
+    assert (result.returncode, result.stdout) == (0, b"c\n")
+
+
+def fail(error):
+    raise error
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "sentence"),
+    [
+        (InputError("no such file"), 1, "error: no such file\n"),
+        (MemoryError(), 1, "error: there is not enough memory (of this machine); smaller"),
+        (RuntimeError("RESOURCE_EXHAUSTED: 12 GiB\nmore"), 1, "not enough memory (RESOURCE_EXHAUS"),
+        (
+            RecursionError("maximum depth"),
+            1,
+            "error: the input is nested too deeply: maximum depth",
+        ),
+        (BrokenPipeError(), 1, ""),
+        (KeyboardInterrupt(), 130, "interrupted\n"),
+    ],
+)
+def test_how_a_command_ends(error, status, sentence, capsys):
+    assert exit_status(lambda: fail(error)) == status
+    assert sentence in capsys.readouterr().err
+    assert exit_status(lambda: None) == 0
+
+
+def test_a_fault_of_our_own_is_shown_as_one():
+    with pytest.raises(RuntimeError, match="a bug"):
+        exit_status(lambda: fail(RuntimeError("a bug")))

@@ -176,14 +176,23 @@ def uninterrupted(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
+    "number",
+    [
+        signal.SIGTERM,
+        pytest.param(signal.SIGHUP, marks=pytest.mark.slow),
+        pytest.param(signal.SIGINT, marks=pytest.mark.slow),
+    ],
 )
 def test_a_signal_saves_and_the_next_start_continues(tmp_path, uninterrupted, number):
     process = start(*SMALL, "--workdir", tmp_path)
     lines = list(itertools.takewhile(lambda line: "test  " not in line, process.stdout))
     process.send_signal(number)
     output = process.communicate(timeout=60)[0]
-    name, status = {signal.SIGTERM: ("SIGTERM", 143), signal.SIGINT: ("Ctrl-C", 130)}[number]
+    name, status = {
+        signal.SIGTERM: ("SIGTERM", 143),
+        signal.SIGHUP: ("SIGHUP", 129),
+        signal.SIGINT: ("Ctrl-C", 130),
+    }[number]
     assert process.returncode == status, (lines, output)
     last = output.splitlines()[-1]
     step = re.fullmatch(f"stopped by {name}; step (.*) is saved, the same command continues", last)[

@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C as a question that the loop asks after each step."""
+"""SIGTERM, SIGHUP and Ctrl-C as a question that the loop asks after each step."""
 
 import os
 import signal
@@ -7,12 +7,14 @@ import threading
 import jax
 from jax.experimental import multihost_utils
 
+_NAMES = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM", signal.SIGHUP: "SIGHUP"}
+
 
 class RunInterruptedError(Exception):
     """A run was asked to stop, and its state is saved.
 
     Args:
-      name: "SIGTERM" or "Ctrl-C".
+      name: "SIGTERM", "SIGHUP" or "Ctrl-C".
       step: the step that is saved.
 
     Attributes:
@@ -21,18 +23,19 @@ class RunInterruptedError(Exception):
 
     def __init__(self, name: str, step: int):
         super().__init__(f"stopped by {name}; step {step} is saved, the same command continues")
-        self.status = 130 if name == "Ctrl-C" else 143
+        (self.status,) = (128 + number for number, other in _NAMES.items() if other == name)
 
 
 class StopSignal:
-    """Holds back SIGTERM and the first Ctrl-C while a run goes on.
+    """Holds back SIGTERM, SIGHUP and the first Ctrl-C while a run goes on.
 
-    Use as a context manager. A second signal has its usual effect, at once. With several
+    Use as a context manager. SIGHUP, of a terminal that closes, is left alone where it is ignored,
+    as under nohup. A second signal has its usual effect, at once. With several
     processes a signal to any of them stops all at the same point, one or two seconds later: JAX's
     preemption service agrees on one. There JAX holds back every SIGTERM.
 
     Attributes:
-      name: what was received, "SIGTERM" or "Ctrl-C"; None as long as `requested` is false.
+      name: what was received, as in `RunInterruptedError`; None as long as `requested` is false.
     """
 
     def __init__(self):
@@ -44,8 +47,11 @@ class StopSignal:
 
     def __enter__(self) -> "StopSignal":
         if threading.current_thread() is threading.main_thread():  # only there it is possible
-            for number in (signal.SIGINT,) if self._together else (signal.SIGINT, signal.SIGTERM):
-                self._previous[number] = signal.signal(number, self._receive)
+            for number in _NAMES:
+                is_jaxs = number == signal.SIGTERM and self._together
+                is_ignored = number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN
+                if not is_jaxs and not is_ignored:
+                    self._previous[number] = signal.signal(number, self._receive)
         return self
 
     def __exit__(self, *_) -> None:
@@ -58,7 +64,7 @@ class StopSignal:
 
     def _receive(self, number: int, frame) -> None:
         self._let_go()
-        self._received = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
+        self._received = _NAMES[number]
         if self._together:
             os.kill(os.getpid(), signal.SIGTERM)  # for JAX, which tells the others
 

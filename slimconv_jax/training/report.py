@@ -134,8 +134,8 @@ class Reporter:
         )
         self._pending = queue.Queue()
         self._may_go_on = threading.Semaphore(1)
-        self._error: Exception | None = None
-        self._thread = threading.Thread(target=self._report_pending, name="reporter")
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._report_pending, name="reporter", daemon=True)
 
     def __enter__(self) -> "Reporter":
         self._bar.start()
@@ -143,6 +143,9 @@ class Reporter:
         return self
 
     def __exit__(self, kind, error, traceback) -> None:
+        if kind is not None and issubclass(kind, KeyboardInterrupt):
+            self._bar.stop()
+            return  # whoever says stop twice does not want to wait for the devices
         self._pending.put(None)
         self._thread.join()
         self._bar.stop()
@@ -198,7 +201,7 @@ class Reporter:
             try:
                 if self._error is None:  # else only make room, so that nobody waits for ever
                     report(*arguments)
-            except Exception as error:  # whatever it is, `_raise` raises it in the loop
+            except BaseException as error:  # whatever it is, `_raise` raises it in the loop
                 self._error = error
             finally:
                 if report == self._report_train_step:

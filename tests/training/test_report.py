@@ -1,6 +1,7 @@
 import json
 import resource
 import struct
+import threading
 
 import jax.numpy as jnp
 import PIL.Image
@@ -126,6 +127,28 @@ def test_an_evaluation_that_is_not_finite_ends_the_run_too(tmp_path):
         with pytest.raises(ValueError, match="the test loss is inf at step 1"):
             report.test(1, {"test": result(loss=float("inf"))})
     assert read_metrics(epath.Path(tmp_path)) == []
+
+
+def test_a_thread_that_is_told_to_exit_ends_the_run_and_nobody_hangs(tmp_path, monkeypatch):
+    def leave(*_):
+        raise SystemExit(1)  # as libraries do that cannot print
+
+    monkeypatch.setattr(Reporter, "_print", leave)
+    with pytest.raises(SystemExit), reporter(tmp_path) as report:
+        for step in range(1, 11):
+            report.train_step(step, metrics(step), 0.0)
+
+
+def test_who_says_stop_twice_does_not_wait_for_the_devices(tmp_path):
+    class Never:
+        def item(self):
+            devices.wait()
+
+    devices = threading.Event()
+    with pytest.raises(KeyboardInterrupt), reporter(tmp_path) as report:
+        report.train_step(1, {"loss": Never()}, 0.0)
+        raise KeyboardInterrupt
+    devices.set()
 
 
 @pytest.mark.parametrize("what", ["metrics.jsonl", "curves.png.part"])
