@@ -91,11 +91,14 @@ def _describe(model: ResNet, format: str, info: Mapping[str, Any] | None) -> dic
         "architecture": dataclasses.asdict(config),
         "parameters": count_params(model),
         "format": format,
-        "versions": {
-            package: importlib.metadata.version(package)
-            for package in ("slimconv_jax", "jax", "flax", "orbax-checkpoint")
-        },
+        "versions": versions(),
     }
+
+
+def versions() -> dict[str, str]:
+    """Of this package, and of those on which depends what it computes and saves."""
+    packages = ("slimconv_jax", "jax", "flax", "orbax-checkpoint")
+    return {package: importlib.metadata.version(package) for package in packages}
 
 
 def describe_workdir(model: ResNet, workdir: epath.Path, info: Mapping[str, Any]) -> None:

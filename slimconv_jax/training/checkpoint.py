@@ -1,7 +1,11 @@
 """The work directory: which run it belongs to, and its checkpoints."""
 
 import contextlib
+import datetime
+import fcntl
 import json
+import os
+import socket
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -11,8 +15,8 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from slimconv_jax.console import say
-from slimconv_jax.errors import LIBRARY_ERRORS, InputError
-from slimconv_jax.files import absolute
+from slimconv_jax.errors import LIBRARY_ERRORS, InputError, printable
+from slimconv_jax.files import absolute, is_address
 from slimconv_jax.saving import (
     CHECKPOINTS,
     list_checkpoints,
@@ -32,6 +36,62 @@ NOT_COMPARED = (
     "profile_steps",
 )
 """The keys that may change when a run continues, since what is learnt does not depend on them."""
+
+
+_LOCK = ".lock"
+"""The file of a work directory that says who trains in it, and is locked as long as he does."""
+
+
+@contextlib.contextmanager
+def hold_workdir(workdir: epath.Path) -> Iterator[None]:
+    """Keeps other runs out of a work directory, which is created if it is not there.
+
+    The lock is the operating system's, so a run that is killed leaves none behind. In an object
+    store, which has no locks, nothing is kept out.
+
+    Raises:
+      ValueError: if another run is in it, with the process, the host and the time of its start; or
+        if the directory cannot be written.
+    """
+    if is_address(workdir):
+        yield
+        return
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        # Opened for adding, so that what the one who holds it has written stays until then.
+        file = open(workdir / _LOCK, "a+", opener=_open_file)  # noqa: SIM115
+    except OSError as error:
+        raise _unwritable(workdir, error) from None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            who = printable(file.read(200).strip()) or "another run"
+            raise InputError(
+                f"{workdir} is in use by {who}; stop that, or choose another --workdir"
+            ) from None
+        except OSError as error:  # a file system without locks
+            say(
+                f"warning: {workdir} cannot be locked ({error.strerror}); start no second run there"
+            )
+        try:
+            file.truncate(0)
+            now = datetime.datetime.now().astimezone().isoformat(" ", "seconds")
+            file.write(f"process {os.getpid()} on {socket.gethostname()}, since {now}\n")
+            file.flush()
+        except OSError as error:
+            raise _unwritable(workdir, error) from None
+        yield
+
+
+def _open_file(path: str, flags: int) -> int:
+    """Opens a file, but no pipe that has to be waited for."""
+    return os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+
+
+def _unwritable(workdir: epath.Path, error: OSError) -> InputError:
+    return InputError(f"cannot write to the work directory {workdir}: {error}")
 
 
 def claim_workdir(workdir: epath.PathLike, config: ml_collections.ConfigDict) -> epath.Path:
@@ -69,7 +129,7 @@ def claim_workdir(workdir: epath.PathLike, config: ml_collections.ConfigDict) ->
             )
         part.replace(file)
     except OSError as error:
-        raise InputError(f"cannot write to the work directory {path}: {error}") from None
+        raise _unwritable(path, error) from None
     return path
 
 
@@ -80,7 +140,7 @@ def compared_keys(text: bytes | str) -> dict[str, Any]:
       ValueError: if it is no config.
     """
     try:
-        flat = _flatten(json.loads(text))
+        flat = flatten(json.loads(text))
     except (ValueError, AttributeError):
         raise InputError("it cannot be read as a config") from None
     return {key: value for key, value in flat.items() if key not in NOT_COMPARED}
@@ -99,11 +159,12 @@ def _differences(there: bytes, here: str) -> str:
     )
 
 
-def _flatten(tree: dict, prefix: str = "") -> dict:
+def flatten(tree: dict, prefix: str = "") -> dict:
+    """The values of a config by the keys that lead to them, joined by dots."""
     flat = {}
     for key, value in tree.items():
         nested = isinstance(value, dict)
-        flat |= _flatten(value, f"{prefix}{key}.") if nested else {prefix + key: value}
+        flat |= flatten(value, f"{prefix}{key}.") if nested else {prefix + key: value}
     return flat
 
 

@@ -2,8 +2,10 @@
 
 import faulthandler
 import importlib.util
+import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -95,6 +97,36 @@ def on_first(function: Callable[[], int | None]) -> int | None:
     if failed:
         raise InputError("stopped, since the first process cannot go on; it says why")
     return number
+
+
+def require_same(facts: Mapping[str, Any]) -> None:
+    """Makes sure that all processes of a run are about to do the same.
+
+    Args:
+      facts: what must be the same everywhere, by name; values that JSON has.
+
+    Raises:
+      ValueError: on all processes, with what differs, and where.
+    """
+    if jax.process_count() == 1:
+        return
+    text = np.frombuffer(json.dumps(facts).encode(), np.uint8)
+    longest = multihost_utils.process_allgather(np.array(len(text))).max()
+    padded = np.pad(text, (0, longest - len(text)), constant_values=ord(" "))
+    first, *others = (
+        json.loads(row.tobytes()) for row in multihost_utils.process_allgather(padded)
+    )
+    for number, other in enumerate(others, start=1):
+        differences = [
+            f"{name} is {first.get(name, 'absent')!r} in process 0 and "
+            f"{other.get(name, 'absent')!r} in process {number}"
+            for name in first | other
+            if first.get(name, "absent") != other.get(name, "absent")
+        ]
+        if differences:
+            raise InputError(
+                f"the processes of this run do not do the same: {'; '.join(differences)}"
+            )
 
 
 def is_lost_contact(error: Exception) -> bool:

@@ -3,8 +3,10 @@
 import contextlib
 import dataclasses
 import functools
+import hashlib
+import json
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -27,12 +29,19 @@ from slimconv_jax.saving import (
     describe_workdir,
     list_checkpoints,
     load_model,
+    versions,
 )
 from slimconv_jax.training.augment import augment
-from slimconv_jax.training.checkpoint import Checkpoints, claim_workdir, newest_intact
+from slimconv_jax.training.checkpoint import (
+    Checkpoints,
+    claim_workdir,
+    flatten,
+    hold_workdir,
+    newest_intact,
+)
 from slimconv_jax.training.config import check_config
 from slimconv_jax.training.evaluate import make_evaluate, summarize
-from slimconv_jax.training.hosts import on_first
+from slimconv_jax.training.hosts import on_first, require_same
 from slimconv_jax.training.interruption import RunInterruptedError, StopSignal
 from slimconv_jax.training.profiling import Profiler
 from slimconv_jax.training.report import (
@@ -51,6 +60,9 @@ from slimconv_jax.training.step import (
     data_mesh,
     replicated,
 )
+
+_OF_A_HOST = ("dataset.data_dir", "loader.num_threads")
+"""The keys of a config in which the processes of a run may differ."""
 
 
 def train(
@@ -77,8 +89,18 @@ def train(
         diverges, or a checkpoint cannot be written.
       RunInterruptedError: after SIGTERM or Ctrl-C, when the state is saved.
     """
+    with contextlib.ExitStack() as held:
+        return _train(config, absolute(workdir), data_mesh(devices), held)
+
+
+def _train(
+    config: ml_collections.ConfigDict,
+    workdir: epath.Path,
+    mesh: jax.sharding.Mesh,
+    held: contextlib.ExitStack,
+) -> dict:
+    """Does what `train` says; `held` keeps the work directory."""
     start = time.perf_counter()
-    mesh = data_mesh(devices)
     check_config(config, mesh.size)
     train_source, test_source = load_splits(**config.dataset)
     class_names = train_source.class_names
@@ -121,7 +143,22 @@ def train(
     height, width, _ = train_data.image_shape
     macs = count_macs(model, height)
 
-    workdir = absolute(workdir)
+    require_same(
+        {
+            **{
+                f"config.{key}": value
+                for key, value in flatten(json.loads(config.to_json_best_effort())).items()
+                if key not in _OF_A_HOST
+            },
+            "the architecture": json.dumps(dataclasses.asdict(model.config)),
+            "the number of training images": len(train_data),
+            "the number of test images": len(test_source),
+            "the classes": _digest(class_names),
+            "the work directory": str(workdir),
+            "jax_enable_x64": jax.config.jax_enable_x64,
+            **{f"the version of {name}": version for name, version in versions().items()},
+        }
+    )
     info = {
         "class_names": list(class_names),
         "preprocessing": {"image_size": transform.image_size, **config.normalize.to_dict()},
@@ -136,6 +173,7 @@ def train(
             words = _initialize(starting, config.init_from)
 
     def claim() -> int:
+        held.enter_context(hold_workdir(workdir))
         claim_workdir(workdir, config)
         describe_workdir(model, workdir, info)
         return newest_intact(workdir)
@@ -280,6 +318,12 @@ def _initialize(model: ResNet, path: str) -> str:
     for kind in (nnx.Param, nnx.BatchStat):
         nnx.update(model, nnx.state(other, kind))
     return said
+
+
+def _digest(class_names: Sequence[str]) -> str:
+    names = json.dumps(class_names)
+    first = f", from {class_names[0]!r} on" if class_names else ""
+    return f"{len(class_names)}{first}, SHA-256 {hashlib.sha256(names.encode()).hexdigest()[:12]}"
 
 
 def _duration(seconds: float) -> str:

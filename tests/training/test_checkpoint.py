@@ -1,6 +1,10 @@
 import gc
 import json
+import os
 import resource
+import socket
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +14,12 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from slimconv_jax.saving import list_checkpoints
-from slimconv_jax.training.checkpoint import Checkpoints, claim_workdir, newest_intact
+from slimconv_jax.training.checkpoint import (
+    Checkpoints,
+    claim_workdir,
+    hold_workdir,
+    newest_intact,
+)
 from slimconv_jax.training.step import EMA, TrainState, data_mesh, replicated
 
 CONFIG = ConfigDict({"seed": 0, "model": {"k": "4/3", "dilation": (True, False)}})
@@ -74,6 +83,50 @@ def test_an_unwritable_directory_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match=r"cannot write to the work directory .*file/run"):
         claim_workdir(tmp_path / "file" / "run", CONFIG)
+
+
+def test_a_work_directory_has_one_run_at_a_time(tmp_path):
+    workdir = epath.Path(tmp_path / "a" / "run")
+    for _ in range(2):  # one after the other
+        with hold_workdir(workdir):
+            with pytest.raises(ValueError) as error, hold_workdir(workdir):
+                pass
+            assert (
+                f"{workdir} is in use by process {os.getpid()} on {socket.gethostname()}, since "
+                in (str(error.value))
+            )
+    assert (workdir / ".lock").read_text().count("\n") == 1
+
+
+def test_a_run_that_was_killed_locks_nothing(tmp_path):
+    holds = f"""
+import time
+from etils import epath
+from slimconv_jax.training.checkpoint import hold_workdir
+with hold_workdir(epath.Path({str(tmp_path)!r})):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+    with subprocess.Popen([sys.executable, "-c", holds], stdout=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"held\n"
+        with (
+            pytest.raises(ValueError, match=f"in use by process {process.pid} on"),
+            hold_workdir(epath.Path(tmp_path)),
+        ):
+            pass
+        process.kill()
+    with hold_workdir(epath.Path(tmp_path)):
+        pass
+
+
+@pytest.mark.parametrize("make", [os.mkdir, os.mkfifo])
+def test_what_is_no_lock_is_refused_and_not_waited_for(tmp_path, make):
+    make(tmp_path / ".lock")
+    with (
+        pytest.raises(ValueError, match=f"cannot write to the work directory {tmp_path}: "),
+        hold_workdir(epath.Path(tmp_path)),
+    ):
+        pass
 
 
 def test_a_claimed_directory_that_became_unwritable_is_refused(tmp_path):

@@ -123,8 +123,8 @@ def test_the_layout_does_not_change_the_numbers(tmp_path, model):
 SETTINGS = ("--config.num_epochs=20", "--config.eval_every_epochs=1", "--config.model.width=8")
 
 
-def start_training(workdir, *settings, slurm=False):
-    """Two processes of train.py, on the digits, with two devices each."""
+def start_training(workdir, *settings, slurm=False, second=()):
+    """Two processes of train.py, on the digits, with two devices each, one with settings more."""
     address = free_address()
     for index in range(2):
         arguments = ["train.py", "--config=configs/digits.py", f"--workdir={workdir}", *SETTINGS]
@@ -140,7 +140,8 @@ def start_training(workdir, *settings, slurm=False):
         else:
             arguments += [f"--coordinator_address={address}", "--num_processes=2"]
             arguments.append(f"--process_id={index}")
-        yield start(2, index, [*arguments, *settings], devices=2, **environment)
+        of_its_own = second if index else ()
+        yield start(2, index, [*arguments, *settings, *of_its_own], devices=2, **environment)
 
 
 def read_until(process, text):
@@ -180,6 +181,20 @@ def test_two_processes_stop_together_and_continue(tmp_path):
     assert [process.returncode for process in refused] == [1, 1], outputs
     assert "another experiment: config.seed is 0 there and 3 here" in outputs[0]
     assert "stopped, since the first process cannot go on; it says why" in outputs[1]
+
+
+def test_processes_that_differ_do_not_train(tmp_path):
+    second = ["--config.optimizer.learning_rate=0.0501"]
+    processes = list(start_training(tmp_path / "run", second=second))
+    outputs = [process.communicate(timeout=120)[0] for process in processes]
+    assert [process.returncode for process in processes] == [1, 1], outputs
+    for output in outputs:
+        (sentence,) = (line for line in output.splitlines() if line.startswith("error: "))
+        assert sentence == (
+            "error: the processes of this run do not do the same: config.optimizer.learning_rate "
+            "is 0.1 in process 0 and 0.0501 in process 1"
+        )
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow

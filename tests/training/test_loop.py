@@ -74,6 +74,7 @@ DAMAGE = {
 def test_a_run_leaves_its_config_metrics_and_checkpoints(run):
     workdir, result = run
     assert {path.name for path in workdir.iterdir()} == {
+        ".lock",
         "config.json",
         "model.json",
         "checkpoints",
