@@ -51,6 +51,12 @@ def evaluate_command(args: argparse.Namespace) -> None:
             raise InputError(
                 f"{args.model} does not tell on what it was trained, so --data is needed"
             )
+        there = options.get("data_dir")
+        if there is not None and args.data_dir is None:  # the file may be a stranger's
+            raise InputError(
+                f"{args.model}/config.json says that its data lie in {there}; to read them from "
+                f"there, add --data-dir {shlex.quote(str(there))}"
+            )
         options["split"] = args.split or options.get("test_split", "test")
         options = {key: options[key] for key in options if not key.endswith("_split")}
     if args.data_dir is not None:

@@ -130,6 +130,10 @@ def test_bad_input(model, saved, folder, tmp_path, capsys):
         run = tmp_path / f"run{number}"
         save_model(model, run)
         (run / "config.json").write_text(json.dumps({"dataset": dataset}))
+    elsewhere = {"name": "image_folder", "data_dir": str(folder), "test_split": "val"}
+    (tmp_path / "elsewhere").mkdir()
+    save_model(model, tmp_path / "elsewhere" / "run", info={"class_names": NAMES})
+    (tmp_path / "elsewhere" / "run" / "config.json").write_text(json.dumps({"dataset": elsewhere}))
     listed = tmp_path / "listed"
     save_model(model, listed, info={"class_names": [["a"]]})
     images = ["--data", "image_folder", "--data-dir", str(folder), "--split", "val"]
@@ -145,6 +149,11 @@ def test_bad_input(model, saved, folder, tmp_path, capsys):
         ([tmp_path / "run0"], f"{tmp_path}/run0/config.json is damaged: it is no config"),
         ([tmp_path / "run1"], f"{tmp_path}/run1 does not tell on what it was trained"),
         ([tmp_path / "run2"], f"{tmp_path}/run2/config.json is damaged: "),
+        (
+            [tmp_path / "elsewhere" / "run"],
+            f"{tmp_path}/elsewhere/run/config.json says that its data lie in {folder}; to read them from "
+            f"there, add --data-dir {folder}\n",
+        ),
         ([listed, *images], f"{listed}/model.json is damaged: class_names is no list of names"),
         ([saved, *images, "--image-size", "none"], "the images differ in size, so they need an im"),
         ([saved, *images, "--json", tmp_path], f"cannot write {tmp_path}: it is a directory"),

@@ -4,9 +4,13 @@ A source has a length and `class_names`; `source[i]` is an `Example`, and `sourc
 says in an error message which one that is.
 """
 
+import contextlib
 import importlib.util
 import os
-from collections.abc import Sequence
+import re
+import threading
+import types
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -105,6 +109,9 @@ _DIGITS_TEST = """
 class TfdsSource:
     """A data set that TensorFlow Datasets has prepared, read without TensorFlow.
 
+    Its files run no code: a data set may have TFDS's own kinds of features only, and of its records
+    nothing is decoded but the image and the label.
+
     Args:
       name: as TFDS has it: NAME, NAME/CONFIG, NAME:VERSION.
       split: "train", "validation", or whatever the data set has; also "train[:1000]" and
@@ -121,10 +128,16 @@ class TfdsSource:
         # Imported here since it takes a second.
         import tensorflow_datasets as tfds
 
+        if not _TFDS_NAME.fullmatch(name):
+            raise InputError(
+                f"TFDS has no data set {name!r}: the name must be NAME, NAME/CONFIG or, with a "
+                "version, NAME:1.0.0 or NAME/CONFIG:1.0.0"
+            )
         if data_dir is not None:
             data_dir = existing_directory(data_dir)
         try:
-            builder = tfds.builder(name, data_dir=data_dir, try_gcs=False)
+            with _features_of_tfds_alone(tfds):
+                builder = tfds.builder(name, data_dir=data_dir, try_gcs=False)
         except _tfds_errors() as error:  # some of which end in a list of all data sets
             reason = str(error).strip().splitlines()[0]
             where = f" in {data_dir}" if data_dir else ""
@@ -140,10 +153,14 @@ class TfdsSource:
             )
         for part in split.split("+"):
             _check_split(self._name, part.split("[")[0].strip(), splits)
-        self._image_key, self._label_key = self._keys(tfds, builder.info)
-        decoders = {self._image_key: tfds.decode.SkipDecoding()}
+        image, label = self._keys(tfds, builder.info)
+        features = builder.info.features
+        self._features = tfds.features.FeaturesDict({k: features[k] for k in (image, label)})
+        self._decoders = {image: tfds.decode.SkipDecoding()}
+        self._image_key, self._label_key = image, label
+        raw = tfds.decode.DeserializeMethod.RAW_BYTES
         try:
-            self._records = builder.as_data_source(split, decoders=decoders)
+            self._records = builder.as_data_source(split, deserialize_method=raw)
         except NotImplementedError:  # TFDS's answer to a format without random access
             raise InputError(
                 f"the data set in {builder.data_dir} is in the format "
@@ -154,7 +171,7 @@ class TfdsSource:
         except _tfds_errors() as error:  # a missing or damaged file, a wrong or empty slice
             reason = " ".join(str(error).split())
             raise InputError(f"cannot read {split!r} of {builder.data_dir}: {reason}") from None
-        self.class_names = tuple(builder.info.features[self._label_key].names)
+        self.class_names = tuple(features[label].names)
 
     def _keys(self, tfds, info) -> tuple[str, str]:
         """Which features are the image and the label."""
@@ -179,7 +196,9 @@ class TfdsSource:
 
     def __getitem__(self, index: int) -> Example:
         try:
-            record = self._records[index]
+            record = self._features.deserialize_example_np(
+                self._records[index], decoders=self._decoders
+            )
         except _tfds_errors() as error:
             raise InputError(f"cannot read {self.describe(index)}: {error}") from None
         label = int(record[self._label_key])
@@ -192,6 +211,34 @@ class TfdsSource:
 
     def describe(self, index: int) -> str:
         return f"record {index} of {self._name}, split {self._split!r}"
+
+
+_TFDS_NAME = re.compile(r"\w+(/[^/\\,:=]+)?(:[\d.*]+)?")
+"""Without the namespaces of others' code, and without arguments, for which TFDS runs code too."""
+
+_tfds_lock = threading.Lock()
+
+
+@contextlib.contextmanager
+def _features_of_tfds_alone(tfds: types.ModuleType) -> Iterator[None]:
+    """Keeps TFDS from importing the modules that a data set's features.json names."""
+    connector = tfds.features.FeatureConnector
+    original = connector.__dict__["cls_from_name"]
+
+    def class_of_tfds(cls, name: str) -> type:
+        if not name.startswith("tensorflow_datasets."):
+            raise InputError(
+                f"its features.json names the class {name!r}, whose module is not imported; the "
+                "classes of tensorflow_datasets alone are"
+            )
+        return original.__get__(None, cls)(name)
+
+    with _tfds_lock:
+        connector.cls_from_name = classmethod(class_of_tfds)
+        try:
+            yield
+        finally:
+            connector.cls_from_name = original
 
 
 def _tfds_errors() -> tuple[type[Exception], ...]:

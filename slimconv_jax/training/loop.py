@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import shlex
 import time
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -284,10 +285,12 @@ def _train(
     say(f"finished in {_duration(time.perf_counter() - start)}\ntest     {describe(last['test'])}")
     if use_ema:
         say(f"averaged {describe(last['test_ema'])}")
-    ema = " --ema" if best["split"] == "test_ema" else ""
+    more = " --ema" if best["split"] == "test_ema" else ""
+    if data_dir := config.dataset.get("data_dir"):
+        more += f" --data-dir {shlex.quote(str(data_dir))}"
     say(
         f"best     {describe(best)}, after epoch {best['epoch']:.1f}:\n"
-        f"         python -m slimconv_jax evaluate {workdir} --checkpoint {best['step']}{ema}\n"
+        f"         python -m slimconv_jax evaluate {workdir} --checkpoint {best['step']}{more}\n"
         f"files    {workdir}: {CHECKPOINTS}/, metrics.jsonl, curves.png, tensorboard/"
     )
     return last["test"]

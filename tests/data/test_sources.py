@@ -154,7 +154,7 @@ def image_folder(tmp_path):
             "train",
             "^TFDS has no data set 'nosuch' in .*: Dataset nosuch not fou",
         ),
-        ("tfds/no such DIR", "train", "^TFDS has no data set 'no such' in "),
+        ("tfds/no such DIR", "train", "^TFDS has no data set 'no such': the name must"),
         (
             "tfds/cifar10 DIR",
             "train",
@@ -208,6 +208,42 @@ def test_a_tfds_data_set_without_images(tmp_path):
     message = r"no image classification data set: its features are image \(Text\), label \(ClassL"
     with pytest.raises(ValueError, match=message):
         load_source("tfds/animals", "train", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("tensorflow_datasets.core.features.text_feature.Text", "strangers_module.Feature"),
+        ("tensorflow_datasets.core.features.image_feature.Image", "strangers_module.Image"),
+    ],
+)
+def test_a_strangers_data_set_imports_no_module(old, new, tmp_path, monkeypatch):
+    def features(tfds):
+        return {
+            "image": tfds.features.Image(),
+            "label": tfds.features.ClassLabel(names=["cat"]),
+            "note": tfds.features.Sequence({"text": tfds.features.Text()}),
+        }
+
+    record = {"image": PICTURE, "label": 0, "note": {"text": ["a"]}}
+    write_tfds(tmp_path, {"train": [record]}, features=features)
+    assert load_source("tfds/animals", "train", tmp_path)[0] == (PICTURE, 0)
+    file = tmp_path / "animals" / "1.0.0" / "features.json"
+    text = file.read_text()
+    assert old in text
+    file.write_text(text.replace(old, new))
+    (tmp_path / "strangers_module.py").write_text("raise SystemExit('run')")
+    monkeypatch.syspath_prepend(tmp_path)
+    message = f"its features.json names the class '{new}', whose module is not imported"
+    with pytest.raises(ValueError, match=message) as error:
+        load_source("tfds/animals", "train", tmp_path)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["kaggle:animals", "animals/a=1", "animals/x/a=1", "../animals"])
+def test_tfds_names_that_could_run_code(name, tmp_path):
+    with pytest.raises(ValueError, match=f"^TFDS has no data set '{name}': the name must be NAME"):
+        load_source(f"tfds/{name}", "train", tmp_path)
 
 
 def test_a_damaged_tfds_record_is_a_sentence(tmp_path):
