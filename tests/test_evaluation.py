@@ -151,8 +151,8 @@ def test_bad_input(model, saved, folder, tmp_path, capsys):
         ([tmp_path / "run2"], f"{tmp_path}/run2/config.json is damaged: "),
         (
             [tmp_path / "elsewhere" / "run"],
-            f"{tmp_path}/elsewhere/run/config.json says that its data lie in {folder}; to read them from "
-            f"there, add --data-dir {folder}\n",
+            f"{tmp_path}/elsewhere/run/config.json says that its data lie in {folder}; to read "
+            f"them from there, add --data-dir {folder}\n",
         ),
         ([listed, *images], f"{listed}/model.json is damaged: class_names is no list of names"),
         ([saved, *images, "--image-size", "none"], "the images differ in size, so they need an im"),
