@@ -29,11 +29,11 @@ from slimconv_jax.console import prepare_console
 from slimconv_jax.devices import enable_compilation_cache
 from slimconv_jax.errors import LIBRARY_ERRORS, InputError, exhausted
 from slimconv_jax.files import absolute
-from slimconv_jax.saving import list_checkpoints
 from slimconv_jax.training.config import prepare_arguments
 from slimconv_jax.training.hosts import initialize, is_lost_contact
 from slimconv_jax.training.interruption import RunInterruptedError
 from slimconv_jax.training.loop import train
+from slimconv_jax.work_directory import list_checkpoints
 
 config_flags.DEFINE_config_file(
     "config", help_string="The config file, such as configs/digits.py.", lock_config=True

@@ -40,9 +40,9 @@ from slimconv_jax.errors import InputError, require_integer
 from slimconv_jax.files import replace_file
 from slimconv_jax.models.published import CIFAR100
 from slimconv_jax.models.zoo import abstract_model, named_config, normalize_model, parse_model
-from slimconv_jax.training.checkpoint import NOT_COMPARED, compared_keys
 from slimconv_jax.training.config import read_config
 from slimconv_jax.training.report import read_metrics
+from slimconv_jax.work_directory import NOT_COMPARED, compared_keys
 
 ROOT = Path(__file__).parents[1]
 RECIPE_EPOCHS = 200
@@ -110,7 +110,7 @@ def plan(model: str, args: argparse.Namespace) -> list[Run]:
             counts = {"params": sc.count_params(network), "macs": sc.count_macs(network, size)}
         name = Path(model).stem if model.endswith(".json") else model
         name = name.replace("@", "_k").replace("/", "_")
-        settings = compared_keys(config.to_json_best_effort())
+        settings = compared_keys(json.loads(config.to_json_best_effort()))
         workdir = args.workdir / f"{name}_seed{seed}"
         runs.append(Run(model, seed, workdir, overrides, settings, counts))
     return runs

@@ -11,10 +11,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from slimconv_jax.errors import InputError
-from slimconv_jax.files import replace_file
+from slimconv_jax.files import read_json, replace_file
 from slimconv_jax.models.published import CIFAR100
 from slimconv_jax.models.zoo import parse_model
-from slimconv_jax.training.checkpoint import compared_keys
+from slimconv_jax.work_directory import CONFIG, compared_keys
 
 BASELINE = "resnet50"
 OTHERS = ("black", "magenta", "grey", "saddlebrown")
@@ -30,9 +30,9 @@ OF_ONE_RUN = ("model.name", "model.k", "seed")
 def read_result(workdir: Path, settings: dict, but_for: Sequence[str] = ()) -> dict | None:
     """The result.json of a run, if it is complete and of a config with these settings."""
     try:
-        result = json.loads((workdir / "result.json").read_text())
-        there = compared_keys((workdir / "config.json").read_bytes())
-    except (OSError, ValueError):
+        result = read_json(workdir / "result.json")
+        there = compared_keys(read_json(workdir / CONFIG))
+    except InputError:
         return None
     if not isinstance(result, dict) or result.keys() != set(RESULT):
         return None

@@ -36,8 +36,9 @@ def evaluate_command(args: argparse.Namespace) -> None:
     from slimconv_jax.data.sources import load_source
     from slimconv_jax.devices import enable_compilation_cache, find_devices
     from slimconv_jax.evaluation import evaluate_saved, preprocessing_of
-    from slimconv_jax.saving import read_info, read_run_dataset
+    from slimconv_jax.saving import read_info
     from slimconv_jax.training.report import describe, describe_skipped
+    from slimconv_jax.work_directory import read_run_dataset
 
     enable_compilation_cache()
     find_devices()

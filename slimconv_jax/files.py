@@ -1,15 +1,29 @@
 """Files and directories on disk or in an object store: written whole, listed, and summed."""
 
 import contextlib
+import errno
 import hashlib
+import json
 import os
+import stat
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any, BinaryIO
 
 from etils import epath
 
 from slimconv_jax.errors import InputError
+
+MOST_TEXT = 2**26
+"""The bytes of the longest text file that is read."""
+
+DEEPEST = 32
+"""How deeply the containers of a JSON file may be nested."""
+
+
+class MissingFileError(InputError):
+    """A file that is not there, where others might be damaged or unreadable."""
 
 
 def locate(path: epath.PathLike) -> epath.Path:
@@ -28,7 +42,7 @@ def locate(path: epath.PathLike) -> epath.Path:
         if os.fspath(path).startswith("gs://"):
             install = ": pip install 'slimconv_jax[gcs]', or, in a clone, pip install -e '.[gcs]'"
         raise InputError(f"{path} needs another package ({error}){install}") from None
-    except KeyError:
+    except (KeyError, ValueError):
         raise InputError(
             f"{path} is an address that nothing here reads; a local path and gs://... are"
         ) from None
@@ -49,17 +63,105 @@ def absolute(path: epath.PathLike) -> epath.Path:
       ValueError: as `locate`.
     """
     path = locate(path)
-    return path if is_address(path) else path.resolve()
+    try:
+        return path if is_address(path) else path.resolve()
+    except (
+        OSError,
+        RuntimeError,
+    ):  # until Python 3.13 the latter, of links that lead to themselves
+        raise InputError(f"cannot read {path}: {os.strerror(errno.ELOOP)}") from None
+
+
+def open_file(file: epath.PathLike) -> BinaryIO:
+    """Opens a file for reading, local or in an object store.
+
+    Raises:
+      OSError: if it cannot be read, or is what one could wait for or read without end: a pipe, a
+        socket or a device.
+      ValueError: as `locate`.
+    """
+    if is_address(file):
+        return locate(file).open("rb")
+    # Files are read whole, mostly, so without Python's buffer in between.
+    stream = open(file, "rb", buffering=0, opener=_open_at_once)  # noqa: SIM115
+    if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
+        stream.close()
+        raise OSError(errno.EINVAL, "It is a pipe or a device, not a file", os.fspath(file))
+    return stream
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)  # without it, a pipe waits for its other end
+
+
+def read_bytes(file: epath.PathLike) -> bytes:
+    """The content of a file.
+
+    Raises:
+      OSError: as `open_file`.
+    """
+    if is_address(file):
+        return locate(file).read_bytes()
+    with open_file(file) as stream:
+        return stream.read()
 
 
 def read_text(file: epath.PathLike) -> str:
     """The text of a file in UTF-8, with or without a byte-order mark.
 
     Raises:
-      OSError: if it cannot be read.
+      OSError: as `open_file`, or if it is longer than `MOST_TEXT`.
       UnicodeDecodeError: if it is no UTF-8.
     """
-    return epath.Path(file).read_bytes().decode("utf-8-sig")
+    with open_file(file) as stream:
+        content = stream.read(MOST_TEXT + 1)
+    if len(content) > MOST_TEXT:
+        raise OSError(errno.EFBIG, f"It has more than {MOST_TEXT} bytes", os.fspath(file))
+    return content.decode("utf-8-sig")
+
+
+def read_json(file: epath.PathLike) -> Any:
+    """What a JSON file holds; every one of ours is read here.
+
+    Raises:
+      MissingFileError: if there is none.
+      ValueError: if it cannot be read, is longer than `MOST_TEXT`, or no JSON, or its containers
+        are nested more deeply than `DEEPEST`.
+    """
+    try:
+        return parse_json(read_text(file))
+    except InputError:
+        raise
+    except (FileNotFoundError, NotADirectoryError):
+        raise MissingFileError(f"there is no file {file}") from None
+    except OSError as error:
+        raise InputError(f"cannot read {file}: {error.strerror or error}") from None
+    except ValueError as error:
+        raise InputError(f"{file} is damaged: it is no JSON ({error})") from None
+
+
+def parse_json(text: str | bytes) -> Any:
+    """What a JSON text holds.
+
+    Raises:
+      ValueError: if it is none, or its containers are nested more deeply than `DEEPEST`.
+    """
+    too_deep = f"it is nested more than {DEEPEST} deep"
+    try:
+        content = json.loads(text)
+    except RecursionError:
+        raise ValueError(too_deep) from None
+    layer = [content]
+    for _ in range(DEEPEST + 1):
+        containers = [value for value in layer if isinstance(value, dict | list)]
+        if not containers:
+            return content
+        layer = [
+            inner
+            for container in containers
+            for inner in (container.values() if isinstance(container, dict) else container)
+        ]
+    raise ValueError(too_deep)
 
 
 @contextlib.contextmanager
@@ -91,15 +193,17 @@ def new_file(path: os.PathLike | str, *, overwrite: bool) -> Iterator[Path]:
 def replace_file(file: epath.Path, content: bytes) -> None:
     """Writes a file that is never there in part."""
     part = file.with_name(f"{file.name}.part")
+    if not is_address(file):
+        part.unlink(missing_ok=True)  # of a run that was killed; a link would be followed
     part.write_bytes(content)
     part.replace(file)
 
 
 def list_files(directory: epath.Path, parent: str = "") -> dict[str, epath.Path]:
-    """Every file in a directory and below, by relative path."""
+    """Every file in a directory and below, by relative path; links to directories are files."""
     files = {}
     for path in sorted(directory.iterdir()):
-        if path.is_dir():
+        if path.is_dir() and not os.path.islink(path):
             files |= list_files(path, f"{parent}{path.name}/")
         else:
             files[parent + path.name] = path
@@ -107,6 +211,39 @@ def list_files(directory: epath.Path, parent: str = "") -> dict[str, epath.Path]
 
 
 def checksum(file: epath.PathLike) -> str:
-    """The SHA-256 of a file, in hexadecimal."""
-    with epath.Path(file).open("rb") as stream:
+    """The SHA-256 of a file, in hexadecimal.
+
+    Raises:
+      OSError: as `open_file`.
+    """
+    with open_file(file) as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def verify_files(
+    directory: epath.Path, checksums: Mapping[str, str], *, of: Iterable[epath.Path] = ()
+) -> None:
+    """Makes sure that the files in a directory are as they were written.
+
+    Args:
+      directory: what the names are relative to.
+      checksums: by name, which may be that of a file in a directory below.
+      of: what in it must hold no other files.
+
+    Raises:
+      ValueError: if a file is not, or a name leads out of the directory.
+    """
+    for name, expected in checksums.items():
+        parts = name.split("/")
+        if not name.isprintable() or not {"", ".", ".."}.isdisjoint(parts):
+            raise InputError(f"{directory} names {name!r} among its files, which is none in it")
+        try:
+            intact = checksum(directory / name) == expected
+        except OSError as error:
+            raise InputError(f"cannot read {directory / name}: {error.strerror}") from None
+        if not intact:
+            raise InputError(f"{directory / name} is damaged: its SHA-256 is not the one written")
+    for part in of:
+        there = list_files(part, f"{part.name}/") if part.is_dir() else [part.name]
+        if unknown := [name for name in there if name not in checksums]:
+            raise InputError(f"{directory / unknown[0]} has no checksum, so it is not read")

@@ -12,7 +12,6 @@ import contextlib
 import dataclasses
 import importlib.metadata
 import json
-import os
 import uuid
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -27,22 +26,31 @@ from flax.typing import Dtype
 
 from slimconv_jax.devices import find_devices
 from slimconv_jax.errors import LIBRARY_ERRORS, InputError
-from slimconv_jax.files import absolute, checksum, list_files, read_text, replace_file
+from slimconv_jax.files import (
+    MissingFileError,
+    absolute,
+    checksum,
+    list_files,
+    read_json,
+    replace_file,
+    verify_files,
+)
 from slimconv_jax.models.complexity import count_params
 from slimconv_jax.models.resnet import ResNet, ResNetConfig, as_dtype
 from slimconv_jax.models.slimconv import k_from_reduction
 from slimconv_jax.models.zoo import abstract_resnet, name_of, require_resnet
+from slimconv_jax.work_directory import (
+    CHECKPOINTS,
+    DESCRIPTION,
+    choose_checkpoint,
+    verify_checksums,
+)
 
 PyTree = Any
 
 FORMATS = ("orbax", "safetensors")
 
 _WEIGHTS = {"orbax": "weights", "safetensors": "weights.safetensors"}
-CHECKPOINTS = "checkpoints"
-"""The format of a work directory, and where in it the checkpoints are."""
-
-_CHECKSUMS = "checksums.json"
-_DESCRIPTION = "model.json"
 _NOT_INFO = ("name", "k", "architecture", "parameters", "format", "versions", "files")
 
 
@@ -79,7 +87,7 @@ def save_model(
         except (*LIBRARY_ERRORS, safetensors.SafetensorError) as error:  # of a full disk, say
             raise InputError(f"cannot write {path}: {error}") from None
         description["files"] = {n: checksum(file) for n, file in list_files(directory).items()}
-        (directory / _DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n")
+        (directory / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n")
 
 
 def _describe(model: ResNet, format: str, info: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -112,7 +120,7 @@ def describe_workdir(model: ResNet, workdir: epath.Path, info: Mapping[str, Any]
     Raises:
       ValueError: if the directory has other classes or another architecture, or cannot be written.
     """
-    file = workdir / _DESCRIPTION
+    file = workdir / DESCRIPTION
     if file.exists():
         there = read_info(workdir).get("class_names")
         if there != info["class_names"]:
@@ -156,36 +164,20 @@ def read_info(path: epath.PathLike) -> dict[str, Any]:
     elif not isinstance(shape, list) or [type(side) for side in shape] != [int] * 3:
         damage = "image_shape is no shape"
     if damage:
-        raise InputError(f"{directory / _DESCRIPTION} is damaged: {damage}")
+        raise InputError(f"{directory / DESCRIPTION} is damaged: {damage}")
     return info
-
-
-def read_run_dataset(path: epath.PathLike) -> dict[str, Any]:
-    """`config.dataset` of a training run, as its `config.json` has it; empty if there is none.
-
-    Raises:
-      ValueError: if the file is damaged.
-    """
-    file = absolute(path) / "config.json"
-    try:
-        config = json.loads(read_text(file)) if file.exists() else {}
-        return dict(config.get("dataset", {}))
-    except (AttributeError, OSError, TypeError, ValueError):
-        raise InputError(f"{file} is damaged: it is no config") from None
 
 
 def _read_description(directory: epath.Path) -> dict[str, Any]:
     try:
-        description = json.loads(read_text(directory / _DESCRIPTION))
-    except OSError:
-        missing = f"{directory} holds no model: there is no {_DESCRIPTION}"
+        description = read_json(directory / DESCRIPTION)
+    except MissingFileError:
+        missing = f"{directory} holds no model: there is no {DESCRIPTION}"
         if not directory.is_dir():
             missing = f"there is no directory {directory}"
         raise InputError(missing) from None
-    except ValueError:
-        raise InputError(f"{directory / _DESCRIPTION} is damaged: it is no JSON") from None
     if not isinstance(description, dict):
-        raise InputError(f"{directory / _DESCRIPTION} does not describe a model")
+        raise InputError(f"{directory / DESCRIPTION} does not describe a model")
     return description
 
 
@@ -234,21 +226,22 @@ def load_model(
         }
         is_run = description["format"] == CHECKPOINTS
         weights = directory / (CHECKPOINTS if is_run else _WEIGHTS[description["format"]])
-        files = {} if is_run else dict(description["files"])
+        files = {} if is_run else {**description["files"]}
         model = abstract_resnet(ResNetConfig(**fields), dtype=dtype)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise InputError(
-            f"{directory / _DESCRIPTION} does not describe a model: {type(error).__name__} {error}"
+            f"{directory / DESCRIPTION} does not describe a model: {type(error).__name__} {error}"
         ) from None
     if not is_run and (ema or checkpoint is not None):
         raise InputError(f"{directory} is no training run, so it has one set of weights only")
-    _verify(directory, files)
     if is_run:
-        taken = _choose_checkpoint(directory, checkpoint)
+        taken = choose_checkpoint(directory, checkpoint)
         verify_checksums(taken)
         weights = taken / ("ema" if ema else "model")
         if not weights.exists():
             raise InputError(f"{taken} has no moving average; config.step.ema_decay is 0 there")
+    else:
+        verify_files(directory, files, of=[weights])
     variables = _by_name(model)
     find_devices()  # that there are none is no fault of the weights
     try:
@@ -269,7 +262,7 @@ def load_model(
     if {name: array.shape for name, array in arrays.items()} != {
         name: variable.shape for name, variable in variables.items()
     }:
-        raise InputError(f"the weights in {weights} are not those of {_DESCRIPTION}'s architecture")
+        raise InputError(f"the weights in {weights} are not those of {DESCRIPTION}'s architecture")
     for name, variable in variables.items():
         variable.set_value(jnp.asarray(arrays[name], variable.dtype))
     model.eval()
@@ -339,26 +332,11 @@ def _new_directory(path: epath.PathLike, *, overwrite: bool) -> Iterator[epath.P
 def _stranger(directory: epath.Path) -> str | None:
     """What keeps a directory from being just what `save_model` wrote."""
     try:
-        ours = {_DESCRIPTION, *json.loads(read_text(directory / _DESCRIPTION))["files"]}
+        ours = {DESCRIPTION, *read_json(directory / DESCRIPTION)["files"]}
         strangers = sorted(list_files(directory).keys() - ours)
     except (OSError, ValueError, KeyError, TypeError):
-        return f"it has no {_DESCRIPTION} of ours"
+        return f"it has no {DESCRIPTION} of ours"
     return f"{strangers[0]} is in it" if strangers else None
-
-
-def _verify(directory: epath.Path, files: Mapping[str, str]) -> None:
-    """Finds damage before Orbax does, whose threads would print their tracebacks.
-
-    Raises:
-      ValueError: if a file is not as it was written.
-    """
-    for name, expected in files.items():
-        try:
-            intact = checksum(directory / name) == expected
-        except OSError as error:
-            raise InputError(f"cannot read {directory / name}: {error.strerror}") from None
-        if not intact:
-            raise InputError(f"{directory / name} is damaged: its SHA-256 is not the one written")
 
 
 def _by_name(model: ResNet) -> dict[str, nnx.Variable]:
@@ -382,54 +360,3 @@ def _flatten(collections: Mapping[str, PyTree]) -> dict[str, np.ndarray]:
         for tree in collections.values()
         for path, leaf in jax.tree.leaves_with_path(tree)
     }
-
-
-def list_checkpoints(workdir: epath.Path) -> list[epath.Path]:
-    """The complete checkpoints of a training run, the oldest first."""
-    directory = workdir / CHECKPOINTS
-    if not directory.exists():
-        return []
-    # The name of one that is being written is more than a number, but in object stores, where a
-    # file tells that it is complete.
-    is_store = "://" in os.fspath(directory)
-    complete = (
-        path
-        for path in directory.iterdir()
-        if path.name.isdigit() and (not is_store or (path / "commit_success.txt").exists())
-    )
-    return sorted(complete, key=lambda path: int(path.name))
-
-
-def _choose_checkpoint(workdir: epath.Path, step: int | None) -> epath.Path:
-    there = list_checkpoints(workdir)
-    if not there:
-        raise InputError(f"{workdir / CHECKPOINTS} holds no checkpoint yet")
-    chosen = there[-1:] if step is None else [path for path in there if int(path.name) == step]
-    if not chosen:
-        steps = ", ".join(path.name for path in there)
-        raise InputError(f"{workdir} has no checkpoint of step {step}; it has those of {steps}")
-    return chosen[0]
-
-
-def write_checksums(checkpoint: epath.Path) -> None:
-    """Adds a file with the checksums of all items to a checkpoint that is about to be complete."""
-    files = {
-        name: checksum(file)
-        for name, file in list_files(checkpoint).items()
-        if "/" in name  # what lies beside the items Orbax still changes
-    }
-    (checkpoint / _CHECKSUMS).write_text(json.dumps(files))
-
-
-def verify_checksums(checkpoint: epath.Path) -> None:
-    """Makes sure that a checkpoint is as it was written.
-
-    Raises:
-      ValueError: if it is damaged.
-    """
-    file = checkpoint / _CHECKSUMS
-    try:
-        files = dict(json.loads(read_text(file)))
-    except (OSError, TypeError, ValueError):
-        raise InputError(f"{file} is missing or damaged") from None
-    _verify(checkpoint, files)

@@ -2,7 +2,6 @@
 
 import collections
 import functools
-import io
 import os
 import warnings
 from collections.abc import Collection, Iterator, Sequence
@@ -11,7 +10,7 @@ from etils import epath
 from PIL import Image
 
 from slimconv_jax.errors import LIBRARY_ERRORS, InputError, InputWarning
-from slimconv_jax.files import is_address, locate
+from slimconv_jax.files import is_address, locate, open_file
 
 _FORMATS = frozenset(
     {
@@ -73,11 +72,9 @@ def is_image(file: str) -> bool:
 
 
 def _begins_as_image(file: str) -> bool:
-    if not is_address(file) and not os.path.isfile(file):
-        return False  # but a pipe, say, which never ends
     try:
-        stream = io.BytesIO(read_bytes(file)) if is_address(file) else file
-        Image.open(stream, formats=formats()).close()
+        with open_file(file) as stream:
+            Image.open(stream, formats=formats()).close()
     except DAMAGE:
         return False
     return True
@@ -141,16 +138,3 @@ def warn_of_others(others: Collection[str], directory: object) -> None:
         InputWarning,
         stacklevel=2,
     )
-
-
-def read_bytes(file: str) -> bytes:
-    """The content of a local file, or of one in an object store.
-
-    Raises:
-      OSError: if it cannot be read.
-    """
-    if is_address(file):
-        return epath.Path(file).read_bytes()
-    # Read whole, so without Python's buffer in between.
-    with open(file, "rb", buffering=0) as stream:
-        return stream.read()

@@ -18,10 +18,10 @@ import numpy as np
 from etils import epath
 from PIL import Image
 
-from slimconv_jax.data.image_files import list_images, read_bytes, suffixes, warn_of_others
+from slimconv_jax.data.image_files import list_images, suffixes, warn_of_others
 from slimconv_jax.data.transforms import ImageError
 from slimconv_jax.errors import LIBRARY_ERRORS, InputError, require_integer
-from slimconv_jax.files import locate
+from slimconv_jax.files import locate, read_bytes
 
 
 class Example(NamedTuple):

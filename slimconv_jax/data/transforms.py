@@ -16,8 +16,9 @@ import numpy as np
 import simplejpeg
 from PIL import Image
 
-from slimconv_jax.data.image_files import DAMAGE, formats, read_bytes
+from slimconv_jax.data.image_files import DAMAGE, formats
 from slimconv_jax.errors import InputError, require_integer
+from slimconv_jax.files import read_bytes
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)

@@ -7,12 +7,10 @@ A row for each block of each of the four stages: the channels that its 1x1, 3x3 
 give. The last is the same in a stage, since the outputs of its blocks are added up.
 """
 
-import json
-
 from etils import epath
 
 from slimconv_jax.errors import InputError
-from slimconv_jax.files import read_text
+from slimconv_jax.files import read_json
 from slimconv_jax.models.resnet import ResNetConfig
 
 
@@ -22,12 +20,7 @@ def read_channels(path: epath.PathLike) -> ResNetConfig:
     Raises:
       ValueError: if there is no such file, or it is no such architecture.
     """
-    try:
-        content = json.loads(read_text(path))
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror or error}") from None
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is no JSON: {error}") from None
+    content = read_json(path)
     try:
         if not isinstance(content, dict) or content.keys() != {"stem", "stages"}:
             found = list(content) if isinstance(content, dict) else f"a {type(content).__name__}"

@@ -8,7 +8,6 @@ import argparse
 import collections
 import datetime
 import io
-import json
 import pickle
 import re
 import struct
@@ -25,7 +24,7 @@ import numpy as np
 from etils import epath
 
 from slimconv_jax.errors import LIBRARY_ERRORS, InputError, import_extra
-from slimconv_jax.files import is_address, locate, read_text
+from slimconv_jax.files import is_address, locate, open_file, read_json
 
 _SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".tar", ".pkl", ".npz", ".msgpack", ".ckpt")
 _TRAINING = ("optimizer", "scheduler", "scaler", "training_args", "random_states", "rng_state")
@@ -96,11 +95,12 @@ def _only_checkpoint(directory: epath.Path) -> epath.Path:
 
 def _indexed_files(path: epath.Path) -> list[str]:
     """The names of the files that an index names, all in its own directory."""
+    index = read_json(path)
     try:
-        names = sorted(set(json.loads(read_text(path))["weight_map"].values()))
+        names = sorted(set(index["weight_map"].values()))
         if not names or not all(Path(name).name == name for name in names):
             raise ValueError
-    except (AttributeError, KeyError, TypeError, ValueError, RecursionError):
+    except (AttributeError, KeyError, TypeError, ValueError):
         raise InputError(f"{path} is no index of the files of a model") from None
     return names
 
@@ -143,9 +143,7 @@ def _read_anywhere(file: epath.Path) -> Any:
 def _read_one(path: Path) -> Any:
     """Whatever the file holds."""
     try:
-        if path.exists() and not path.is_file():
-            raise InputError(f"{path} is a pipe or a device, not a checkpoint file")
-        with open(path, "rb") as file:
+        with open_file(path) as file:
             head = file.read(1024)
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from None

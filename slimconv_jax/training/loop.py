@@ -25,21 +25,9 @@ from slimconv_jax.models.complexity import count_macs, count_params
 from slimconv_jax.models.resnet import ResNet
 from slimconv_jax.models.zoo import abstract_model, create_model
 from slimconv_jax.models.zoo import describe as describe_model
-from slimconv_jax.saving import (
-    CHECKPOINTS,
-    describe_workdir,
-    list_checkpoints,
-    load_model,
-    versions,
-)
+from slimconv_jax.saving import describe_workdir, load_model, versions
 from slimconv_jax.training.augment import augment
-from slimconv_jax.training.checkpoint import (
-    Checkpoints,
-    claim_workdir,
-    flatten,
-    hold_workdir,
-    newest_intact,
-)
+from slimconv_jax.training.checkpoint import Checkpoints
 from slimconv_jax.training.config import check_config
 from slimconv_jax.training.evaluate import make_evaluate, summarize
 from slimconv_jax.training.hosts import on_first, require_same
@@ -60,6 +48,17 @@ from slimconv_jax.training.step import (
     create_state,
     data_mesh,
     replicated,
+)
+from slimconv_jax.work_directory import (
+    CHECKPOINTS,
+    METRICS,
+    PICTURE,
+    TENSORBOARD,
+    claim_workdir,
+    flatten,
+    hold_workdir,
+    list_checkpoints,
+    newest_intact,
 )
 
 _OF_A_HOST = ("dataset.data_dir", "loader.num_threads")
@@ -291,7 +290,7 @@ def _train(
     say(
         f"best     {describe(best)}, after epoch {best['epoch']:.1f}:\n"
         f"         python -m slimconv_jax evaluate {workdir} --checkpoint {best['step']}{more}\n"
-        f"files    {workdir}: {CHECKPOINTS}/, metrics.jsonl, curves.png, tensorboard/"
+        f"files    {workdir}: {CHECKPOINTS}/, {METRICS}, {PICTURE}, {TENSORBOARD}/"
     )
     return last["test"]
 

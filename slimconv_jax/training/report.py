@@ -1,6 +1,8 @@
 """What is told of a run: a progress bar, or lines on a plain log, and files in its directory."""
 
 import contextlib
+import io
+import itertools
 import json
 import math
 import os
@@ -15,9 +17,10 @@ from etils import epath
 
 from slimconv_jax.console import console, say
 from slimconv_jax.errors import InputError
-from slimconv_jax.files import replace_file
-from slimconv_jax.training.curves import draw_curves
+from slimconv_jax.files import open_file, parse_json, read_bytes, replace_file
+from slimconv_jax.training.curves import CURVES, draw_curves
 from slimconv_jax.training.tensorboard import EventWriter
+from slimconv_jax.work_directory import METRICS, PICTURE, TENSORBOARD
 
 
 def describe(result: dict) -> str:
@@ -33,19 +36,59 @@ def describe_skipped(skipped: Collection[str]) -> str:
     return f"left out, since they cannot be decoded: {', '.join(some)}{more}"
 
 
-def read_metrics(workdir: epath.Path) -> list[dict]:
+def read_metrics(workdir: epath.Path, damaged: set[int] | None = None) -> list[dict]:
     """The lines of a run's `metrics.jsonl`; none if there is no such file.
 
-    They end before a line that is no JSON: one that was cut off when its run was killed.
+    Args:
+      workdir: of the run.
+      damaged: gets the numbers, from 1, of the lines that are left out since they are not as the
+        `Reporter` writes them, but for a last one that was cut off when its run was killed.
+
+    Raises:
+      ValueError: if the file cannot be read.
     """
-    path = workdir / "metrics.jsonl"
+    path = workdir / METRICS
     metrics = []
-    for line in path.read_bytes().splitlines() if path.exists() else ():
-        try:
-            metrics.append(json.loads(line))
-        except ValueError:
-            break
+    try:
+        with open_file(path) as file, io.BufferedReader(file) as stream:
+            for number in itertools.count(1):
+                text = stream.readline(_LONGEST_LINE)
+                if not text:
+                    break
+                if (line := _parse_line(text)) is not None:
+                    metrics.append(line)
+                elif text.endswith(b"\n") or len(text) == _LONGEST_LINE:
+                    damaged = damaged if damaged is not None else set()
+                    damaged.add(number)
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror or error}") from None
     return metrics
+
+
+_LONGEST_LINE = 2**16
+"""The bytes of the longest line of `metrics.jsonl`; ours have some hundred."""
+
+_KEYS = {"train": {"loss", "accuracy"}, "test": {"loss", "top1", "top5", "correct", "examples"}}
+"""What a line of each split must have, beside its step and epoch."""
+
+
+def _parse_line(text: bytes) -> dict | None:
+    """A line of `metrics.jsonl`; None if it is damaged."""
+    try:
+        line = parse_json(text)
+    except ValueError:
+        return None
+    if not isinstance(line, dict) or not isinstance(line.get("split"), str):
+        return None
+    numbers = {key: value for key, value in line.items() if key != "split"}
+    needed = _KEYS["train" if line["split"] == "train" else "test"] | {"step", "epoch"}
+    if not needed <= numbers.keys() or line["split"] not in CURVES:
+        return None
+    if not all(type(value) in (int, float) and math.isfinite(value) for value in numbers.values()):
+        return None
+    return line if type(line["step"]) is int else None
 
 
 def rank_evaluations(lines: Sequence[dict]) -> list[dict]:
@@ -111,12 +154,16 @@ class Reporter:
         self._begin_window()
         self._last_arrival = None
 
-        self.lines = [line for line in read_metrics(workdir) if line["step"] <= first_step]
+        damaged = set()
+        lines = read_metrics(workdir, damaged)
+        self.lines = [line for line in lines if line["step"] <= first_step]
         self._writer = None
         if jax.process_index() == 0:
             with _writing(workdir):
+                if damaged:
+                    self._keep_damaged(damaged)
                 self._rewrite()
-                self._writer = EventWriter(workdir / "tensorboard", first_step=first_step)
+                self._writer = EventWriter(workdir / TENSORBOARD, first_step=first_step)
 
         self._bar = rich.progress.Progress(
             rich.progress.SpinnerColumn(),
@@ -273,20 +320,31 @@ class Reporter:
             if "://" in os.fspath(self._workdir):  # object stores cannot append
                 self._rewrite()
             else:
-                with (self._workdir / "metrics.jsonl").open("a") as file:
+                with (self._workdir / METRICS).open("a") as file:
                     file.write("".join(json.dumps(line) + "\n" for line in lines))
             for line in lines:
                 scalars = {k: v for k, v in line.items() if k not in ("epoch", "step", "split")}
                 self._writer.add_scalars(line["split"], scalars, line["step"])
 
+    def _keep_damaged(self, numbers: set[int]) -> None:
+        """Keeps a copy of `metrics.jsonl` before what is damaged in it is dropped."""
+        names = (f"damaged-{METRICS}{suffix}" for suffix in ("", *map(".{}".format, range(1, 100))))
+        aside = next(path for name in names if not (path := self._workdir / name).exists())
+        aside.write_bytes(read_bytes(self._workdir / METRICS))
+        which = ", ".join(map(str, sorted(numbers)[:8])) + (" ..." if len(numbers) > 8 else "")
+        say(
+            f"warning: {len(numbers)} of the lines of {self._workdir / METRICS} are damaged "
+            f"({which}); as it was it is now {aside}, and the run continues without them"
+        )
+
     def _rewrite(self) -> None:
         text = "".join(json.dumps(line) + "\n" for line in self.lines)
-        replace_file(self._workdir / "metrics.jsonl", text.encode())
+        replace_file(self._workdir / METRICS, text.encode())
 
     def _draw(self) -> None:
         if self._writer:
             with _writing(self._workdir):
-                replace_file(self._workdir / "curves.png", draw_curves(self.lines, self._title))
+                replace_file(self._workdir / PICTURE, draw_curves(self.lines, self._title))
 
     def _print(self, step: int, text: str) -> None:
         epoch = step / self._steps_per_epoch

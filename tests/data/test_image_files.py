@@ -9,10 +9,10 @@ import pytest
 from image_files import encode, smooth
 from PIL import Image
 
-from slimconv_jax.data.image_files import find_images, list_images, read_bytes, suffixes
+from slimconv_jax.data.image_files import find_images, list_images, suffixes
 from slimconv_jax.data.sources import ImageFolder, load_source
 from slimconv_jax.data.transforms import Transform
-from slimconv_jax.files import absolute
+from slimconv_jax.files import absolute, read_bytes
 from slimconv_jax.torch_interop.file_formats import checkpoint_files
 
 PICTURE = encode(np.zeros((4, 4, 3)), "JPEG")

@@ -1,29 +1,15 @@
 import gc
-import json
-import os
 import resource
-import socket
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from etils import epath
-from ml_collections import ConfigDict
 
-from slimconv_jax.saving import list_checkpoints
-from slimconv_jax.training.checkpoint import (
-    Checkpoints,
-    claim_workdir,
-    hold_workdir,
-    newest_intact,
-)
+from slimconv_jax.training.checkpoint import Checkpoints
 from slimconv_jax.training.step import EMA, TrainState, data_mesh, replicated
-
-CONFIG = ConfigDict({"seed": 0, "model": {"k": "4/3", "dilation": (True, False)}})
-
+from slimconv_jax.work_directory import list_checkpoints, newest_intact
 
 # After a failure Orbax leaves event loops that complain when they are collected.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -33,107 +19,6 @@ pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptio
 def collect():
     yield
     gc.collect()
-
-
-def test_a_directory_is_claimed_and_claimed_again(tmp_path):
-    path = claim_workdir(tmp_path / "a" / "b", CONFIG)
-    assert json.loads((path / "config.json").read_text()) == {
-        "seed": 0,
-        "model": {"k": "4/3", "dilation": [True, False]},
-    }
-    assert [entry.name for entry in path.iterdir()] == ["config.json"]
-    assert claim_workdir(path, CONFIG) == path
-
-
-def test_another_experiment_is_refused_and_left_alone(tmp_path):
-    claim_workdir(tmp_path, CONFIG)
-    before = (tmp_path / "config.json").read_bytes()
-    other = ConfigDict({"seed": 0, "model": {"k": "2", "dilation": (True, False)}, "more": 1})
-    with pytest.raises(ValueError, match="another experiment") as error:
-        claim_workdir(tmp_path, other)
-    assert "config.model.k is '4/3' there and '2' here" in str(error.value)
-    assert "config.more is 'absent' there and 1 here" in str(error.value)
-    assert "config.seed" not in str(error.value)
-    assert (tmp_path / "config.json").read_bytes() == before
-
-
-def test_a_run_may_move_to_another_machine(tmp_path):
-    first = ConfigDict({"dataset": {"data_dir": "/a"}, "loader": {"num_threads": 2}, "seed": 1})
-    claim_workdir(tmp_path, first)
-    moved = ConfigDict({"dataset": {"data_dir": "/b"}, "loader": {"num_threads": 8}, "seed": 1})
-    claim_workdir(tmp_path, moved)
-    assert json.loads((tmp_path / "config.json").read_text()) == moved.to_dict()
-
-
-@pytest.mark.parametrize("name", ["checkpoints", "model.json"])
-def test_checkpoints_and_models_without_a_config_are_refused(tmp_path, name):
-    (tmp_path / name).mkdir()
-    with pytest.raises(ValueError, match=rf"holds {name} but no config\.json"):
-        claim_workdir(tmp_path, CONFIG)
-
-
-@pytest.mark.parametrize("content", [b"{", b"[]", b"\xff"])
-def test_an_unreadable_config_is_refused(tmp_path, content):
-    (tmp_path / "config.json").write_bytes(content)
-    with pytest.raises(ValueError, match=r"its config\.json cannot be read"):
-        claim_workdir(tmp_path, CONFIG)
-
-
-def test_an_unwritable_directory_is_refused(tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match=r"cannot write to the work directory .*file/run"):
-        claim_workdir(tmp_path / "file" / "run", CONFIG)
-
-
-def test_a_work_directory_has_one_run_at_a_time(tmp_path):
-    workdir = epath.Path(tmp_path / "a" / "run")
-    for _ in range(2):  # one after the other
-        with hold_workdir(workdir):
-            with pytest.raises(ValueError) as error, hold_workdir(workdir):
-                pass
-            assert (
-                f"{workdir} is in use by process {os.getpid()} on {socket.gethostname()}, since "
-                in (str(error.value))
-            )
-    assert (workdir / ".lock").read_text().count("\n") == 1
-
-
-def test_a_run_that_was_killed_locks_nothing(tmp_path):
-    holds = f"""
-import time
-from etils import epath
-from slimconv_jax.training.checkpoint import hold_workdir
-with hold_workdir(epath.Path({str(tmp_path)!r})):
-    print("held", flush=True)
-    time.sleep(60)
-"""
-    with subprocess.Popen([sys.executable, "-c", holds], stdout=subprocess.PIPE) as process:
-        assert process.stdout.readline() == b"held\n"
-        with (
-            pytest.raises(ValueError, match=f"in use by process {process.pid} on"),
-            hold_workdir(epath.Path(tmp_path)),
-        ):
-            pass
-        process.kill()
-    with hold_workdir(epath.Path(tmp_path)):
-        pass
-
-
-@pytest.mark.parametrize("make", [os.mkdir, os.mkfifo])
-def test_what_is_no_lock_is_refused_and_not_waited_for(tmp_path, make):
-    make(tmp_path / ".lock")
-    with (
-        pytest.raises(ValueError, match=f"cannot write to the work directory {tmp_path}: "),
-        hold_workdir(epath.Path(tmp_path)),
-    ):
-        pass
-
-
-def test_a_claimed_directory_that_became_unwritable_is_refused(tmp_path):
-    claim_workdir(tmp_path, CONFIG)
-    (tmp_path / "config.json.part").mkdir()  # stands in the way even of root
-    with pytest.raises(ValueError, match="cannot write to the work directory"):
-        claim_workdir(tmp_path, CONFIG)
 
 
 def make_state(ema=False):
@@ -221,6 +106,36 @@ def test_a_damaged_checkpoint_makes_way_for_the_one_before(tmp_path, capsys, dam
     save_steps(tmp_path, 50)  # its place is free
     DAMAGES[damage](tmp_path / "checkpoints" / "50")
     assert newest_intact(epath.Path(tmp_path)) == 5
+
+
+def test_a_checkpoint_with_more_than_was_written_is_damaged(tmp_path, capsys):
+    save_steps(tmp_path, 5, 50)
+    (tmp_path / "checkpoints" / "50" / "model" / "more").write_text("")
+    assert newest_intact(epath.Path(tmp_path)) == 5
+    assert "50/model/more has no checksum, so it is not read" in capsys.readouterr().out
+
+
+def test_other_names_among_the_checkpoints_are_left_alone(tmp_path):
+    save_steps(tmp_path, 5)
+    for name in ("\u00b2", "\u0661", "5.tmp", "-1", "1e3", "notes"):
+        (tmp_path / "checkpoints" / name).mkdir()
+    assert newest_intact(epath.Path(tmp_path)) == 5
+    save_steps(tmp_path, 10)
+    assert steps_in(tmp_path) == [5, 10]
+
+
+def test_what_orbax_takes_for_a_later_checkpoint_does_not_prevent_saving(tmp_path):
+    save_steps(tmp_path, 5)
+    late = "9" * 200
+    (tmp_path / "checkpoints" / late).mkdir()
+    with pytest.raises(
+        ValueError, match=r"cannot write the checkpoint of step 10 in .*one of step 99"
+    ):
+        save_steps(tmp_path, 10)
+    assert newest_intact(epath.Path(tmp_path)) == 5
+    assert (tmp_path / f"damaged-checkpoint-{late}").is_dir()
+    save_steps(tmp_path, 10)
+    assert steps_in(tmp_path) == [5, 10]
 
 
 def test_if_all_are_damaged_nothing_is_touched(tmp_path):

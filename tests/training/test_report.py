@@ -31,7 +31,7 @@ def metrics(step):
 
 
 def result(top1=0.5, loss=1.5):
-    return {"loss": loss, "top1": top1, "top5": 0.75, "correct": 2, "correct_top5": 3}
+    return {"loss": loss, "top1": top1, "top5": 0.75, "correct": 2, "examples": 4}
 
 
 def test_lines_average_over_the_steps_since_the_last_one(tmp_path, capsys):
@@ -109,6 +109,40 @@ def test_a_run_that_continues_keeps_only_what_its_checkpoint_knows(tmp_path):
     ]
 
 
+DAMAGED = {
+    "cut": b'{"epoch": 1.6, "step": 4, "sp\n',
+    "key": b'{"Epoch": 1.6, "step": 4, "split": "train", "loss": 1, "accuracy": 1}\n',
+    "split": b'{"epoch": 1.6, "step": 4, "split": "other", "loss": 1, "accuracy": 1}\n',
+    "text": b'{"epoch": 1.6, "step": 4, "split": "train", "loss": "1", "accuracy": 1}\n',
+    "nan": b'{"epoch": 1.6, "step": 4, "split": "train", "loss": NaN, "accuracy": 1}\n',
+    "list": b"[]\n",
+    "deep": b"[" * 50_000 + b"\n",
+    "long": b" " * 200_000 + b"\n",
+    "bytes": b"\xff\x00\n",
+    "empty": b"\n",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGED)
+def test_a_damaged_line_is_left_out_and_the_file_is_kept(tmp_path, damage, capsys):
+    with reporter(tmp_path) as report:
+        for step in range(1, 11):
+            report.train_step(step, metrics(step), 0.0)
+    path = tmp_path / "metrics.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    content = lines[0] + DAMAGED[damage] + b"".join(lines[1:])
+    for copy in ("damaged-metrics.jsonl", "damaged-metrics.jsonl.1"):
+        path.write_bytes(content)
+        capsys.readouterr()
+        with reporter(tmp_path, first_step=10) as report:
+            assert [line["step"] for line in report.lines] == [4, 5, 8, 10]
+        assert path.read_bytes() == b"".join(lines)
+        assert (tmp_path / copy).read_bytes() == content
+        words = capsys.readouterr().out
+        assert words.startswith("warning: ") and f"as it was it is now {tmp_path / copy}" in words
+        assert "(2)" in words or damage == "long"  # which counts as several
+
+
 @pytest.mark.parametrize("name", ["loss", "grad_norm"])
 def test_training_that_diverges_ends_with_the_step(tmp_path, name):
     def calls():
@@ -156,7 +190,7 @@ def test_files_that_cannot_be_written_are_a_sentence_and_nobody_hangs(tmp_path, 
     def calls():
         with reporter(tmp_path) as report:
             (tmp_path / what).unlink(missing_ok=True)
-            (tmp_path / what).mkdir()  # stands in the way even of root
+            (tmp_path / what / "in").mkdir(parents=True)  # stands in the way even of root
             for step in range(1, 11):
                 report.train_step(step, metrics(step), 0.0)
                 report.test(step, {"test": result()})
