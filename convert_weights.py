@@ -28,6 +28,7 @@ from slimconv_jax.data.image_files import find_images
 from slimconv_jax.data.transforms import (
     IMAGENET_MEAN,
     IMAGENET_STD,
+    MOST_SIDE,
     read_image,
     resize_and_crop,
 )
@@ -47,9 +48,9 @@ from slimconv_jax.training.augment import normalize
 def convert(args: argparse.Namespace) -> None:
     """Converts as the command line says."""
     check_destination(args.output, overwrite=args.overwrite)
-    require_integer("--num-images", args.num_images, 1)
+    require_integer("--num-images", args.num_images, 1, 10**4)
     if args.image_size is not None:
-        require_integer("--image-size", args.image_size, 1)
+        require_integer("--image-size", args.image_size, 1, MOST_SIDE)
     if not 0 <= args.tolerance < math.inf:
         raise InputError(f"--tolerance={args.tolerance} must be a number >= 0")
     class_names = args.class_names and read_class_names(args.class_names)

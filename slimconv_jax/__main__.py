@@ -105,7 +105,7 @@ def _preprocessing_changes(args: argparse.Namespace) -> dict:
 
 
 def _inference_options(args: argparse.Namespace) -> dict:
-    names = ("batch_size", "dtype", "on_error", "checkpoint", "ema")
+    names = ("batch_size", "dtype", "on_error", "max_pixels", "checkpoint", "ema")
     return {name: getattr(args, name) for name in names}
 
 
@@ -297,6 +297,13 @@ def _add_inference(command: argparse.ArgumentParser) -> None:
         default="raise",
         help="for images that cannot be "
         "decoded: stop, or leave them out and say so (default: raise)",
+    )
+    add(
+        "--max-pixels",
+        type=int,
+        default=2**26,
+        metavar="N",
+        help="an image file of more pixels is not decoded (default: 2**26, 200 MB as RGB)",
     )
 
 

@@ -4,7 +4,6 @@ And the one warning that means "part of the input was not used".
 """
 
 import importlib
-import math
 import pickle
 import re
 import struct
@@ -45,17 +44,23 @@ def printable(text: str) -> str:
     return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda match: repr(match[0])[1:-1], text)
 
 
-def require_integer(name: str, value: object, least: int) -> None:
-    """Raises an InputError unless `value` is an integer, of Python or NumPy, >= `least`."""
+def require_integer(name: str, value: object, least: int, most: int = 2**20) -> None:
+    """Raises an InputError unless `value` is an integer, of Python or NumPy, in a range.
+
+    The default of `most` is beyond all sense for sizes, so that what would hang or fill the memory
+    is told at once.
+    """
     if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
         raise InputError(f"{name}={value!r} must be an integer >= {least}")
+    if value > most:
+        raise InputError(f"{name}={value!r} must be an integer from {least} to {most}")
 
 
-def require_number(name: str, value: object, *, least: float, below: float = math.inf) -> None:
-    """Raises an InputError unless `value` is a finite number, >= `least` and < `below`."""
+def require_number(name: str, value: object, *, least: float, below: float = 1e6) -> None:
+    """Raises an InputError unless `value` is a number >= `least` and < `below`."""
     is_number = isinstance(value, Real) and not isinstance(value, bool)
-    if not is_number or not math.isfinite(value) or not least <= value < below:
-        limit = "" if below == math.inf else f" and < {below}"
+    if not is_number or not least <= value < below:  # which NaN is not either
+        limit = "" if below == 1e6 and is_number and not value >= below else f" and < {below:g}"
         raise InputError(f"{name}={value!r} must be a number >= {least}{limit}")
 
 

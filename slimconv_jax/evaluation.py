@@ -16,7 +16,7 @@ from flax.typing import Dtype
 from slimconv_jax.console import Progress
 from slimconv_jax.data.loader import load_dataset, round_up
 from slimconv_jax.data.sources import Source, with_classes
-from slimconv_jax.data.transforms import IMAGENET_MEAN, IMAGENET_STD, Transform
+from slimconv_jax.data.transforms import IMAGENET_MEAN, IMAGENET_STD, MOST_PIXELS, Transform
 from slimconv_jax.errors import InputError, require_integer
 from slimconv_jax.saving import load_model, read_info
 from slimconv_jax.training.augment import normalize
@@ -77,6 +77,7 @@ def evaluate_saved(
     preprocessing: Preprocessing | None = None,
     dtype: Dtype | None = None,
     on_error: str = "raise",
+    max_pixels: int = MOST_PIXELS,
     checkpoint: int | None = None,
     ema: bool = False,
 ) -> dict[str, Any]:
@@ -89,6 +90,7 @@ def evaluate_saved(
       preprocessing: what comes before the model; None for what is saved with it.
       dtype: dtype of the computation.
       on_error: "raise" or "skip"; see `load_dataset`.
+      max_pixels: see `Transform`.
       checkpoint: see `load_model`, as the next one.
       ema: whether to take a training run's averaged weights.
 
@@ -110,7 +112,7 @@ def evaluate_saved(
     mesh = data_mesh()
     dataset = load_dataset(
         source,
-        Transform(preprocessing.image_size),
+        Transform(preprocessing.image_size, max_pixels=max_pixels),
         training=False,
         sharding=batch_sharded(mesh),
         on_device=False,  # each image is needed once

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from slimconv_jax.data.transforms import MOST_SIDE
 from slimconv_jax.errors import LIBRARY_ERRORS, InputError, import_extra, require_integer
 from slimconv_jax.evaluation import Preprocessing
 from slimconv_jax.files import new_file
@@ -75,7 +76,7 @@ def export_program(
     size = preprocessing.image_size
     if size is None:
         raise InputError("the model takes images as they are, so an image_size has to be given")
-    require_integer("image_size", size, 1)
+    require_integer("image_size", size, 1, MOST_SIDE)
 
     def prepare(images: jax.Array) -> jax.Array:
         if input == "float":

@@ -21,7 +21,7 @@ from slimconv_jax.data.image_files import (
 )
 from slimconv_jax.data.loader import load_dataset, round_up
 from slimconv_jax.data.sources import ImageFiles
-from slimconv_jax.data.transforms import Transform
+from slimconv_jax.data.transforms import MOST_PIXELS, Transform
 from slimconv_jax.errors import InputError, require_integer
 from slimconv_jax.evaluation import Preprocessing, class_names_of, preprocessing_of
 from slimconv_jax.files import is_address, locate
@@ -99,6 +99,7 @@ def predict_saved(
     preprocessing: Preprocessing | None = None,
     dtype: Dtype | None = None,
     on_error: str = "raise",
+    max_pixels: int = MOST_PIXELS,
     checkpoint: int | None = None,
     ema: bool = False,
 ) -> Iterator[Prediction]:
@@ -111,6 +112,7 @@ def predict_saved(
       preprocessing: what comes before the model; None for what is saved with it.
       dtype: dtype of the computation.
       on_error: "raise", or "skip" to leave out images that cannot be decoded.
+      max_pixels: see `Transform`.
       checkpoint: see `load_model`, as the next one.
       ema: whether to take a training run's averaged weights.
 
@@ -131,7 +133,7 @@ def predict_saved(
     mesh = data_mesh()
     dataset = load_dataset(
         ImageFiles(images),
-        Transform(preprocessing.image_size),
+        Transform(preprocessing.image_size, max_pixels=max_pixels),
         training=False,
         sharding=batch_sharded(mesh),
         on_device=False,  # each image is needed once

@@ -21,7 +21,7 @@ _FORMATS = frozenset(
 """The formats of Pillow that are read. Of the others some run programs, such as Ghostscript."""
 
 
-DAMAGE = (*LIBRARY_ERRORS, Image.DecompressionBombError)
+DAMAGE = (*LIBRARY_ERRORS, Image.DecompressionBombError, Image.DecompressionBombWarning)
 """What Pillow's decoders raise for damaged files."""
 
 

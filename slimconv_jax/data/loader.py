@@ -64,7 +64,7 @@ def load_dataset(
     if on_error not in ("raise", "skip"):
         raise InputError(f"loader: on_error={on_error!r} must be 'raise' or 'skip'")
     if num_threads is not None:
-        require_integer("loader: num_threads", num_threads, 1)
+        require_integer("loader: num_threads", num_threads, 1, 1024)
     deterministic = not training or transform.image_size is None
     if on_device and not deterministic:
         raise InputError(
@@ -165,9 +165,10 @@ class StreamedDataset:
     def eval_batches(self, batch_size: int) -> Iterator[Batch]:
         """Every example once, in order, with `mask` (B,) bool, False where there is none.
 
-        All batches have one shape: `batch_size`, rounded up to a multiple of the devices.
+        All batches have one shape: `batch_size`, or the number of examples if there are fewer,
+        rounded up to a multiple of the devices.
         """
-        batch_size = round_up(batch_size, self._sharding.mesh.size)
+        batch_size = round_up(min(batch_size, len(self)), self._sharding.mesh.size)
         order = grain.MapDataset.range(round_up(len(self), batch_size))
         return self._on_devices(order, batch_size, len(order) // batch_size)
 
@@ -371,7 +372,7 @@ class ResidentDataset:
 
     def eval_batches(self, batch_size: int) -> Iterator[Batch]:
         """As those of a `StreamedDataset`, without work for the host."""
-        batch_size = round_up(batch_size, self._sharding.mesh.size)
+        batch_size = round_up(min(batch_size, self._size), self._sharding.mesh.size)
         order = np.arange(round_up(self._size, batch_size), dtype=np.int32)
         order = jax.make_array_from_process_local_data(self._everywhere, order, order.shape)
         for start in range(0, self._size, batch_size):

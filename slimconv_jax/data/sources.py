@@ -19,7 +19,7 @@ from etils import epath
 from PIL import Image
 
 from slimconv_jax.data.image_files import list_images, suffixes, warn_of_others
-from slimconv_jax.data.transforms import ImageError
+from slimconv_jax.data.transforms import MOST_SIDE, ImageError
 from slimconv_jax.errors import LIBRARY_ERRORS, InputError, require_integer
 from slimconv_jax.files import locate, read_bytes
 
@@ -415,7 +415,10 @@ def load_source(
     if name == "synthetic":
         sizes = {"num_examples": num_examples, "num_classes": num_classes, "image_size": image_size}
         for key, value in sizes.items():
-            require_integer(f"synthetic: {key}", value, 1)
+            most = (
+                MOST_SIDE if key == "image_size" else 2**31 - 1 if key == "num_examples" else 2**20
+            )
+            require_integer(f"synthetic: {key}", value, 1, most)
         return Synthetic(**sizes)
     raise InputError(f"unknown data set {name!r}; there are: {', '.join(SOURCES)}")
 

@@ -23,6 +23,12 @@ from slimconv_jax.files import read_bytes
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
+MOST_SIDE = 2**13
+"""The pixels a side of the largest images that a model is given."""
+
+MOST_PIXELS = 2**26
+"""The pixels of the largest image file that is decoded, by default: as RGB they take 200 MB."""
+
 LONGEST_RATIO = 500
 """Longer images would fill the memory when their shorter side is resized."""
 
@@ -33,7 +39,7 @@ class ImageError(InputError):
     """An image that cannot be decoded."""
 
 
-def decode_image(data: bytes | np.ndarray, name: str) -> Image.Image:
+def decode_image(data: bytes | np.ndarray, name: str, max_pixels: int = MOST_PIXELS) -> Image.Image:
     """An image as RGB, of any format in `slimconv_jax.data.image_files`.
 
     Greyscale, palette, RGBA, CMYK and 16-bit images become what torchvision's ImageFolder makes
@@ -42,6 +48,7 @@ def decode_image(data: bytes | np.ndarray, name: str) -> Image.Image:
     Args:
       data: the bytes of an image file, or pixels: (H, W, 3), uint8.
       name: what the image is called in messages.
+      max_pixels: of the largest image that is decoded, since a small file can hold a huge one.
 
     Raises:
       ValueError: if it cannot be decoded.
@@ -50,12 +57,23 @@ def decode_image(data: bytes | np.ndarray, name: str) -> Image.Image:
         return Image.fromarray(data)
     try:
         with Image.open(io.BytesIO(data), formats=formats()) as image:
+            _require_pixels(*image.size, name, max_pixels)
             return image.convert("RGB")
+    except ImageError:
+        raise
     except Image.UnidentifiedImageError:
         reason = f"it is in none of the formats {', '.join(formats())}"
     except DAMAGE as error:
         reason = str(error) or type(error).__name__
     raise ImageError(f"cannot read the image {name}: {reason}")
+
+
+def _require_pixels(width: int, height: int, name: str, max_pixels: int) -> None:
+    if width * height > max_pixels:
+        raise ImageError(
+            f"cannot read the image {name}: it has {width}x{height} pixels, more than "
+            f"max_pixels={max_pixels}"
+        )
 
 
 def read_image(path: os.PathLike | str) -> Image.Image:
@@ -124,6 +142,7 @@ def random_resized_crop(
     size: int,
     scale: Sequence[float],
     ratio: Sequence[float],
+    max_pixels: int = MOST_PIXELS,
 ) -> np.ndarray:
     """A random part of an image, resized: (size, size, 3), uint8.
 
@@ -136,14 +155,16 @@ def random_resized_crop(
       rng: source of randomness; see `sample_crop` for what is drawn.
       size: pixels a side of the result.
       scale: see `sample_crop`, as for `ratio`.
+      max_pixels: see `decode_image`.
 
     Raises:
       ValueError: if it cannot be decoded.
     """
     if (header := _jpeg_header(data)) is None:
-        pixels = np.asarray(decode_image(data, name))
+        pixels = np.asarray(decode_image(data, name, max_pixels))
         top, left, height, width = sample_crop(rng, *pixels.shape[:2], scale, ratio)
     else:
+        _require_pixels(header.width, header.height, name, max_pixels)
         top, left, height, width = sample_crop(rng, header.height, header.width, scale, ratio)
         # At half size, a quarter or an eighth, where that leaves enough: this costs the decoder
         # less, and antialiases.
@@ -151,7 +172,7 @@ def random_resized_crop(
         try:
             pixels = _decode_jpeg(data, header, rows=top + height, factor=factor)
         except ValueError:  # damaged, or with colours sampled unusually: Pillow can tell
-            factor, pixels = 1, np.asarray(decode_image(data, name))
+            factor, pixels = 1, np.asarray(decode_image(data, name, max_pixels))
         bottom, right = -(-(top + height) // factor), -(-(left + width) // factor)
         top, left = top // factor, left // factor
         height, width = bottom - top, right - left
@@ -207,7 +228,7 @@ def _decode_jpeg(data: bytes, header: _JpegHeader, *, rows: int, factor: int) ->
     rest. It would complain about what follows then, so it may not be strict: damage in the
     middle of a file, which Pillow notices at times, passes.
     """
-    at = header.offset
+    whole, at = data, header.offset
     # Colours of half the resolution are interpolated between rows.
     decoded_rows = min(rows + 2 * factor, header.height)
     if decoded_rows < header.height:
@@ -219,8 +240,12 @@ def _decode_jpeg(data: bytes, header: _JpegHeader, *, rows: int, factor: int) ->
         min_width=-(-header.width // factor),
         min_factor=factor,
         strict=False,
-    )
-    return pixels[: -(-rows // factor)]
+    )[: -(-rows // factor)]
+    if (pixels[-1] == pixels[-1, 0]).all():
+        # A border of the image, or what the decoder puts where the data end before the height that
+        # the header claims. It complains of the latter, and an eighth of the size is enough for it.
+        simplejpeg.decode_jpeg(whole, min_height=1, min_width=1, min_factor=8, strict=True)
+    return pixels
 
 
 @dataclasses.dataclass(frozen=True)
@@ -231,18 +256,21 @@ class Transform:
       image_size: pixels a side; None leaves images as they are, which must all have one size.
       scale: of the random resized crop, the range of areas as fractions of the image's.
       ratio: of the random resized crop, the range of width over height.
+      max_pixels: of the largest image that is decoded; see `decode_image`.
 
     Raises:
-      ValueError: if a range is none.
+      ValueError: if a range is none, or a number too small or too large.
     """
 
     image_size: int | None = None
     scale: Sequence[float] = (0.08, 1.0)
     ratio: Sequence[float] = (3 / 4, 4 / 3)
+    max_pixels: int = MOST_PIXELS
 
     def __post_init__(self):
         if self.image_size is not None:
-            require_integer("transform: image_size", self.image_size, 1)
+            require_integer("transform: image_size", self.image_size, 1, MOST_SIDE)
+        require_integer("transform: max_pixels", self.max_pixels, 1, 2**31)
         for name, highest in (("scale", 1), ("ratio", math.inf)):
             value = getattr(self, name)
             if not (
@@ -264,12 +292,18 @@ class Transform:
         if self.image_size is None:
             return self.for_evaluation(data, name)
         return random_resized_crop(
-            data, name, rng, size=self.image_size, scale=self.scale, ratio=self.ratio
+            data,
+            name,
+            rng,
+            size=self.image_size,
+            scale=self.scale,
+            ratio=self.ratio,
+            max_pixels=self.max_pixels,
         )
 
     def for_evaluation(self, data: bytes | np.ndarray, name: str) -> np.ndarray:
         """The central part; see `decode_image` and `resize_and_crop`."""
-        image = decode_image(data, name)
+        image = decode_image(data, name, self.max_pixels)
         if self.image_size and max(image.size) > LONGEST_RATIO * min(image.size):
             raise ImageError(
                 f"cannot read the image {name}: of {image.width}x{image.height} pixels, it is more "

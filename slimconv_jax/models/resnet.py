@@ -20,6 +20,9 @@ from slimconv_jax.models.layers import ConvBN, at_least_float32, uniform_fan_in
 from slimconv_jax.models.operations import max_pool
 from slimconv_jax.models.slimconv import SlimConv
 
+_MOST_BLOCKS = 200
+"""In a stage; ResNet-152 has 36, and what has thousands takes minutes to build."""
+
 STEMS = {"imagenet": 4, "cifar": 1}
 """The stems, and the stride of the feature maps of the first stage with each."""
 
@@ -67,7 +70,11 @@ class ResNetConfig:
 
     def __post_init__(self):
         for name, least in (("num_classes", 0), ("width", 1), ("groups", 1), ("base_width", 1)):
-            require_integer(name, getattr(self, name), least)
+            require_integer(name, getattr(self, name), least, 2**20 if least == 0 else 2**12)
+        for stage, number in enumerate(self.blocks, 1):
+            require_integer(f"stage {stage}: the number of blocks", number, 1, _MOST_BLOCKS)
+        if len(self.blocks) != 4:
+            raise InputError(f"blocks={self.blocks!r} must be four numbers, one for each stage")
         if self.block not in BLOCKS:
             raise InputError(f"block={self.block!r} must be one of {', '.join(map(repr, BLOCKS))}")
         if self.block != "bottleneck" and self.reduction is not None:
@@ -113,10 +120,8 @@ class ResNetConfig:
         object.__setattr__(self, "channels", (stem, stages))
         if tuple(map(len, stages)) != self.blocks:
             raise InputError(f"channels must have blocks={self.blocks} rows, one for each block")
-        require_integer("the stem's channels", stem, 1)
+        require_integer("the stem's channels", stem, 1, 2**16)
         for number, blocks in enumerate(stages, 1):
-            if not blocks:
-                raise InputError(f"stage {number} has no blocks")
             for row in blocks:
                 if len(row) != 3:
                     raise InputError(
@@ -124,7 +129,7 @@ class ResNetConfig:
                         "those of the outputs of its three convolutions"
                     )
                 for value in row:
-                    require_integer(f"stage {number}: a number of channels", value, 1)
+                    require_integer(f"stage {number}: a number of channels", value, 1, 2**16)
             if len({row[2] for row in blocks}) > 1:
                 raise InputError(
                     f"the blocks of stage {number} must have the same last number of channels, "

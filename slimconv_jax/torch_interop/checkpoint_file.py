@@ -1,7 +1,9 @@
 """The state dict in a checkpoint file, and a state dict as such a file."""
 
+import contextlib
+import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,7 +15,9 @@ from slimconv_jax.torch_interop.file_formats import (
     checkpoint_files,
     first_line,
     import_torch,
+    is_array,
     read_files,
+    require_size,
 )
 
 USUAL_KEYS = (
@@ -54,24 +58,28 @@ def read_checkpoint(
       ValueError: if the file cannot be read or holds no state dict; also if it asks for more than
         tensors, NumPy scalars and plain containers, which could run code.
     """
-    content = read_files(checkpoint_files(path))
+    files = checkpoint_files(path)
+    content = read_files(files)
     found = dict(_state_dicts(content))
     if key is not None:
         if key not in found:
-            there = ", ".join(map(repr, filter(None, found))) or "none"
+            there = ", ".join(map(repr, [place for place in found if place][:8])) or "none"
             raise InputError(f"{path} has no state dict under {key!r}; there are {there}")
-        return found[key], key, list(found)
+        _check_sizes(found[key], files)
+        return dict(found[key]), key, list(found)
     if not found:
         what = f"a {type(content).__name__}"
         if isinstance(content, Mapping):
-            what = "a dict of " + (", ".join(map(str, list(content)[:8])) or "nothing")
+            some = (key for key in list(content)[:8] if isinstance(key, str | int))
+            what = "a dict of " + (", ".join(f"{key!s:.80}" for key in some) or "nothing")
         raise InputError(f"{path} holds no state dict (tensors by name) but {what}")
     usual = [place for name in USUAL_KEYS for place in found if place.split(".")[-1] == name]
     if len(found) > 1 and not usual:
-        places = ", ".join(map(repr, found))
+        places = ", ".join(map(repr, list(found)[:8])) + (", ..." if len(found) > 8 else "")
         raise InputError(f"{path} holds several state dicts, {places}; choose one with --key")
     place = usual[0] if usual else next(iter(found))
-    return found[place], place, list(found)
+    _check_sizes(found[place], files)
+    return dict(found[place]), place, list(found)
 
 
 def write_checkpoint(
@@ -100,15 +108,32 @@ def write_checkpoint(
             raise InputError(f"cannot write {path}: what is read back is not what was written")
 
 
-def _state_dicts(content: Any, place: str = "", depth: int = 3) -> Iterator[tuple[str, dict]]:
-    """Every mapping with a tensor under a dotted name, and where it is."""
-    if not isinstance(content, Mapping):
-        return
-    if any(
-        isinstance(name, str) and "." in name and getattr(value, "ndim", 0) > 0
-        for name, value in content.items()
-    ):
-        yield place, dict(content)
-    if depth:
-        for name, value in content.items():
-            yield from _state_dicts(value, f"{place}.{name}" if place else str(name), depth - 1)
+def _state_dicts(content: Any) -> Iterator[tuple[str, Mapping]]:
+    """Every mapping with a tensor under a dotted name, and where it is, at most three deep."""
+    layer, seen = [("", content)], {}
+    for _ in range(4):
+        below = []
+        for place, value in layer:
+            if not isinstance(value, Mapping):
+                continue
+            if id(value) not in seen:  # a file may have the same one in many places
+                named = [(name, inner) for name, inner in value.items() if isinstance(name, str)]
+                seen[id(value)] = any("." in n and is_array(v) and v.ndim > 0 for n, v in named)
+                below += [(f"{place}.{name}" if place else name, inner) for name, inner in named]
+            if seen[id(value)]:
+                yield place, value
+        layer = below
+
+
+def _check_sizes(state_dict: Mapping[Any, Any], files: Sequence[epath.Path]) -> None:
+    """Makes sure that the tensors are about as large as the files, before their values are used.
+
+    A tensor may repeat one number 10^12 times, and an array have memory that nothing was read to.
+    """
+    of = sum(file.stat().length for file in files)
+    total = 0
+    for name, value in state_dict.items():
+        if is_array(value):
+            with contextlib.suppress(RuntimeError):  # of tensors without a shape, refused later
+                total += 4 * math.prod(value.shape)
+            require_size(f"{name!s:.80}", total, files[0].name, of)

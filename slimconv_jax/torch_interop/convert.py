@@ -27,6 +27,7 @@ from slimconv_jax.models.zoo import (
     require_resnet,
 )
 from slimconv_jax.torch_interop.architecture import read_architecture, read_ends
+from slimconv_jax.torch_interop.file_formats import is_array
 from slimconv_jax.torch_interop.names import entries
 from slimconv_jax.torch_interop.strangers import looks_like
 
@@ -164,7 +165,7 @@ def rename(
       ValueError: if a regular expression is none or matches no name, or two entries get the
         same name.
     """
-    names = {name: name for name in state_dict if isinstance(name, str)}
+    names = {name: name for name in _names(state_dict)}
     for pattern, replacement in substitutions:
         try:
             if not any(re.search(pattern, name) for name in names.values()):
@@ -182,6 +183,26 @@ def rename(
     return renamed
 
 
+_LONGEST_NAME = 1000
+"""The characters of the longest name; PyTorch's have some dozens."""
+
+
+def _names(state_dict: Mapping[str, Any]) -> list[str]:
+    """The names in a state dict, whose keys may be something else too.
+
+    Raises:
+      ValueError: if one is so long that matching patterns with it could take hours.
+    """
+    names = [name for name in state_dict if isinstance(name, str)]
+    for name in names:
+        if len(name) > _LONGEST_NAME:
+            raise InputError(
+                f"the name of an entry, {name[:60]!r} ..., has {len(name):,} characters; at most "
+                f"{_LONGEST_NAME} are allowed"
+            )
+    return names
+
+
 def clean_state_dict(state_dict: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """The parameters and statistics of a state dict, without prefix, in float32 or float64.
 
@@ -190,12 +211,12 @@ def clean_state_dict(state_dict: Mapping[str, Any]) -> dict[str, np.ndarray]:
         those of several networks.
     """
     arrays = {}
-    for full_name, value in state_dict.items():
-        if not isinstance(full_name, str) or _COUNTER.fullmatch(full_name):
+    for full_name in _names(state_dict):
+        if _COUNTER.fullmatch(full_name):
             continue
+        value = state_dict[full_name]
         name = _WRAPPERS.sub("", full_name)
-        is_tensor = hasattr(value, "dtype") and hasattr(value, "ndim")
-        if not _LEAF.fullmatch(name) and not (is_tensor and (value.ndim or "." in name)):
+        if not _LEAF.fullmatch(name) and not (is_array(value) and (value.ndim or "." in name)):
             continue  # what else a file holds beside its tensors, such as a best accuracy
         array = _as_array(value)
         if isinstance(array, str):
@@ -234,8 +255,11 @@ def _as_array(value: Any) -> np.ndarray | str:
     keep = jax.config.jax_enable_x64
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(value, torch.Tensor):
+        if torch.nn.parameter.is_lazy(value):
+            return "a tensor without values yet, of a lazy module"
+        # One without what a file may have set on it: attributes in place of methods.
+        value = torch.Tensor.detach(value)
         for what, is_so in (
-            ("without values yet, of a lazy module", torch.nn.parameter.is_lazy),
             ("that is quantised", lambda value: value.is_quantized),
             ("that is nested", lambda value: value.is_nested),
             ("that is sparse", lambda value: value.layout != torch.strided),
@@ -246,14 +270,14 @@ def _as_array(value: Any) -> np.ndarray | str:
                 return f"a tensor {what}"
         wide = torch.float64 if keep and value.dtype == torch.float64 else torch.float32
         try:
-            return value.detach().resolve_neg().to("cpu", wide).numpy()
+            return value.resolve_neg().to("cpu", wide).numpy()
         except (
             NotImplementedError,
             RuntimeError,
             TypeError,
         ):  # of subclasses with a mind of their own
             return f"a {type(value).__name__}, a tensor that does not give its values away"
-    if not hasattr(value, "dtype") or not hasattr(value, "shape"):
+    if not is_array(value):
         return f"a {type(value).__name__}"
     if not jnp.issubdtype(value.dtype, jnp.floating):
         return f"an array of type {value.dtype}"

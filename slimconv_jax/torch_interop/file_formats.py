@@ -9,8 +9,10 @@ import collections
 import datetime
 import io
 import pickle
+import pickletools
 import re
 import struct
+import sys
 import tempfile
 import types
 import warnings
@@ -19,12 +21,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path, PosixPath, PurePosixPath
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
 from slimconv_jax.errors import LIBRARY_ERRORS, InputError, import_extra
-from slimconv_jax.files import is_address, locate, open_file, read_json
+from slimconv_jax.files import MOST_TEXT, is_address, locate, open_file, read_json
 
 _SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".tar", ".pkl", ".npz", ".msgpack", ".ckpt")
 _TRAINING = ("optimizer", "scheduler", "scaler", "training_args", "random_states", "rng_state")
@@ -162,8 +165,12 @@ def _read_one(path: Path) -> Any:
     if path.suffix == ".msgpack" or _is_msgpack(head):
         return _guarded(path, lambda: _read_msgpack(path), "msgpack")
     if _is_plain_pickle(head) or (path.suffix in (".pkl", ".pickle") and head[0] not in b"\x80P"):
-        return _guarded(path, lambda: _SafeUnpickler(io.BytesIO(path.read_bytes())).load())
+        check_pickles(content := path.read_bytes(), path)
+        return _guarded(path, lambda: _SafeUnpickler(io.BytesIO(content), path).load())
     torch = import_torch()
+    if not head.startswith(b"PK"):
+        with open_file(path) as file:
+            check_pickles(file.read(MOST_TEXT), path)
 
     def load() -> Any:
         # Tensors without values, which are called so when they are used.
@@ -204,8 +211,9 @@ def _is_plain_pickle(head: bytes) -> bool:
 class _SafeUnpickler(pickle.Unpickler):
     """Makes tensors, arrays and plain containers, and refuses everything else."""
 
-    def __init__(self, file: io.BytesIO):
+    def __init__(self, file: io.BytesIO, path: Path):
         super().__init__(file, encoding="latin1")  # of Python 2, in which some are still written
+        self._path = path
 
     def find_class(self, module: str, name: str) -> Any:
         allowed = {
@@ -224,12 +232,14 @@ class _SafeUnpickler(pickle.Unpickler):
             torch = import_torch()
             allowed["torch._utils", "_rebuild_tensor_v2"] = torch._utils._rebuild_tensor_v2
             allowed["torch._utils", "_rebuild_parameter"] = torch._utils._rebuild_parameter
-            allowed["torch.storage", "_load_from_bytes"] = lambda data: torch.load(
-                io.BytesIO(data), map_location="cpu", weights_only=True
-            )
+            allowed["torch.storage", "_load_from_bytes"] = self._load_from_bytes
         if (module, name) not in allowed:
             raise pickle.UnpicklingError(f"GLOBAL {module}.{name} was not an allowed global")
         return allowed[module, name]
+
+    def _load_from_bytes(self, content: bytes) -> Any:
+        check_pickles(content, self._path)
+        return import_torch().load(io.BytesIO(content), map_location="cpu", weights_only=True)
 
 
 def _array_of_jax(function: Callable, args: tuple, state: tuple, _: Any) -> np.ndarray:
@@ -292,15 +302,124 @@ def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
         raise InputError(f"{path} is no intact safetensors file: {first_line(error)}") from None
 
 
+_EXPANSION = 8
+"""How many times as large as a file what is in it may be, beyond `_ALWAYS`.
+
+Numbers of one byte become float32, and a few tensors may share their memory.
+"""
+_ALWAYS = 2**26
+
+
+def require_size(what: str, size: int, path: Path | str, of: int) -> None:
+    """Makes sure that what a file claims to hold is about as large as the file.
+
+    Args:
+      what: claims it.
+      size: in bytes.
+      path: of the file.
+      of: its size in bytes.
+
+    Raises:
+      ValueError: if it is far larger.
+    """
+    if size > _ALWAYS + _EXPANSION * of:
+        raise InputError(
+            f"{path} is a file of {of:,} bytes, and {what} claims {size:,}; no model is written so"
+        )
+
+
 def _check_zip(path: Path) -> None:
-    """Compares the checksums, which `torch.load` does not."""
+    """Compares the checksums, which `torch.load` does not, once the sizes make sense."""
     try:
         with zipfile.ZipFile(path) as archive:
+            members = archive.infolist()
+            for member in members:
+                require_size(f"{member.filename} inside it", member.file_size, path, _size(path))
+            total = sum(member.file_size for member in members)
+            require_size("what is inside it", total, path, _size(path))
             damaged = archive.testzip()
+            pickles = [archive.read(m) for m in members if m.filename.endswith("data.pkl")]
+    except InputError:
+        raise
     except LIBRARY_ERRORS as error:
         raise InputError(f"{path} is truncated or damaged: {first_line(error)}") from None
     if damaged is not None:
         raise InputError(f"{path} is damaged: the checksum of {damaged} inside it is wrong")
+    for content in pickles:
+        check_pickles(content, path)
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size
+
+
+_LARGEST_TUPLE = 10**6
+_MOST_OPCODES = 3 * 10**6
+
+
+def check_pickles(content: bytes, path: Path | str) -> None:
+    """Makes sure that loading some pickles, one after the other, ends.
+
+    A pickle can put the same tuple into a tuple twice, that one into the next, and so on. Where
+    such a tuple is a key, say, Python goes through all of it, 2^40 items of 40 tuples.
+
+    Raises:
+      ValueError: if there is a tuple, or a call, of more than `_LARGEST_TUPLE` items in all, or one
+        of the pickles has more than `_MOST_OPCODES` instructions.
+    """
+    stream = io.BytesIO(content)
+    try:
+        while stream.tell() < len(content):
+            _check_pickle(stream, path)
+    except InputError:
+        raise
+    except (*LIBRARY_ERRORS, UnicodeDecodeError):
+        return  # the end of the pickles, or damage, which the loader explains
+
+
+def _check_pickle(stream: io.BytesIO, path: Path | str) -> None:
+    """Follows one pickle with the number of items, all told, in place of each value."""
+    stack, memo = [], {}
+    for number, (opcode, argument, _) in enumerate(pickletools.genops(stream)):
+        name = opcode.name
+        if number == _MOST_OPCODES:
+            raise InputError(f"{path} is refused: it has more than {number:,} instructions")
+        if name == "MEMOIZE":
+            memo[len(memo)] = stack[-1]
+        elif name.endswith("PUT"):
+            memo[argument] = stack[-1]
+        elif name.endswith("GET"):
+            stack.append(memo[argument])
+        elif name == "DUP":
+            stack.append(stack[-1])
+        else:
+            items = []
+            for kind in reversed(opcode.stack_before):
+                if kind is pickletools.stackslice:
+                    while stack[-1] is not None:
+                        items.append(stack.pop())
+                else:
+                    items.append(stack.pop())
+            count = 1
+            if "TUPLE" in name or name in ("REDUCE", "NEWOBJ", "NEWOBJ_EX", "FROZENSET"):
+                count += sum(filter(None, items))
+            elif items and opcode.stack_after:  # a container that gets more
+                count = items[-1] or 1
+            if count > _LARGEST_TUPLE:
+                raise InputError(
+                    f"{path} is refused: its tuples hold one another, more than {_LARGEST_TUPLE:,} "
+                    "items in all; no model is written so"
+                )
+            marks = pickletools.markobject
+            stack += [None if kind is marks else count for kind in opcode.stack_after]
+
+
+def is_array(value: object) -> bool:
+    """Whether something is an array of NumPy or JAX, or a tensor of PyTorch."""
+    torch = sys.modules.get("torch")
+    return isinstance(value, (np.ndarray, np.generic, jax.Array)) or (
+        torch is not None and isinstance(value, torch.Tensor)
+    )
 
 
 def _is_npz(path: Path) -> bool:

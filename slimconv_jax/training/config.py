@@ -47,16 +47,16 @@ SECTIONS: dict[str, tuple[Collection[Callable], Collection[str]]] = {
 """For each section, the functions that take its keys and their arguments that are not keys."""
 
 INTEGERS = {
-    "seed": 0,
-    "batch_size": 1,
-    "eval_batch_size": 1,
-    "num_epochs": 1,
-    "eval_every_epochs": 1,
-    "log_every_steps": 1,
-    "checkpoints_to_keep": 1,
-    "profile_steps": 0,
+    "seed": (0, 2**32 - 1),
+    "batch_size": (1, 2**20),
+    "eval_batch_size": (1, 2**20),
+    "num_epochs": (1, 10**5),
+    "eval_every_epochs": (1, 10**5),
+    "log_every_steps": (1, 2**31 - 1),
+    "checkpoints_to_keep": (1, 10**5),
+    "profile_steps": (0, 10**4),
 }
-"""The keys outside the sections that are integers, with their smallest values.
+"""The keys outside the sections that are integers, with their smallest and largest values.
 
 There is one more, `init_from`, a path or None.
 """
@@ -204,12 +204,10 @@ def check_config(config: ml_collections.ConfigDict, num_devices: int) -> None:
         parameters = section_keys(section)
         required = [name for name, p in parameters.items() if p.default is p.empty]
         _check_keys(f"config.{section}", config[section], required, optional=parameters)
-    for key, least in INTEGERS.items():
-        require_integer(f"config.{key}", config[key], least)
+    for key, bounds in INTEGERS.items():
+        require_integer(f"config.{key}", config[key], *bounds)
     if not isinstance(config.init_from, str | None) or config.init_from == "":
         raise InputError(f"config.init_from={config.init_from!r} must be a path or None")
-    if config.seed >= 2**32:
-        raise InputError(f"config.seed={config.seed} must be less than 2**32")
     parts = config.step.get("accumulation_steps", 1)
     require_integer("config.step.accumulation_steps", parts, 1)
     if config.batch_size % (num_devices * parts):

@@ -18,7 +18,7 @@ from flax import nnx
 from slimconv_jax.console import say
 from slimconv_jax.data.loader import load_dataset
 from slimconv_jax.data.sources import load_splits
-from slimconv_jax.data.transforms import Transform
+from slimconv_jax.data.transforms import MOST_SIDE, Transform
 from slimconv_jax.errors import InputError
 from slimconv_jax.files import absolute
 from slimconv_jax.models.complexity import count_macs, count_params
@@ -111,10 +111,14 @@ def _train(
     # are decoded.
     augment_images = functools.partial(augment, **config.augment)
     prepare = create_preprocess(config)
-    image = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.uint8)
     target = jax.ShapeDtypeStruct((1, len(class_names)), jnp.float32)
-    jax.eval_shape(augment_images, jax.random.key(0), image, target)
-    jax.eval_shape(prepare, image)
+
+    def try_out(*image_shape: int) -> None:
+        image = jax.ShapeDtypeStruct((1, *image_shape), jnp.uint8)
+        jax.eval_shape(augment_images, jax.random.key(0), image, target)
+        jax.eval_shape(prepare, image)
+
+    try_out(MOST_SIDE, MOST_SIDE, 3)  # any image is as large
     train_data, test_data = (
         load_dataset(
             source,
@@ -125,6 +129,7 @@ def _train(
         )
         for source in (train_source, test_source)
     )
+    try_out(*train_data.image_shape)
     if len(train_data) < config.batch_size:
         raise InputError(
             f"there are only {len(train_data)} images to train on, fewer than "
@@ -132,6 +137,11 @@ def _train(
         )
     steps_per_epoch = len(train_data) / config.batch_size
     total_steps = max(round(config.num_epochs * steps_per_epoch), 1)
+    if total_steps >= 2**31:
+        raise InputError(
+            f"config.num_epochs={config.num_epochs} are {total_steps} steps of "
+            f"config.batch_size={config.batch_size}; a run has less than 2**31"
+        )
     every = config.eval_every_epochs
     eval_epochs = range(every, config.num_epochs, every)
     eval_steps = {round(epoch * steps_per_epoch) for epoch in eval_epochs} | {total_steps}

@@ -76,6 +76,11 @@ def create_schedule(
     for milestone, previous in zip(milestones, (warmup_epochs, *milestones), strict=False):
         require_number("optimizer: milestone", milestone, least=previous)
 
+    if warmup_epochs * steps_per_epoch > total_steps:
+        epochs = total_steps / steps_per_epoch
+        raise InputError(
+            f"optimizer: warmup_epochs={warmup_epochs} is longer than the run, of {epochs:g} epochs"
+        )
     warmup_steps = min(round(warmup_epochs * steps_per_epoch), total_steps - 1)
     rest = total_steps - warmup_steps
     if schedule == "cosine":
@@ -134,7 +139,7 @@ def create_optimizer(
         )
     require_number("optimizer: weight_decay", weight_decay, least=0)
     if clip_norm is not None:
-        require_number("optimizer: clip_norm", clip_norm, least=0)
+        require_number("optimizer: clip_norm", clip_norm, least=1e-12)
     build, allowed, mask_name = OPTIMIZERS[name]
     values = (momentum, nesterov, b1, b2, eps, trust_coefficient)
     options = {key: value for key, value in zip(_OPTIONS, values, strict=True) if value is not None}
@@ -142,7 +147,7 @@ def create_optimizer(
         if key not in allowed:
             raise InputError(f"optimizer: {name} has no {key}; it has {', '.join(allowed)}")
         if key != "nesterov":
-            below = 1 if key in ("momentum", "b1", "b2") else float("inf")
+            below = 1 if key in ("momentum", "b1", "b2") else 1e6
             require_number(f"optimizer: {key}", value, least=0, below=below)
         elif not isinstance(value, bool):
             raise InputError(f"optimizer: nesterov={value!r} must be True or False")

@@ -146,7 +146,7 @@ def test_a_file_is_a_model_of_the_command_lines():
         ({"stem": 8, "stages": "abcd"}, "stages must be four lists of blocks"),
         ({"stem": 8, "stages": [[8]] * 4}, "four lists of blocks, each of three numbers"),
         ("[" * 100_000, "is no JSON"),
-        ({"stem": 8, "stages": [[]] * 4}, "stage 1 has no blocks"),
+        ({"stem": 8, "stages": [[]] * 4}, "stage 1: the number of blocks=0"),
     ],
 )
 def test_bad_files(content, message, written):

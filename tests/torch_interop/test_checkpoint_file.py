@@ -177,7 +177,7 @@ def test_other_contents(tmp_path):
     with pytest.raises(ValueError, match="is a Git LFS pointer"):
         read_checkpoint(tmp_path / "b.safetensors")
     os.mkfifo(tmp_path / "pipe.pth")
-    with pytest.raises(ValueError, match=r"pipe.pth is a pipe or a device"):
+    with pytest.raises(ValueError, match=r"pipe.pth: It is a pipe or a device"):
         read_checkpoint(tmp_path / "pipe.pth")
     with pytest.raises(ValueError, match=r"has several checkpoints, a.pth, b.safetensors"):
         read_checkpoint(tmp_path)
@@ -296,7 +296,7 @@ def test_a_model_in_several_files(tmp_path):
         read_checkpoint(tmp_path / "pytorch_model-00001-of-00002.bin")
     for text in ('{"weight_map": {"a": "../model.bin"}}', "[]", "{", '{"weight_map": {}}'):
         index.write_text(text)
-        with pytest.raises(ValueError, match="is no index of the files of a model"):
+        with pytest.raises(ValueError, match=r"is no index of the files of a model|it is no JSON"):
             read_checkpoint(index)
 
 

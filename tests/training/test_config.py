@@ -30,7 +30,7 @@ def config():
         ("optimizer.learning_rate_fn", 3, "^config.optimizer has no key 'learning_rate_fn'"),
         ("init_from", 3, "init_from=3 must be a path or None"),
         ("profile_steps", -1, "profile_steps=-1 must be an integer >= 0"),
-        ("seed", 2**32, r"seed=4294967296 must be less than 2\*\*32"),
+        ("seed", 2**32, "seed=4294967296 must be an integer from 0 to 4294967295"),
         ("batch_size", 0, "batch_size=0 must be an integer >= 1"),
         ("batch_size", 8.0, "batch_size=8.0 must be an integer >= 1"),
         ("num_epochs", True, "num_epochs=True must be an integer >= 1"),
