@@ -15,6 +15,9 @@ from etils import epath
 
 from slimconv_jax.errors import InputError
 
+MOST_BYTES = 2**30
+"""The bytes of the longest file that is read whole into memory."""
+
 MOST_TEXT = 2**26
 """The bytes of the longest text file that is read."""
 
@@ -94,15 +97,17 @@ def _open_at_once(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_NONBLOCK)  # without it, a pipe waits for its other end
 
 
-def read_bytes(file: epath.PathLike) -> bytes:
+def read_bytes(file: epath.PathLike, most: int = MOST_BYTES) -> bytes:
     """The content of a file.
 
     Raises:
-      OSError: as `open_file`.
+      OSError: as `open_file`, or if it is longer than `most`.
     """
     if is_address(file):
         return locate(file).read_bytes()
     with open_file(file) as stream:
+        if os.fstat(stream.fileno()).st_size > most:
+            raise OSError(errno.EFBIG, f"It has more than {most} bytes", os.fspath(file))
         return stream.read()
 
 
@@ -113,11 +118,7 @@ def read_text(file: epath.PathLike) -> str:
       OSError: as `open_file`, or if it is longer than `MOST_TEXT`.
       UnicodeDecodeError: if it is no UTF-8.
     """
-    with open_file(file) as stream:
-        content = stream.read(MOST_TEXT + 1)
-    if len(content) > MOST_TEXT:
-        raise OSError(errno.EFBIG, f"It has more than {MOST_TEXT} bytes", os.fspath(file))
-    return content.decode("utf-8-sig")
+    return read_bytes(file, MOST_TEXT).decode("utf-8-sig")
 
 
 def read_json(file: epath.PathLike) -> Any:

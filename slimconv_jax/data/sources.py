@@ -19,7 +19,7 @@ from etils import epath
 from PIL import Image
 
 from slimconv_jax.data.image_files import list_images, suffixes, warn_of_others
-from slimconv_jax.data.transforms import MOST_SIDE, ImageError
+from slimconv_jax.data.transforms import MOST_IMAGE_BYTES, MOST_SIDE, ImageError
 from slimconv_jax.errors import LIBRARY_ERRORS, InputError, require_integer
 from slimconv_jax.files import locate, read_bytes
 
@@ -275,7 +275,7 @@ class ImageFiles:
 
     def __getitem__(self, index: int) -> Example:
         try:
-            return Example(read_bytes(self._files[index]), self._labels[index])
+            return Example(read_bytes(self._files[index], MOST_IMAGE_BYTES), self._labels[index])
         except OSError as error:
             raise ImageError(f"cannot read {self._files[index]}: {error.strerror}") from None
 

@@ -29,6 +29,9 @@ MOST_SIDE = 2**13
 MOST_PIXELS = 2**26
 """The pixels of the largest image file that is decoded, by default: as RGB they take 200 MB."""
 
+MOST_IMAGE_BYTES = 2**28
+"""The bytes of the largest image file that is read."""
+
 LONGEST_RATIO = 500
 """Longer images would fill the memory when their shorter side is resized."""
 
@@ -76,6 +79,14 @@ def _require_pixels(width: int, height: int, name: str, max_pixels: int) -> None
         )
 
 
+def _require_ratio(width: int, height: int, name: str) -> None:
+    if max(width, height) > LONGEST_RATIO * min(width, height):
+        raise ImageError(
+            f"cannot read the image {name}: of {width}x{height} pixels, it is more than "
+            f"{LONGEST_RATIO} times as long as wide"
+        )
+
+
 def read_image(path: os.PathLike | str) -> Image.Image:
     """An image file as RGB; see `decode_image`.
 
@@ -83,7 +94,7 @@ def read_image(path: os.PathLike | str) -> Image.Image:
       ValueError: if it cannot be read as an image.
     """
     try:
-        data = read_bytes(os.fspath(path))
+        data = read_bytes(path, MOST_IMAGE_BYTES)
     except OSError as error:
         raise ImageError(f"cannot read the image {path}: {error.strerror}") from None
     return decode_image(data, str(path))
@@ -162,9 +173,11 @@ def random_resized_crop(
     """
     if (header := _jpeg_header(data)) is None:
         pixels = np.asarray(decode_image(data, name, max_pixels))
+        _require_ratio(pixels.shape[1], pixels.shape[0], name)
         top, left, height, width = sample_crop(rng, *pixels.shape[:2], scale, ratio)
     else:
         _require_pixels(header.width, header.height, name, max_pixels)
+        _require_ratio(header.width, header.height, name)
         top, left, height, width = sample_crop(rng, header.height, header.width, scale, ratio)
         # At half size, a quarter or an eighth, where that leaves enough: this costs the decoder
         # less, and antialiases.
@@ -228,7 +241,7 @@ def _decode_jpeg(data: bytes, header: _JpegHeader, *, rows: int, factor: int) ->
     rest. It would complain about what follows then, so it may not be strict: damage in the
     middle of a file, which Pillow notices at times, passes.
     """
-    whole, at = data, header.offset
+    at = header.offset
     # Colours of half the resolution are interpolated between rows.
     decoded_rows = min(rows + 2 * factor, header.height)
     if decoded_rows < header.height:
@@ -240,12 +253,8 @@ def _decode_jpeg(data: bytes, header: _JpegHeader, *, rows: int, factor: int) ->
         min_width=-(-header.width // factor),
         min_factor=factor,
         strict=False,
-    )[: -(-rows // factor)]
-    if (pixels[-1] == pixels[-1, 0]).all():
-        # A border of the image, or what the decoder puts where the data end before the height that
-        # the header claims. It complains of the latter, and an eighth of the size is enough for it.
-        simplejpeg.decode_jpeg(whole, min_height=1, min_width=1, min_factor=8, strict=True)
-    return pixels
+    )
+    return pixels[: -(-rows // factor)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -304,13 +313,7 @@ class Transform:
     def for_evaluation(self, data: bytes | np.ndarray, name: str) -> np.ndarray:
         """The central part; see `decode_image` and `resize_and_crop`."""
         image = decode_image(data, name, self.max_pixels)
-        if self.image_size and max(image.size) > LONGEST_RATIO * min(image.size):
-            raise ImageError(
-                f"cannot read the image {name}: of {image.width}x{image.height} pixels, it is more "
-                f"than {LONGEST_RATIO} times as long as wide"
-            )
-        return (
-            np.asarray(image)
-            if self.image_size is None
-            else resize_and_crop(image, self.image_size)
-        )
+        if self.image_size is None:
+            return np.asarray(image)
+        _require_ratio(*image.size, name)
+        return resize_and_crop(image, self.image_size)

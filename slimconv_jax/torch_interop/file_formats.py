@@ -27,7 +27,7 @@ import numpy as np
 from etils import epath
 
 from slimconv_jax.errors import LIBRARY_ERRORS, InputError, import_extra
-from slimconv_jax.files import MOST_TEXT, is_address, locate, open_file, read_json
+from slimconv_jax.files import MOST_TEXT, is_address, locate, open_file, read_bytes, read_json
 
 _SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".tar", ".pkl", ".npz", ".msgpack", ".ckpt")
 _TRAINING = ("optimizer", "scheduler", "scaler", "training_args", "random_states", "rng_state")
@@ -165,7 +165,7 @@ def _read_one(path: Path) -> Any:
     if path.suffix == ".msgpack" or _is_msgpack(head):
         return _guarded(path, lambda: _read_msgpack(path), "msgpack")
     if _is_plain_pickle(head) or (path.suffix in (".pkl", ".pickle") and head[0] not in b"\x80P"):
-        check_pickles(content := path.read_bytes(), path)
+        check_pickles(content := _read_whole(path), path)
         return _guarded(path, lambda: _SafeUnpickler(io.BytesIO(content), path).load())
     torch = import_torch()
     if not head.startswith(b"PK"):
@@ -180,6 +180,13 @@ def _read_one(path: Path) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True)
 
     return _guarded(path, load)
+
+
+def _read_whole(path: Path) -> bytes:
+    try:
+        return read_bytes(path)
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from None
 
 
 def _guarded(path: Path, load: Callable[[], Any], kind: str = "") -> Any:
@@ -197,7 +204,7 @@ def _read_msgpack(path: Path) -> dict[str, Any]:
     """The arrays of a file of `flax.serialization`; the keys that lead to them joined by dots."""
     from flax import serialization, traverse_util
 
-    return traverse_util.flatten_dict(serialization.msgpack_restore(path.read_bytes()), sep=".")
+    return traverse_util.flatten_dict(serialization.msgpack_restore(_read_whole(path)), sep=".")
 
 
 _LEGACY_MAGIC = pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2)[2:]
