@@ -131,13 +131,13 @@ def tuples_of_tuples(depth):
     return text + b"}h" + bytes([depth]) + b"K\x01s."
 
 
-def checkpoint(rng, directory, good):
+def checkpoint(rng, directory, good, kind=None):
     import torch
 
     tensors = torch.load(good / "good.pth", weights_only=True)
     name = choose(rng, list(tensors))
     path = directory / "a.pth"
-    kind = choose(rng, CHECKPOINTS)
+    kind = kind or choose(rng, CHECKPOINTS)
     if kind == "expanded":
         dtype = choose(rng, [torch.float32, torch.float16, torch.float64, torch.uint8])
         size = int(10 ** rng.uniform(8, 14))
@@ -165,10 +165,10 @@ def checkpoint(rng, directory, good):
         torch.save(tensors | {name: pretender}, path)
     elif kind == "zeros":
         if rng.random() < 0.5:
-            zeros_in_zip(good / "good.pth", path, int(rng.integers(300, 1024)), "good/data/x")
+            zeros_in_zip(good / "good.pth", path, int(rng.integers(200, 1025)), "good/data/x")
         else:
             path = path.with_suffix(".npz")
-            zeros_in_zip(good / "good.npz", path, int(rng.integers(300, 1024)), "x.npy")
+            zeros_in_zip(good / "good.npz", path, int(rng.integers(200, 1025)), "x.npy")
     elif kind == "memory":
         path = path.with_suffix(".pkl")
         size = int(10 ** rng.uniform(8.5, 14))

@@ -18,15 +18,17 @@ from flax import nnx
 from torch_state_dict import as_tensors, random_state_dict
 
 import slimconv_jax as sc
+from slimconv_jax.errors import InputError
 from slimconv_jax.models.resnet import ResNetConfig
+from slimconv_jax.torch_interop.checkpoint_file import read_checkpoint
 
 ROOT = Path(__file__).parents[1]
 SECONDS, KILOBYTES = 10, 2_000_000
 
 
 @pytest.fixture(scope="module")
-def good(tmp_path_factory):
-    """A file of each kind that is as it should be."""
+def good_checkpoints(tmp_path_factory):
+    """A checkpoint of each format that is as it should be."""
     root = tmp_path_factory.mktemp("good")
     config = ResNetConfig((1, 1, 1, 1), reduction=2, width=16, num_classes=10)
     state_dict = random_state_dict(config)
@@ -36,6 +38,13 @@ def good(tmp_path_factory):
     safetensors.numpy.save_file(state_dict, root / "good.safetensors")
     index = {"weight_map": dict.fromkeys(state_dict, "good.safetensors")}
     (root / "model.safetensors.index.json").write_text(json.dumps(index))
+    return root
+
+
+@pytest.fixture(scope="module")
+def good(good_checkpoints):
+    """A file of each kind that is as it should be."""
+    root = good_checkpoints
     model = sc.create_model("sc_resnet14", width=8, num_classes=10, rngs=nnx.Rngs(0))
     for format in ("orbax", "safetensors"):
         sc.save_model(model, root / format, format=format, info={"class_names": list("0123456789")})
@@ -124,10 +133,27 @@ def complaint(opener, seed, directory, good):
     return told if wrong else None
 
 
+@pytest.mark.parametrize("kind", dict.fromkeys(hostile.CHECKPOINTS))
+def test_hostile_checkpoints_are_sentences(tmp_path, good_checkpoints, kind, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for seed in (0, 1):
+        rng = np.random.default_rng(seed)
+        _, (_, path, *_) = hostile.checkpoint(rng, tmp_path, good_checkpoints, kind)
+        with pytest.raises(ValueError) as error:
+            sc.from_torch(read_checkpoint(path)[0])
+        assert isinstance(error.value, InputError)
+        if os.path.exists(path):
+            os.remove(path) if not os.path.isdir(path) else os.rmdir(path)
+    assert not (tmp_path / "evil").exists()
+
+
+SEEDS = range(*map(int, os.environ.get("SLIMCONV_SEEDS", "0 300").split()))
+
+
 @pytest.mark.slow
 def test_300_inputs_of_strangers(tmp_path, good, opener):
     found = []
-    for seed in range(300):
+    for seed in SEEDS:
         directory = tmp_path / str(seed)
         directory.mkdir()
         found.append(complaint(opener, seed, directory, good))

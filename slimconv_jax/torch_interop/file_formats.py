@@ -161,7 +161,7 @@ def _read_one(path: Path) -> Any:
     if head.startswith(b"PK"):
         _check_zip(path)
         if _is_npz(path):
-            return _guarded(path, lambda: dict(np.load(path, allow_pickle=False)), "npz")
+            return _guarded(path, lambda: _read_npz(path), "npz")
     if path.suffix == ".msgpack" or _is_msgpack(head):
         return _guarded(path, lambda: _read_msgpack(path), "msgpack")
     if _is_plain_pickle(head) or (path.suffix in (".pkl", ".pickle") and head[0] not in b"\x80P"):
@@ -198,6 +198,11 @@ def _guarded(path: Path, load: Callable[[], Any], kind: str = "") -> Any:
     except LIBRARY_ERRORS as error:
         reason = f"is no intact {kind} file: {first_line(error)}" if kind else _reason(error)
         raise InputError(f"{path} {reason}") from None
+
+
+def _read_npz(path: Path) -> dict[str, np.ndarray]:
+    with np.load(path, allow_pickle=False) as arrays:
+        return dict(arrays)
 
 
 def _read_msgpack(path: Path) -> dict[str, Any]:
