@@ -48,6 +48,9 @@ _COORDINATOR_ADDRESS = flags.DEFINE_string(
 )
 _NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes there are.")
 _PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.")
+_INITIALIZATION_TIMEOUT = flags.DEFINE_integer(
+    "initialization_timeout", 300, "For how many seconds the processes wait for each other."
+)
 flags.mark_flag_as_required("config")
 
 
@@ -78,7 +81,12 @@ def main(argv: list[str]) -> int | None:
     workdir = _WORKDIR.value or f"runs/{name}"
     try:
         enable_compilation_cache()
-        initialize(_COORDINATOR_ADDRESS.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+        initialize(
+            _COORDINATOR_ADDRESS.value,
+            _NUM_PROCESSES.value,
+            _PROCESS_ID.value,
+            _INITIALIZATION_TIMEOUT.value,
+        )
         train(config.value, workdir)
     except InputError as error:
         return _stop(f"error: {error}", 1)

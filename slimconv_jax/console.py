@@ -157,8 +157,13 @@ class Status:
     def __init__(self):
         self._status = _stderr_console.status("")
 
+    @property
+    def is_terminal(self) -> bool:
+        """Whether the line can change."""
+        return _stderr_console.is_terminal
+
     def __enter__(self) -> "Status":
-        if _stderr_console.is_terminal:
+        if self.is_terminal:
             self._status.start()
         return self
 
@@ -167,7 +172,7 @@ class Status:
 
     def update(self, text: str) -> None:
         """Tells what is under way from now on."""
-        if _stderr_console.is_terminal:
+        if self.is_terminal:
             self._status.update(text)
         else:
             _print(_stderr_console, text)

@@ -12,13 +12,15 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from slimconv_jax.console import console
-from slimconv_jax.errors import InputError
+from slimconv_jax.errors import InputError, require_integer
+from slimconv_jax.training.rendezvous import meet, parse_address
 
 
 def initialize(
     coordinator_address: str | None = None,
     num_processes: int | None = None,
     process_id: int | None = None,
+    initialization_timeout: int = 300,
 ) -> None:
     """Connects this process with the others, if there are any; before anything else of JAX.
 
@@ -29,6 +31,7 @@ def initialize(
         where nothing is found by itself, or none.
       num_processes: how many processes there are.
       process_id: which one this is, from 0.
+      initialization_timeout: for how many seconds to wait for the others.
 
     Raises:
       ValueError: if the arguments do not fit together, or the others are not there in time.
@@ -38,10 +41,11 @@ def initialize(
         raise InputError(
             "of --coordinator_address, --num_processes and --process_id give all three, or none"
         )
+    require_integer("--initialization_timeout", initialization_timeout, 1)
     options = {}
     if None not in given:
-        if ":" not in coordinator_address:
-            raise InputError(f"--coordinator_address={coordinator_address} must be HOST:PORT")
+        parse_address(coordinator_address)
+        require_integer("--num_processes", num_processes, 1)
         if not 0 <= process_id < num_processes:
             raise InputError(
                 f"--process_id={process_id} must be from 0 to {num_processes - 1}, one less than "
@@ -57,11 +61,16 @@ def initialize(
         options = {"cluster_detection_method": "slurm"}
     elif importlib.util.find_spec("libtpu") is None:
         return
+    if None not in given:
+        meet(coordinator_address, num_processes, process_id, seconds=initialization_timeout)
     # What CPUs talk to each other with; it does not concern other devices.
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     try:
         jax.distributed.initialize(
-            **options, heartbeat_timeout_seconds=60, shutdown_timeout_seconds=30
+            **options,
+            initialization_timeout=initialization_timeout,
+            heartbeat_timeout_seconds=60,
+            shutdown_timeout_seconds=30,
         )
     except ValueError as error:
         if options or "coordinator_address" not in str(error):
@@ -99,34 +108,60 @@ def on_first(function: Callable[[], int | None]) -> int | None:
     return number
 
 
-def require_same(facts: Mapping[str, Any]) -> None:
+class Comparison:
     """Makes sure that all processes of a run are about to do the same.
 
-    Args:
-      facts: what must be the same everywhere, by name; values that JSON has.
-
-    Raises:
-      ValueError: on all processes, with what differs, and where.
+    Use as a context manager around what comes before: a ValueError there is told to the others,
+    which would wait for this process otherwise.
     """
-    if jax.process_count() == 1:
-        return
-    text = np.frombuffer(json.dumps(facts).encode(), np.uint8)
-    longest = multihost_utils.process_allgather(np.array(len(text))).max()
-    padded = np.pad(text, (0, longest - len(text)), constant_values=ord(" "))
-    first, *others = (
-        json.loads(row.tobytes()) for row in multihost_utils.process_allgather(padded)
-    )
-    for number, other in enumerate(others, start=1):
-        differences = [
-            f"{name} is {first.get(name, 'absent')!r} in process 0 and "
-            f"{other.get(name, 'absent')!r} in process {number}"
-            for name in first | other
-            if first.get(name, "absent") != other.get(name, "absent")
-        ]
-        if differences:
-            raise InputError(
-                f"the processes of this run do not do the same: {'; '.join(differences)}"
-            )
+
+    def __init__(self):
+        self._is_over = jax.process_count() == 1
+
+    def __enter__(self) -> "Comparison":
+        return self
+
+    def __exit__(self, kind, error, traceback) -> None:
+        if isinstance(error, InputError) and not self._is_over:
+            self._exchange({"failure": str(error)})
+
+    def require_same(self, facts: Mapping[str, Any]) -> None:
+        """Compares, once.
+
+        Args:
+          facts: what must be the same everywhere, by name; values that JSON has.
+
+        Raises:
+          ValueError: on all processes, with what differs, and where.
+        """
+        if self._is_over:
+            return
+        self._is_over = True
+        answers = self._exchange({"facts": facts})
+        for number, answer in enumerate(answers):
+            if "failure" in answer:
+                raise InputError(f"process {number} cannot go on: {answer['failure']}")
+        first = answers[0]["facts"]
+        for number, answer in enumerate(answers):
+            other = answer["facts"]
+            differences = [
+                f"{name} is {first.get(name, 'absent')!r} in process 0 and "
+                f"{other.get(name, 'absent')!r} in process {number}"
+                for name in first | other
+                if first.get(name, "absent") != other.get(name, "absent")
+            ]
+            if differences:
+                raise InputError(
+                    f"the processes of this run do not do the same: {'; '.join(differences)}"
+                )
+
+    @staticmethod
+    def _exchange(message: dict) -> list[dict]:
+        """What each process says."""
+        text = np.frombuffer(json.dumps(message).encode(), np.uint8)
+        longest = multihost_utils.process_allgather(np.array(len(text))).max()
+        padded = np.pad(text, (0, longest - len(text)), constant_values=ord(" "))
+        return [json.loads(row.tobytes()) for row in multihost_utils.process_allgather(padded)]
 
 
 def is_lost_contact(error: Exception) -> bool:

@@ -30,7 +30,7 @@ from slimconv_jax.training.augment import augment
 from slimconv_jax.training.checkpoint import Checkpoints
 from slimconv_jax.training.config import check_config
 from slimconv_jax.training.evaluate import make_evaluate, summarize
-from slimconv_jax.training.hosts import on_first, require_same
+from slimconv_jax.training.hosts import Comparison, on_first
 from slimconv_jax.training.interruption import RunInterruptedError, StopSignal
 from slimconv_jax.training.profiling import Profiler
 from slimconv_jax.training.report import (
@@ -90,16 +90,18 @@ def train(
       RunInterruptedError: after SIGTERM or Ctrl-C, when the state is saved.
     """
     with contextlib.ExitStack() as held:
-        return _train(config, absolute(workdir), data_mesh(devices), held)
+        comparison = held.enter_context(Comparison())
+        return _train(config, absolute(workdir), data_mesh(devices), comparison, held)
 
 
 def _train(
     config: ml_collections.ConfigDict,
     workdir: epath.Path,
     mesh: jax.sharding.Mesh,
+    comparison: Comparison,
     held: contextlib.ExitStack,
 ) -> dict:
-    """Does what `train` says; `held` keeps the work directory."""
+    """Does what `train` says, in a work directory that `held` lets go of."""
     start = time.perf_counter()
     check_config(config, mesh.size)
     train_source, test_source = load_splits(**config.dataset)
@@ -153,7 +155,7 @@ def _train(
     height, width, _ = train_data.image_shape
     macs = count_macs(model, height)
 
-    require_same(
+    comparison.require_same(
         {
             **{
                 f"config.{key}": value

@@ -183,6 +183,16 @@ def test_two_processes_stop_together_and_continue(tmp_path):
     assert "stopped, since the first process cannot go on; it says why" in outputs[1]
 
 
+def test_what_one_process_refuses_the_others_learn(tmp_path):
+    second = ["--config.batch_size=6"]
+    processes = list(start_training(tmp_path / "run", second=second))
+    outputs = [process.communicate(timeout=120)[0] for process in processes]
+    assert [process.returncode for process in processes] == [1, 1], outputs
+    reason = "config.batch_size=6 does not divide over 4 devices; it must be a multiple of 4\n"
+    assert outputs[0].endswith(f"error: process 1 cannot go on: {reason}")
+    assert outputs[1].endswith(f"error: {reason}")
+
+
 def test_processes_that_differ_do_not_train(tmp_path):
     second = ["--config.optimizer.learning_rate=0.0501"]
     processes = list(start_training(tmp_path / "run", second=second))
@@ -215,6 +225,8 @@ def test_a_lost_process_ends_the_other_in_bounded_time_with_a_sentence(tmp_path)
     [
         (("127.0.0.1:1", 2, None), "give all three, or none"),
         (("127.0.0.1", 2, 0), "--coordinator_address=127.0.0.1 must be HOST:PORT"),
+        (("127.0.0.1:1", 0, 0), "--num_processes=0 must be an integer >= 1"),
+        (("127.0.0.1:1", 2, 0, 0), "--initialization_timeout=0 must be an integer >= 1"),
         (("127.0.0.1:1", 2, 2), "--process_id=2 must be from 0 to 1"),
     ],
 )
