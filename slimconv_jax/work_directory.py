@@ -157,7 +157,7 @@ def hold_workdir(workdir: epath.Path) -> Iterator[None]:
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         # Opened for adding, so that what the one who holds it has written stays until then.
-        file = open(workdir / LOCK, "a+", opener=_open_at_once)  # noqa: SIM115
+        file = open(workdir / LOCK, "ab+", buffering=0, opener=_open_at_once)  # noqa: SIM115
     except OSError as error:
         raise _unwritable(workdir, error) from None
     with file:
@@ -165,7 +165,7 @@ def hold_workdir(workdir: epath.Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
-            who = printable(file.read(200).strip()) or "another run"
+            who = printable(file.read(200).decode(errors="replace").strip()) or "another run"
             raise InputError(
                 f"{workdir} is in use by {who}; stop that, or choose another --workdir"
             ) from None
@@ -176,8 +176,7 @@ def hold_workdir(workdir: epath.Path) -> Iterator[None]:
         try:
             file.truncate(0)
             now = datetime.datetime.now().astimezone().isoformat(" ", "seconds")
-            file.write(f"process {os.getpid()} on {socket.gethostname()}, since {now}\n")
-            file.flush()
+            file.write(f"process {os.getpid()} on {socket.gethostname()}, since {now}\n".encode())
         except OSError as error:
             raise _unwritable(workdir, error) from None
         yield

@@ -1,5 +1,6 @@
 import json
 import os
+import resource
 import socket
 import subprocess
 import sys
@@ -155,6 +156,21 @@ with hold_workdir(epath.Path({str(tmp_path)!r})):
         process.kill()
     with hold_workdir(epath.Path(tmp_path)):
         pass
+
+
+def test_a_full_disk_is_a_sentence(tmp_path):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))
+    try:
+        with (
+            pytest.raises(
+                ValueError, match=f"cannot write to the work directory {tmp_path}: .* large"
+            ),
+            hold_workdir(epath.Path(tmp_path)),
+        ):
+            pass
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 @pytest.mark.parametrize("make", [os.mkdir, os.mkfifo, lambda path: path.symlink_to("kept")])
