@@ -1,8 +1,11 @@
 """Whole runs on the digits, with a narrow model and two epochs of 22 or 23 steps."""
 
+import contextlib
 import json
 import os
 import shutil
+import sys
+import threading
 
 import jax
 import numpy as np
@@ -340,3 +343,63 @@ def test_averaged_weights_and_older_checkpoints_can_be_loaded(run):
     assert again["correct"] == averaged["correct"] != result["correct"]
     with pytest.raises(ValueError, match="has no checkpoint of step 30; it has those of 22, 45"):
         load_model(workdir, checkpoint=30)
+
+
+@pytest.mark.slow
+def test_no_order_of_kills_loses_a_line(run, tmp_path, monkeypatch):
+    # What a SIGKILL would leave before each change of a file from the last epoch on.
+    workdir, result = run
+    snapshots, seen = [], set()
+    inside, one_at_a_time = threading.local(), threading.Lock()
+    path = tmp_path / "run"
+    watching = True
+
+    def watch(event, arguments):
+        changes = ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "shutil.rmtree")
+        writes = event == "open" and isinstance(arguments[2], int) and arguments[2] & os.O_CREAT
+        if not watching or getattr(inside, "copying", False) or not (event in changes or writes):
+            return
+        if not str(arguments[0]).startswith(str(path)) or len(snapshots) > 60:
+            return
+        inside.copying = True
+        with one_at_a_time:
+            take()
+        inside.copying = False
+
+    def take():
+        copy = tmp_path / f"copy{len(snapshots)}"
+        ignore_errors = {"copy_function": copy_if_there, "dirs_exist_ok": True}
+        # The checkpoints before the lines, which are written in the other order.
+        for name in ("checkpoints", "tensorboard", "metrics.jsonl", "config.json", "model.json"):
+            source = path / name
+            with contextlib.suppress(FileNotFoundError, shutil.Error):
+                if source.is_dir():
+                    shutil.copytree(source, copy / name, **ignore_errors)
+                elif source.exists():
+                    copy.mkdir(exist_ok=True)
+                    shutil.copy(source, copy / name)
+        files = [*copy.rglob("*")] if copy.exists() else []
+        lines = (copy / "metrics.jsonl").read_bytes() if (copy / "metrics.jsonl") in files else b""
+        state = (frozenset(str(file.relative_to(copy)) for file in files), lines)
+        if b'"step": 30' not in lines or state in seen:
+            shutil.rmtree(copy, ignore_errors=True)
+            return
+        seen.add(state)
+        snapshots.append(copy)
+
+    def copy_if_there(source, target):
+        with contextlib.suppress(FileNotFoundError):
+            shutil.copy(source, target)
+
+    sys.addaudithook(watch)
+    try:
+        assert train(small_config(), path) == result
+    finally:
+        watching = False
+    assert 5 < len(snapshots) < 60
+    for snapshot in snapshots:
+        assert train(small_config(), snapshot) == result, snapshot
+        for split in ("train", "test", "test_ema"):
+            assert metrics(snapshot, split) == metrics(workdir, split), snapshot
+        assert_same_state(saved_state(snapshot, 45), saved_state(workdir, 45))
+        shutil.rmtree(snapshot)
