@@ -43,7 +43,7 @@ def get_config() -> ConfigDict:
     config.optimizer.momentum = 0.9
     config.optimizer.nesterov = True
     config.optimizer.weight_decay = 5e-4
-    config.optimizer.warmup_epochs = 2.0  # then a cosine down to 0
+    config.optimizer.warmup_epochs = 1.0  # then a cosine down to 0
 
     config.step = ConfigDict()
     config.step.ema_decay = 0.0  # 0.99, say, to evaluate averaged weights too

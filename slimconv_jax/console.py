@@ -127,7 +127,8 @@ def exit_status(command: Callable[[], None], *, interrupted: str = "interrupted"
 def run_script(main: Callable[[], None]) -> None:
     """Runs a script that is for what it prints; see `exit_status`."""
     prepare_console(needs_stdout=True)
-    sys.exit(exit_status(main))
+    if status := exit_status(main):
+        sys.exit(status)
 
 
 _format_warning_of_python = warnings.formatwarning

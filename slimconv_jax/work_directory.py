@@ -67,9 +67,9 @@ def list_checkpoints(workdir: epath.Path) -> list[epath.Path]:
     directory = workdir / CHECKPOINTS
     try:
         entries = list(directory.iterdir())
-    except FileNotFoundError:
-        return []
     except OSError as error:
+        if isinstance(error, FileNotFoundError) or not workdir.is_dir():
+            return []
         raise InputError(f"cannot read {directory}: {error.strerror or error}") from None
     # The name of one that is being written is more than a number, but in object stores, where a
     # file tells that it is complete.

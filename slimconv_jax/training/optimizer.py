@@ -76,10 +76,11 @@ def create_schedule(
     for milestone, previous in zip(milestones, (warmup_epochs, *milestones), strict=False):
         require_number("optimizer: milestone", milestone, least=previous)
 
-    if warmup_epochs * steps_per_epoch > total_steps:
-        epochs = total_steps / steps_per_epoch
+    if round(warmup_epochs * steps_per_epoch) > total_steps:
+        epochs = round(total_steps / steps_per_epoch, 1)
         raise InputError(
-            f"optimizer: warmup_epochs={warmup_epochs} is longer than the run, of {epochs:g} epochs"
+            f"optimizer: warmup_epochs={warmup_epochs} is longer than the run, of {epochs:g} "
+            "epochs; a shorter run needs a shorter warm-up"
         )
     warmup_steps = min(round(warmup_epochs * steps_per_epoch), total_steps - 1)
     rest = total_steps - warmup_steps
