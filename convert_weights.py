@@ -38,9 +38,10 @@ from slimconv_jax.files import checksum, read_text
 from slimconv_jax.models.complexity import count_params
 from slimconv_jax.models.zoo import describe, name_of, nearest_name
 from slimconv_jax.saving import FORMATS, check_destination, save_model
+from slimconv_jax.torch_interop import import_torch
 from slimconv_jax.torch_interop.checkpoint_file import read_checkpoint
 from slimconv_jax.torch_interop.convert import clean_state_dict, from_torch, rename
-from slimconv_jax.torch_interop.file_formats import checkpoint_files, import_torch
+from slimconv_jax.torch_interop.file_formats import checkpoint_files
 from slimconv_jax.torch_interop.parity import DEFAULT_TOLERANCE, Parity, check_parity
 from slimconv_jax.training.augment import normalize
 

@@ -37,7 +37,7 @@ from slimconv_jax.models.pieces import in_pieces
 from slimconv_jax.models.resnet import ResNet
 from slimconv_jax.models.surgery import fold_batch_norm
 from slimconv_jax.models.zoo import abstract_model, create_model, normalize_model, parse_model
-from slimconv_jax.torch_interop.file_formats import import_torch
+from slimconv_jax.torch_interop import import_torch
 from slimconv_jax.training.optimizer import create_optimizer
 from slimconv_jax.training.step import create_state, data_mesh, make_train_step
 

@@ -11,10 +11,10 @@ from etils import epath
 
 from slimconv_jax.errors import InputError
 from slimconv_jax.files import new_file
+from slimconv_jax.torch_interop import import_torch
 from slimconv_jax.torch_interop.file_formats import (
     checkpoint_files,
     first_line,
-    import_torch,
     is_array,
     read_files,
     require_size,

@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 
 from slimconv_jax.models.resnet import ResNet
-from slimconv_jax.torch_interop.file_formats import import_torch
+from slimconv_jax.torch_interop import import_torch
 
 DEFAULT_TOLERANCE = 1e-4
 """For float32, whose rounding was seen to do 1e-6 in networks that do not amplify it.
