@@ -61,8 +61,8 @@ def _unbreakable(stream: io.TextIOWrapper, *, needed: bool) -> io.TextIOWrapper:
         io.BufferedWriter(_Output(stream.fileno(), needed=needed)),
         stream.encoding,
         "backslashreplace",
-        line_buffering=stream.line_buffering,
-        write_through=stream.write_through,
+        # Without a buffer (python -u) line by line, which is soon enough.
+        line_buffering=stream.line_buffering or stream.write_through,
     )
 
 

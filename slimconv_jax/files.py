@@ -3,11 +3,12 @@
 import contextlib
 import errno
 import hashlib
+import io
 import json
 import os
 import stat
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -18,7 +19,7 @@ from slimconv_jax.errors import InputError
 MOST_BYTES = 2**30
 """The bytes of the longest file that is read whole into memory."""
 
-MOST_TEXT = 2**26
+MOST_TEXT = 2**24
 """The bytes of the longest text file that is read."""
 
 DEEPEST = 32
@@ -84,13 +85,25 @@ def open_file(file: epath.PathLike) -> BinaryIO:
       ValueError: as `locate`.
     """
     if is_address(file):
-        return locate(file).open("rb")
+        return _from_store(file, lambda path: path.open("rb"))
     # Files are read whole, mostly, so without Python's buffer in between.
     stream = open(file, "rb", buffering=0, opener=_open_at_once)  # noqa: SIM115
-    if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
+    kind = os.fstat(stream.fileno()).st_mode
+    if stat.S_ISFIFO(kind) and os.fspath(file).startswith(("/dev/fd/", "/proc/self/fd/")):
+        os.set_blocking(stream.fileno(), True)  # one that a shell has opened, as for <(...)
+        return io.BufferedReader(stream)
+    if not stat.S_ISREG(kind):
         stream.close()
         raise OSError(errno.EINVAL, "It is a pipe or a device, not a file", os.fspath(file))
     return stream
+
+
+def _from_store(file: epath.PathLike, read: Callable[[epath.Path], Any]) -> Any:
+    try:
+        return read(epath.Path(file))
+    except (ImportError, KeyError, ValueError):
+        locate(file)  # says what is wrong with the address
+        raise
 
 
 def _open_at_once(path: str, flags: int) -> int:
@@ -104,11 +117,13 @@ def read_bytes(file: epath.PathLike, most: int = MOST_BYTES) -> bytes:
       OSError: as `open_file`, or if it is longer than `most`.
     """
     if is_address(file):
-        return locate(file).read_bytes()
+        return _from_store(file, lambda path: path.read_bytes())
     with open_file(file) as stream:
-        if os.fstat(stream.fileno()).st_size > most:
-            raise OSError(errno.EFBIG, f"It has more than {most} bytes", os.fspath(file))
-        return stream.read()
+        is_longer = os.fstat(stream.fileno()).st_size > most
+        content = b"" if is_longer else stream.read(most + 1)
+    if is_longer or len(content) > most:
+        raise OSError(errno.EFBIG, f"It has more than {most} bytes", os.fspath(file))
+    return content
 
 
 def read_text(file: epath.PathLike) -> str:

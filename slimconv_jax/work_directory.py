@@ -179,7 +179,11 @@ def hold_workdir(workdir: epath.Path) -> Iterator[None]:
             file.write(f"process {os.getpid()} on {socket.gethostname()}, since {now}\n".encode())
         except OSError as error:
             raise _unwritable(workdir, error) from None
-        yield
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                fcntl.flock(file, fcntl.LOCK_UN)  # closing is not enough where a child has it, too
 
 
 def _open_at_once(path: str, flags: int) -> int:

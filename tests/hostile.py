@@ -151,6 +151,34 @@ def checkpoint(rng, directory, good, kind=None):
     elif kind == "tuples":
         path = path.with_suffix(choose(rng, [".pth", ".pkl"]))
         path.write_bytes(tuples_of_tuples(int(rng.integers(25, 200))))
+    elif kind == "keys":
+        path = path.with_suffix(".pkl")
+        if rng.random() < 0.5:  # the same long tuple, or integers that collide
+            text = tuples_of_tuples(17).removesuffix(b"}h\x11K\x01s.")
+            path.write_bytes(text + b"}" + b"(h\x11K\x01u" * 50_000 + b".")
+        else:
+            with path.open("wb") as file:
+                pickle.dump({i: {i * (2**61 - 1): 1} for i in range(50_000)}, file)
+                file.seek(0)
+                file.write(b"\x80\x02}(")
+                for i in range(50_000):
+                    number = (i * (2**61 - 1)).to_bytes(12, "little")
+                    file.write(b"\x8a\x0c" + number + b"K\x01")
+                file.write(b"u.")
+    elif kind == "in disguise":
+        bomb = tuples_of_tuples(int(rng.integers(30, 200)))
+        if rng.random() < 0.5:
+            with zipfile.ZipFile(good / "good.pth") as old, zipfile.ZipFile(path, "w") as new:
+                for member in old.infolist():
+                    inner = member.filename.replace("data.pkl", "DATA.PKL")
+                    content = bomb if inner != member.filename else old.read(member.filename)
+                    new.writestr(inner, content)
+        else:
+            path = path.with_suffix(".pkl")
+            path.write_bytes(b"\x80\x02S'\xff'\n0" + bomb[2:])
+    elif kind == "many files":
+        path = directory / f"m-1-of-{int(10 ** rng.uniform(6, 12))}.safetensors"
+        path.write_bytes(b"1")
     elif kind == "long name":
         part = choose(rng, ["conv.", "layer1.", "a", "module.", "1", "layer1.0.", ".", "block1"])
         long = part * (270_000 // len(part))
@@ -175,7 +203,9 @@ def checkpoint(rng, directory, good, kind=None):
         with path.open("wb") as file:
             pickle.dump({name: Call(np.ndarray, (size,), "f4")}, file)
     elif kind == "code":
-        call = Call(choose(rng, [os.system, os.mkdir, eval, exec]), "evil")
+        code = "__import__('os').mkdir('evil')"
+        calls = ((os.system, "mkdir evil"), (os.mkdir, "evil"), (eval, code), (exec, code))
+        call = Call(*choose(rng, calls))
         if rng.random() < 0.5:
             torch.save(tensors | {name: call}, path)
         else:
@@ -232,9 +262,19 @@ def checkpoint(rng, directory, good, kind=None):
 
 
 CHECKPOINTS = (
-    *("expanded", "many expanded", "shared", "tuples", "long name", "shadowed", "pretends"),
+    *(
+        "expanded",
+        "many expanded",
+        "shared",
+        "tuples",
+        "keys",
+        "in disguise",
+        "long name",
+        "shadowed",
+        "pretends",
+    ),
     *("zeros", "memory", "code", "deep", "opcodes", "pickle inside", "npy header", "msgpack"),
-    *("index", "no file", "bytes", "bytes", "bytes"),
+    *("index", "many files", "no file", "bytes", "bytes", "bytes"),
 )
 
 

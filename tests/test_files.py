@@ -1,5 +1,7 @@
 import os
 import socket
+import subprocess
+import sys
 
 import pytest
 
@@ -26,6 +28,13 @@ def test_what_is_no_file_is_not_waited_for(tmp_path, make, monkeypatch):
     with pytest.raises(InputError, match=f"^cannot read {path}: \\w") as error:
         read_json(path)
     assert not isinstance(error.value, MissingFileError)
+
+
+def test_what_a_shell_pipes_in_is_read(tmp_path):
+    program = "import sys; from slimconv_jax.files import read_text; print(read_text(sys.argv[1]))"
+    command = f"\"$0\" -c '{program}' <(sleep 0.2; echo hello)"
+    run = ["bash", "-c", command, sys.executable]
+    assert subprocess.run(run, capture_output=True, text=True).stdout == "hello\n\n"
 
 
 def test_a_device_has_no_end():
@@ -74,7 +83,7 @@ def test_a_text_without_end_is_not_read(tmp_path):
     path = tmp_path / "a.json"
     path.touch()
     os.truncate(path, 2**30)
-    with pytest.raises(InputError, match=f"^cannot read {path}: It has more than 67108864 bytes"):
+    with pytest.raises(InputError, match=f"^cannot read {path}: It has more than 16777216 bytes"):
         read_json(path)
 
 

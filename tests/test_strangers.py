@@ -120,6 +120,9 @@ def complaint(opener, seed, directory, good):
     lines = [line for line in answer["said"].splitlines() if line.startswith("error: ")]
     if answer["status"] == 1 and len(lines) != 1:
         wrong.append("no sentence")
+    passes = ("bytes", "pickle inside", "json", "height")  # what damage may leave as it was
+    if answer["status"] == 0 and not any(word in kind for word in passes):
+        wrong.append("taken")
     if answer["status"] not in (0, 1) or "Traceback" in answer["said"]:
         wrong.append("no clean end")
     if answer["seconds"] > SECONDS or answer.get("kB", 0) > KILOBYTES:

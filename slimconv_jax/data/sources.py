@@ -415,9 +415,7 @@ def load_source(
     if name == "synthetic":
         sizes = {"num_examples": num_examples, "num_classes": num_classes, "image_size": image_size}
         for key, value in sizes.items():
-            most = (
-                MOST_SIDE if key == "image_size" else 2**31 - 1 if key == "num_examples" else 2**20
-            )
+            most = MOST_SIDE if key == "image_size" else 2**21 if key == "num_examples" else 2**20
             require_integer(f"synthetic: {key}", value, 1, most)
         return Synthetic(**sizes)
     raise InputError(f"unknown data set {name!r}; there are: {', '.join(SOURCES)}")

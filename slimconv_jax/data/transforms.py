@@ -279,7 +279,7 @@ class Transform:
     def __post_init__(self):
         if self.image_size is not None:
             require_integer("transform: image_size", self.image_size, 1, MOST_SIDE)
-        require_integer("transform: max_pixels", self.max_pixels, 1, 2**31)
+        require_integer("transform: max_pixels", self.max_pixels, 1, 178_956_970)  # Pillow's own
         for name, highest in (("scale", 1), ("ratio", math.inf)):
             value = getattr(self, name)
             if not (

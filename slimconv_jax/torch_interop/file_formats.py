@@ -21,9 +21,9 @@ import numpy as np
 from etils import epath
 
 from slimconv_jax.errors import LIBRARY_ERRORS, InputError
-from slimconv_jax.files import MOST_TEXT, is_address, locate, open_file, read_bytes, read_json
+from slimconv_jax.files import is_address, locate, open_file, read_bytes, read_json
 from slimconv_jax.torch_interop import import_torch
-from slimconv_jax.torch_interop.pickles import SafeUnpickler, check_pickles, harmless
+from slimconv_jax.torch_interop.pickles import OF_TORCH, SafeUnpickler, check_pickles, harmless
 
 _SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".tar", ".pkl", ".npz", ".msgpack", ".ckpt")
 _TRAINING = ("optimizer", "scheduler", "scaler", "training_args", "random_states", "rng_state")
@@ -53,6 +53,8 @@ def checkpoint_files(path: epath.PathLike) -> list[epath.Path]:
             names = _indexed_files(path)
         elif match := _SHARD.fullmatch(path.name):
             stem, number, count, suffix = match.groups()
+            if len(count) > 5:  # as Hugging Face's have
+                raise InputError(f"{path} is of a model in {count} files, by its name")
             numbers = (f"{i:0{len(number)}}" for i in range(1, int(count) + 1))
             names = [f"{stem}-{number}-of-{count}{suffix}" for number in numbers]
         files = [path.parent / name for name in names]
@@ -152,12 +154,13 @@ def _read_one(path: Path) -> Any:
     if path.suffix == ".msgpack" or _is_msgpack(head):
         return _guarded(path, lambda: _read_msgpack(path), "msgpack")
     if _is_plain_pickle(head) or (path.suffix in (".pkl", ".pickle") and head[0] not in b"\x80P"):
-        check_pickles(content := _read_whole(path), path)
-        return _guarded(path, lambda: SafeUnpickler(io.BytesIO(content), path).load())
+        check_pickles(content := io.BytesIO(_read_whole(path)), path)
+        content.seek(0)
+        return _guarded(path, lambda: SafeUnpickler(content, path).load())
     torch = import_torch()
     if not head.startswith(b"PK"):
-        with open_file(path) as file:
-            check_pickles(file.read(MOST_TEXT), path)
+        with open_file(path) as file, io.BufferedReader(file) as stream:
+            check_pickles(stream, path, OF_TORCH)
 
     def load() -> Any:
         # Tensors without values, which are called so when they are used.
@@ -296,7 +299,7 @@ def _check_zip(path: Path) -> None:
             total = sum(member.file_size for member in members)
             require_size("what is inside it", total, path, _size(path))
             damaged = archive.testzip()
-            pickles = [archive.read(m) for m in members if m.filename.endswith("data.pkl")]
+            pickles = [archive.read(m) for m in members if m.filename.lower().endswith("data.pkl")]
     except InputError:
         raise
     except LIBRARY_ERRORS as error:
@@ -304,7 +307,7 @@ def _check_zip(path: Path) -> None:
     if damaged is not None:
         raise InputError(f"{path} is damaged: the checksum of {damaged} inside it is wrong")
     for content in pickles:
-        check_pickles(content, path)
+        check_pickles(io.BytesIO(content), path)
 
 
 def _size(path: Path) -> int:

@@ -8,7 +8,7 @@ import pickle
 import pickletools
 from collections.abc import Callable
 from pathlib import Path, PosixPath, PurePosixPath
-from typing import Any
+from typing import Any, BinaryIO
 
 import jax.numpy as jnp
 import numpy as np
@@ -16,34 +16,43 @@ import numpy as np
 from slimconv_jax.errors import LIBRARY_ERRORS, InputError
 from slimconv_jax.torch_interop import import_torch
 
-_LARGEST_TUPLE = 10**6
-_MOST_OPCODES = 3 * 10**6
+OF_TORCH = 5
+"""Pickles in a file before PyTorch 1.6: magic number, protocol, system, content, and its keys."""
+
+_MOST_ITEMS = 10**7
+_MOST_OPCODES = 10**7
 
 
-def check_pickles(content: bytes, path: Path | str) -> None:
-    """Makes sure that loading some pickles, one after the other, ends.
+def check_pickles(file: BinaryIO, path: Path | str, count: int = 1) -> None:
+    """Makes sure that loading the pickles at the beginning of a file ends.
 
     A pickle can put the same tuple into a tuple twice, that one into the next, and so on. Where
-    such a tuple is a key, say, Python goes through all of it, 2^40 items of 40 tuples.
+    such a tuple is a key, Python goes through all of it: 2^40 items of 40 tuples. So it does where
+    a tuple is a key many times, and integers beyond 61 bits can be made to collide.
+
+    Args:
+      file: is read up to the end of the last of them.
+      path: of the file, for messages.
+      count: how many pickles there are, one after the other.
 
     Raises:
-      ValueError: if there is a tuple, or a call, of more than `_LARGEST_TUPLE` items in all, or one
-        of the pickles has more than `_MOST_OPCODES` instructions.
+      ValueError: if a tuple, or the arguments of a call, or all keys together, have more than
+        `_MOST_ITEMS` items, a pickle has more than `_MOST_OPCODES` instructions, or it is damaged.
     """
-    stream = io.BytesIO(content)
     try:
-        while stream.tell() < len(content):
-            _check_pickle(stream, path)
+        for _ in range(count):
+            _check_pickle(file, path)
     except InputError:
         raise
-    except (*LIBRARY_ERRORS, UnicodeDecodeError):
-        return  # the end of the pickles, or damage, which the loader explains
+    except (*LIBRARY_ERRORS, UnicodeDecodeError) as error:
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise InputError(f"{path} is no checkpoint, or is truncated or damaged: {reason}") from None
 
 
-def _check_pickle(stream: io.BytesIO, path: Path | str) -> None:
+def _check_pickle(file: BinaryIO, path: Path | str) -> None:
     """Follows one pickle with the number of items, all told, in place of each value."""
-    stack, memo = [], {}
-    for number, (opcode, argument, _) in enumerate(pickletools.genops(stream)):
+    stack, memo, of_keys = [], {}, 0
+    for number, (opcode, argument, _) in enumerate(pickletools.genops(file)):
         name = opcode.name
         if number == _MOST_OPCODES:
             raise InputError(f"{path} is refused: it has more than {number:,} instructions")
@@ -68,10 +77,16 @@ def _check_pickle(stream: io.BytesIO, path: Path | str) -> None:
                 count += sum(filter(None, items))
             elif items and opcode.stack_after:  # a container that gets more
                 count = items[-1] or 1
-            if count > _LARGEST_TUPLE:
+            elif isinstance(argument, int) and abs(argument) >= 2**61 - 1:
+                count = 10_000
+            if name in ("SETITEM", "SETITEMS", "DICT"):  # values and keys, the last one first
+                of_keys += sum(filter(None, items[1::2]))
+            elif name in ("ADDITEMS", "FROZENSET"):
+                of_keys += sum(filter(None, items))
+            if max(count, of_keys) > _MOST_ITEMS:
                 raise InputError(
-                    f"{path} is refused: its tuples hold one another, more than {_LARGEST_TUPLE:,} "
-                    "items in all; no model is written so"
+                    f"{path} is refused: a tuple, or all keys together, has more than "
+                    f"{_MOST_ITEMS:,} items"
                 )
             marks = pickletools.markobject
             stack += [None if kind is marks else count for kind in opcode.stack_after]
@@ -107,7 +122,7 @@ class SafeUnpickler(pickle.Unpickler):
         return allowed[module, name]
 
     def _load_from_bytes(self, content: bytes) -> Any:
-        check_pickles(content, self._path)
+        check_pickles(io.BytesIO(content), self._path, OF_TORCH)
         return import_torch().load(io.BytesIO(content), map_location="cpu", weights_only=True)
 
 

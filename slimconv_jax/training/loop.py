@@ -25,7 +25,7 @@ from slimconv_jax.models.complexity import count_macs, count_params
 from slimconv_jax.models.resnet import ResNet
 from slimconv_jax.models.zoo import abstract_model, create_model
 from slimconv_jax.models.zoo import describe as describe_model
-from slimconv_jax.saving import describe_workdir, load_model, versions
+from slimconv_jax.saving import describe_workdir, load_model, read_info, versions
 from slimconv_jax.training.augment import augment
 from slimconv_jax.training.checkpoint import Checkpoints
 from slimconv_jax.training.config import check_config
@@ -155,6 +155,9 @@ def _train(
     height, width, _ = train_data.image_shape
     macs = count_macs(model, height)
 
+    is_new = not list_checkpoints(workdir)
+    if is_new and config.init_from:
+        read_info(config.init_from)  # whether it is there, on every host
     comparison.require_same(
         {
             **{
@@ -178,7 +181,7 @@ def _train(
     }
 
     starting, words = None, f"continuing {workdir}"
-    if not list_checkpoints(workdir):
+    if is_new:
         starting = create_model(rngs=nnx.Rngs(random_keys(config)[0]), **model_args)
         words = "from scratch"
         if config.init_from:

@@ -16,6 +16,8 @@ from slimconv_jax.console import Status
 from slimconv_jax.errors import InputError
 
 _SECONDS_TO_ANSWER = 10
+_SECONDS_TO_INTRODUCE_ONESELF = 1
+_SECONDS_OF_SILENCE = 60
 _SECONDS_BETWEEN_LINES = 30
 
 
@@ -121,7 +123,7 @@ def _listen(port: int) -> socket.socket:
 def _receive_one(server: socket.socket, count: int, here: dict[int, socket.socket]) -> None:
     """Takes one more process in, or tells it why not; whatever else calls is left alone."""
     connection, _ = server.accept()
-    hello = _received(connection)
+    hello = _received(connection, _SECONDS_TO_INTRODUCE_ONESELF)
     index = hello.get("process_id") if hello else None
     if type(index) is not int or not 0 < index < 2**31:
         connection.close()
@@ -147,8 +149,8 @@ def _join(host: str, port: int, count: int, index: int, told: _Told) -> None:
         try:
             connection = socket.create_connection((host, port), timeout=_SECONDS_TO_ANSWER)
             break
-        except OSError as error:
-            reason = error.strerror or str(error)
+        except (OSError, UnicodeError) as error:  # the latter of a host that is no name
+            reason = getattr(error, "strerror", None) or str(error)
         if told.left <= 0:
             raise InputError(
                 f"the processes cannot be connected: {where} did not answer in {told.seconds:g} s "
@@ -168,8 +170,8 @@ def _join(host: str, port: int, count: int, index: int, told: _Told) -> None:
             if "error" in answer:
                 raise InputError(f"the processes cannot be connected: {answer['error']}")
             told.tell(str(answer.get("waiting", "waiting for the others"))[:200])
-            # The first process speaks every second.
-            answer = _received(connection)
+            # The first process speaks every second, unless it listens to somebody else.
+            answer = _received(connection, _SECONDS_OF_SILENCE)
             if answer is None:
                 raise InputError(f"the processes cannot be connected: {where} is gone")
 
@@ -186,9 +188,9 @@ def _send_all(to: dict[int, socket.socket], message: dict) -> None:
             connection.sendall(json.dumps(message).encode() + b"\n")
 
 
-def _received(connection: socket.socket) -> dict | None:
+def _received(connection: socket.socket, seconds: float = _SECONDS_TO_ANSWER) -> dict | None:
     """The next line of the other side, as JSON; None if it is none, or does not come in time."""
-    deadline = time.monotonic() + _SECONDS_TO_ANSWER
+    deadline = time.monotonic() + seconds
     text = b""
     try:
         while not text.endswith(b"\n") and len(text) < 1000:

@@ -191,7 +191,12 @@ class Reporter:
 
     def __exit__(self, kind, error, traceback) -> None:
         if kind is not None and issubclass(kind, KeyboardInterrupt):
+            self._error = self._error or error  # of what is pending nothing is written any more
+            self._pending.put(None)
             self._bar.stop()
+            if self._writer:
+                with contextlib.suppress(OSError):
+                    self._writer.close()
             return  # whoever says stop twice does not want to wait for the devices
         self._pending.put(None)
         self._thread.join()

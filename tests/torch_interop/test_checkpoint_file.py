@@ -263,7 +263,7 @@ def test_no_pickle_can_run_code(tmp_path, monkeypatch, hidden):
         content = Loaded(buffer.getvalue())
     with open("a.pkl", "wb") as file:
         pickle.dump({"conv1.weight": content}, file)
-    with pytest.raises(ValueError, match=r"was refused: reading it would run|its contents make no"):
+    with pytest.raises(ValueError, match=r"was refused: reading it would run|is no checkpoint"):
         read_checkpoint("a.pkl")
     assert not os.path.exists("evil")
 
