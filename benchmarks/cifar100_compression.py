@@ -5,7 +5,7 @@
 
 DIR is where TensorFlow Datasets keeps CIFAR-100, by default ~/tensorflow_datasets. Every model is
 trained with every seed by train.py, in a process and a work directory of its own, with the recipe
-of configs/cifar100_sc_resnet50.py. Its learning rate falls in steps over 200 epochs; for other
+of configs/cifar100.py. Its learning rate falls in steps over 200 epochs; for other
 numbers of epochs it rises over the first tenth and falls as a cosine. --config.KEY=VALUE is for
 train.py and holds for all models.
 
@@ -34,15 +34,15 @@ from compression_report import BASELINE, OF_ONE_RUN, RESULT, Report, read_result
 from ml_collections import ConfigDict
 
 import slimconv_jax as sc
-from slimconv_jax.benchmark import core_shares, environment_apart
+from slimconv_jax.benchmark.measure import core_shares, environment_apart
 from slimconv_jax.console import Status, run_script, say
 from slimconv_jax.errors import InputError, require_integer
 from slimconv_jax.files import replace_file
 from slimconv_jax.models.published import CIFAR100
-from slimconv_jax.models.zoo import abstract_model, named_config, normalize_model, parse_model
-from slimconv_jax.training.config import read_config
-from slimconv_jax.training.report import read_metrics
-from slimconv_jax.work_directory import NOT_COMPARED, compared_keys
+from slimconv_jax.models.zoo import abstract_model, normalize_model, parse_model
+from slimconv_jax.storage.work_directory import NOT_COMPARED, compared_keys
+from slimconv_jax.training.config import default_values, read_config
+from slimconv_jax.training.metrics import read_metrics
 
 ROOT = Path(__file__).parents[1]
 RECIPE_EPOCHS = 200
@@ -78,16 +78,15 @@ class Run:
         return result is not None and all(result[key] == self.counts[key] for key in self.counts)
 
 
-def config_file(model: str) -> Path:
-    """The config of a model; one for SlimConvs has a k, which the other must not have."""
-    sc_ = "" if named_config(parse_model(model)[0]).reduction is None else "sc_"
-    return ROOT / f"configs/cifar100_{sc_}resnet50.py"
+def config_of(model: str) -> str:
+    """The config of a model."""
+    return f"{ROOT}/configs/cifar100.py:{parse_model(model)[0]}"
 
 
 def recipe(model: str, args: argparse.Namespace) -> tuple[str, ...]:
     """What changes in the config for a model, all but the seed."""
-    name, k = parse_model(model)
-    settings = {"model.name": name, "model.width": args.width, "num_epochs": args.epochs}
+    _, k = parse_model(model)
+    settings = {"model.width": args.width, "num_epochs": args.epochs}
     if k:
         settings["model.k"] = k
     if args.epochs != RECIPE_EPOCHS:
@@ -103,14 +102,14 @@ def plan(model: str, args: argparse.Namespace) -> list[Run]:
     runs = []
     for seed in range(args.seeds):
         overrides = (*recipe(model, args), f"--config.seed={seed}")
-        config = read_config(config_file(model), overrides)
+        config = read_config(config_of(model), overrides)
         if not counts:
             network = abstract_model(num_classes=NUM_CLASSES, **config.model)
-            size = config.transform.get("image_size") or 32
+            size = config.transform.image_size or 32
             counts = {"params": sc.count_params(network), "macs": sc.count_macs(network, size)}
         name = Path(model).stem if model.endswith(".json") else model
         name = name.replace("@", "_k").replace("/", "_")
-        settings = compared_keys(json.loads(config.to_json_best_effort()))
+        settings = compared_keys(json.loads(config.to_json_best_effort()), default_values())
         workdir = args.workdir / f"{name}_seed{seed}"
         runs.append(Run(model, seed, workdir, overrides, settings, counts))
     return runs
@@ -169,7 +168,7 @@ class Trainer:
     def _run(self, run: Run, cores: set[int]) -> tuple[int | None, list[str]]:
         """Runs train.py; its exit status (None if it was not started) and what it said."""
         command = [
-            *(sys.executable, str(ROOT / "train.py"), f"--config={config_file(run.model)}"),
+            *(sys.executable, str(ROOT / "train.py"), f"--config={config_of(run.model)}"),
             *(*run.overrides, f"--workdir={run.workdir}"),
         ]
         run.workdir.mkdir(parents=True, exist_ok=True)
@@ -314,7 +313,7 @@ def main() -> None:
     if len({run.workdir for run in runs}) < len(runs):
         raise InputError("two of the models would have the same work directory; rename a file")
     baseline, *_ = by_model[BASELINE]
-    config = read_config(config_file(BASELINE), baseline.overrides)
+    config = read_config(config_of(BASELINE), baseline.overrides)
     budget = describe_budget(config, args.overrides)
     report = Report(args.workdir, baseline.settings, baseline.counts["params"], budget)
     train_all(runs, args.jobs, report)

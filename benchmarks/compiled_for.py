@@ -28,26 +28,26 @@ from flax import linen as nn
 from flax import nnx
 
 import slimconv_jax as sc
-from slimconv_jax.benchmark_report import check_outputs, write_json
-from slimconv_jax.console import Status, run_script
-from slimconv_jax.data.transforms import IMAGENET_MEAN, IMAGENET_STD
-from slimconv_jax.models.complexity import count_program_macs
-from slimconv_jax.models.zoo import parse_model
-from slimconv_jax.planning import (
+from slimconv_jax.benchmark.planning import (
     DoesNotFitError,
     Lowered,
     compile_account,
     get_devices,
     lower_steps,
 )
-from slimconv_jax.training.augment import normalize
+from slimconv_jax.benchmark.report import check_outputs, write_json
+from slimconv_jax.console import Status, run_script
+from slimconv_jax.data.preprocessing import normalize
+from slimconv_jax.data.transforms import IMAGENET_MEAN, IMAGENET_STD
+from slimconv_jax.devices import batch_sharded, data_mesh, replicated
+from slimconv_jax.models.complexity import count_program_macs
+from slimconv_jax.models.zoo import parse_model
 from slimconv_jax.training.config import read_config
-from slimconv_jax.training.setup import create_preprocess
-from slimconv_jax.training.step import batch_sharded, data_mesh, replicated
+from slimconv_jax.training.setup import create_normalize
 
 PEER = "linen_resnet50"
 BASELINE = "resnet50"
-CONFIG = Path(__file__).parents[1] / "configs/imagenet_resnet50.py"
+CONFIG = Path(__file__).parents[1] / "configs/imagenet.py:resnet50"
 CLASSES, SIZE = 1000, 224
 
 
@@ -89,7 +89,7 @@ class LinenResNet50(nn.Module):
 def lower_peer(mode: str, batch_size: int, devices: list) -> Lowered:
     """The peer's training step, with the optimiser of the recipe, or its inference."""
     model, mesh = LinenResNet50(), data_mesh(devices)
-    prepare = create_preprocess(read_config(CONFIG, []))
+    prepare = create_normalize(read_config(CONFIG, []))
     images = jax.ShapeDtypeStruct((batch_size, SIZE, SIZE, 3), jnp.uint8)
     variables = jax.eval_shape(
         lambda: model.init(jax.random.key(0), jnp.zeros((1, SIZE, SIZE, 3)), True)

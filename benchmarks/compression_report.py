@@ -14,7 +14,8 @@ from slimconv_jax.errors import InputError
 from slimconv_jax.files import read_json, replace_file
 from slimconv_jax.models.published import CIFAR100
 from slimconv_jax.models.zoo import parse_model
-from slimconv_jax.work_directory import CONFIG, compared_keys
+from slimconv_jax.storage.work_directory import CONFIG, compared_keys
+from slimconv_jax.training.config import default_values
 
 BASELINE = "resnet50"
 OTHERS = ("black", "magenta", "grey", "saddlebrown")
@@ -31,7 +32,7 @@ def read_result(workdir: Path, settings: dict, but_for: Sequence[str] = ()) -> d
     """The result.json of a run, if it is complete and of a config with these settings."""
     try:
         result = read_json(workdir / "result.json")
-        there = compared_keys(read_json(workdir / CONFIG))
+        there = compared_keys(read_json(workdir / CONFIG), default_values())
     except InputError:
         return None
     if not isinstance(result, dict) or result.keys() != set(RESULT):

@@ -23,7 +23,7 @@ import optax
 from flax import nnx
 
 import slimconv_jax as sc
-from slimconv_jax.benchmark import (
+from slimconv_jax.benchmark.measure import (
     copy_rounds,
     describe_environment,
     environment,
@@ -34,12 +34,12 @@ from slimconv_jax.benchmark import (
     train_program,
 )
 from slimconv_jax.console import run_script
+from slimconv_jax.data.preprocessing import normalize
 from slimconv_jax.errors import require_integer
+from slimconv_jax.inference.pieces import PIXELS
 from slimconv_jax.models.operations import max_pool
-from slimconv_jax.models.pieces import PIXELS
 from slimconv_jax.models.slimconv import Gate, SlimConv
 from slimconv_jax.models.zoo import abstract_model
-from slimconv_jax.training.augment import normalize
 from slimconv_jax.training.optimizer import create_optimizer
 
 GATE, UPPER, LOWER = "gate, fold, concatenate", "upper convolutions", "lower convolutions"

@@ -17,7 +17,7 @@ import numpy as np
 from flax import nnx
 
 import slimconv_jax as sc
-from slimconv_jax.benchmark import repeated, take_turns
+from slimconv_jax.benchmark.measure import repeated, take_turns
 from slimconv_jax.console import run_script
 from slimconv_jax.models.zoo import abstract_model
 

@@ -16,14 +16,14 @@ import jax
 import numpy as np
 from matplotlib.figure import Figure
 
-from slimconv_jax.benchmark import (
+from slimconv_jax.benchmark.measure import (
     Case,
     build,
     describe_environment,
     environment,
     take_turns,
 )
-from slimconv_jax.benchmark_report import check_outputs
+from slimconv_jax.benchmark.report import check_outputs
 from slimconv_jax.console import run_script
 from slimconv_jax.errors import require_integer
 

@@ -35,8 +35,8 @@ from slimconv_jax.console import run_script
 from slimconv_jax.data.loader import load_dataset
 from slimconv_jax.data.sources import ImageFolder
 from slimconv_jax.data.transforms import Transform, sample_crop
+from slimconv_jax.devices import batch_sharded, data_mesh
 from slimconv_jax.errors import require_integer
-from slimconv_jax.training.step import batch_sharded, data_mesh
 
 SIZE = 224
 SCALE, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)

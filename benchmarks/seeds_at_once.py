@@ -20,13 +20,13 @@ import optax
 from flax import nnx
 
 from slimconv_jax import create_model
-from slimconv_jax.benchmark import core_shares, describe_environment, environment_apart
+from slimconv_jax.benchmark.measure import core_shares, describe_environment, environment_apart
 from slimconv_jax.console import run_script
-from slimconv_jax.devices import enable_compilation_cache
+from slimconv_jax.devices import data_mesh, enable_compilation_cache
 from slimconv_jax.errors import InputError, require_integer
 from slimconv_jax.models.zoo import abstract_model, normalize_model, parse_model
 from slimconv_jax.training.optimizer import create_optimizer
-from slimconv_jax.training.step import create_state, data_mesh, make_train_step
+from slimconv_jax.training.step import create_state, make_train_step
 
 SECONDS = 10
 WAYS = {"one after the other": (1, False), "processes": (None, False), "vmap": (1, True)}

@@ -48,7 +48,7 @@ def seconds_to_first_step(config: str, cache: str) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--config", default="configs/digits.py")
+    parser.add_argument("--config", default="digits")
     parser.add_argument("--repeats", type=int, default=5, metavar="N", help="of the warm start")
     args = parser.parse_args()
     require_integer("repeats", args.repeats, 1)

@@ -1,7 +1,7 @@
 r"""A converted Sc-ResNet-50 fitted to your own photos, in directories named after their classes.
 
     python convert_weights.py sc_resnet50.pth.tar sc_resnet50
-    python train.py --config configs/finetune.py --config.init_from=sc_resnet50 \
+    python train.py --config finetune --config.init_from=sc_resnet50 \
         --config.dataset.data_dir=ROOT
 
 ROOT/train/CLASS/ and ROOT/val/CLASS/ hold the images, of any size. The classifier is replaced by a
@@ -12,33 +12,21 @@ central 224. For models of another name, k, width or stem set config.model; with
 trains from scratch, which takes far more epochs and photos, and --config.step.batch_norm=global.
 """
 
-from ml_collections import ConfigDict, config_dict
+from ml_collections import ConfigDict
 
 
 def get_config() -> ConfigDict:
     config = ConfigDict()
-    config.seed = 0
-    config.init_from = config_dict.placeholder(str)  # a directory of convert_weights.py, or a run
-
     config.model = ConfigDict()
-    config.model.name = "sc_resnet50"
+    config.model.name = "sc_resnet50"  # with --config.model.dtype=bfloat16 on accelerators
     config.model.k = "4/3"
-    config.model.width = 64
-    config.model.stem = "imagenet"
-    config.model.dtype = config_dict.placeholder(str)  # "bfloat16" on accelerators
 
     config.dataset = ConfigDict()
     config.dataset.name = "image_folder"
-    config.dataset.data_dir = config_dict.placeholder(str)
-    config.dataset.train_split = "train"
     config.dataset.test_split = "val"
     config.transform = ConfigDict()
     config.transform.image_size = 224
     config.transform.scale = (0.25, 1.0)  # of a random crop's area
-    config.transform.ratio = (3 / 4, 4 / 3)  # of its width to its height
-    config.loader = ConfigDict()
-    config.loader.on_error = "raise"  # "skip" leaves out what cannot be decoded
-    config.loader.num_threads = config_dict.placeholder(int)  # one a core
     config.normalize = ConfigDict()
     config.normalize.mean = (0.485, 0.456, 0.406)
     config.normalize.std = (0.229, 0.224, 0.225)
@@ -53,19 +41,13 @@ def get_config() -> ConfigDict:
     config.optimizer.name = "sgd"
     config.optimizer.momentum = 0.9
     config.optimizer.weight_decay = 1e-4
-    config.optimizer.clip_norm = config_dict.placeholder(float)  # 1.0, say, if it diverges
     config.optimizer.learning_rate = 0.01
     config.optimizer.base_batch_size = 32
-    config.optimizer.schedule = "cosine"  # down to 0
-    config.optimizer.warmup_epochs = 1.0
+    config.optimizer.warmup_epochs = 1.0  # then a cosine down to 0
 
     config.step = ConfigDict()
     config.step.label_smoothing = 0.1
     config.step.batch_norm = "frozen"
-    config.step.ema_decay = 0.0
 
-    config.eval_every_epochs = 1  # a checkpoint goes with every evaluation
     config.log_every_steps = 10
-    config.checkpoints_to_keep = 2  # and the best
-    config.profile_steps = 0
     return config

@@ -1,26 +1,16 @@
 """SlimConv and the Sc-ResNet family in Flax."""
 
-from slimconv_jax import linen
-from slimconv_jax.models.complexity import count_macs, count_params
-from slimconv_jax.models.slimconv import SlimConv
-from slimconv_jax.models.slimify import slimify
-from slimconv_jax.models.surgery import backbone, fold_batch_norm
-from slimconv_jax.models.zoo import create_model, list_models
-from slimconv_jax.saving import load_model, save_model
-from slimconv_jax.torch_interop.convert import from_torch, to_torch
+import lazy_loader
 
-__all__ = [
-    "SlimConv",
-    "backbone",
-    "count_macs",
-    "count_params",
-    "create_model",
-    "fold_batch_norm",
-    "from_torch",
-    "linen",
-    "list_models",
-    "load_model",
-    "save_model",
-    "slimify",
-    "to_torch",
-]
+# What is public, and where it is, stands in __init__.pyi; it is imported when it is used first.
+_load, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+
+__version__ = "0.2.0"
+
+
+def __getattr__(name: str):
+    try:
+        return _load(name)
+    except ModuleNotFoundError as error:
+        install = "pip install 'slimconv_jax[train]'"
+        raise ImportError(f"{__name__}.{name} needs {error.name}: {install}") from error

@@ -3,7 +3,9 @@
 import contextlib
 import io
 import os
+import signal
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable
@@ -11,7 +13,7 @@ from collections.abc import Callable
 import rich.console
 import rich.progress
 
-from slimconv_jax.errors import InputError, InputWarning, exhausted, printable
+from slimconv_jax.errors import InputError, InputWarning, exhausted, missing, printable
 
 console = rich.console.Console()
 _stderr_console = rich.console.Console(stderr=True)
@@ -45,6 +47,20 @@ def prepare_console(*, needs_stdout: bool = False) -> None:
         elif hasattr(stream, "reconfigure"):  # those of tests have it not
             stream.reconfigure(errors="backslashreplace")
     warnings.formatwarning = _format_warning
+    sys.unraisablehook = _report_unraisable
+
+
+def _report_unraisable(unraisable) -> None:
+    """What Python does with an exception that nothing can catch, of a callback for one."""
+    if isinstance(unraisable.exc_value, KeyboardInterrupt):
+        # Ctrl-C came within a callback of the garbage collector, say, and would be lost: again.
+        is_ctrl_c = type(unraisable.exc_value) is KeyboardInterrupt
+        number = signal.SIGINT if is_ctrl_c else signal.SIGTERM
+        main = threading.main_thread().ident
+        threading.Timer(0.05, signal.pthread_kill, [main, number]).start()
+    # When a checkpoint cannot be written, which Orbax raises, what it has under way says this too.
+    elif str(unraisable.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(unraisable)
 
 
 def _has_descriptor(stream: io.TextIOWrapper) -> bool:
@@ -93,11 +109,11 @@ class _Output(io.FileIO):
             raise InputError(f"cannot write to standard output: {error.strerror}") from None
 
 
-def exit_status(command: Callable[[], None], *, interrupted: str = "interrupted") -> int:
+def exit_status(command: Callable[[], int | None], *, interrupted: str = "interrupted") -> int:
     """Runs a command to its end, or to a sentence on standard error; returns its exit status.
 
-    That is 0, or 1 after bad input, a lack of memory or when the reader of standard output has
-    gone, as in `COMMAND | head`, or 130 after Ctrl-C.
+    That is what the command returns, or 0; 1 after bad input, a lack of memory or when the reader
+    of standard output has gone, as in `COMMAND | head`; 130 after Ctrl-C.
 
     Args:
       command: what to run.
@@ -105,7 +121,7 @@ def exit_status(command: Callable[[], None], *, interrupted: str = "interrupted"
     """
     try:
         try:
-            command()
+            status = command() or 0
         finally:
             sys.stdout.flush()
     except InputError as error:
@@ -114,12 +130,17 @@ def exit_status(command: Callable[[], None], *, interrupted: str = "interrupted"
         if (reason := exhausted(error)) is None:
             raise
         message, status = f"error: {reason}", 1
+    except ModuleNotFoundError as error:  # of what only some commands need
+        if (error.name or "").partition(".")[0] == "slimconv_jax":
+            raise
+        message = f"error: {missing(error.name or str(error), extra='train')}"
+        status = 1
     except BrokenPipeError:
         return 1
     except KeyboardInterrupt:
         message, status = interrupted, 130
     else:
-        return 0
+        return status
     print(message, file=sys.stderr)
     return status
 
@@ -217,7 +238,7 @@ class Progress:
         self._bar.stop()
 
     def advance(self, images: int) -> None:
-        """Tells that so many more images are done."""
+        """Takes notice that more images are done."""
         self.done += images
         self._bar.advance(self._task, images)
         now = time.monotonic()

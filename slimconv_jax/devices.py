@@ -1,10 +1,12 @@
-"""What JAX runs on, and where it keeps what it compiled, for the command lines."""
+"""What JAX runs on, how arrays lie on it, and where it keeps what it compiled."""
 
 import logging
 import os
 from pathlib import Path
 
 import jax
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from slimconv_jax.errors import InputError
 
@@ -38,6 +40,26 @@ def find_devices() -> list[jax.Device]:
     for record in records:
         logger.handle(record)
     return devices
+
+
+def data_mesh(devices: list[jax.Device] | None = None) -> jax.sharding.Mesh:
+    """A mesh with one axis, "data", over the given devices or all there are.
+
+    Those of one process are neighbours, so that its share of a batch is one piece.
+    """
+    devices = find_devices() if devices is None else devices
+    devices = sorted(devices, key=lambda device: (device.process_index, device.id))
+    return jax.sharding.Mesh(np.array(devices), ("data",))
+
+
+def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
+    """The sharding of the state: the whole of it on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_sharded(mesh: jax.sharding.Mesh) -> NamedSharding:
+    """The sharding of a batch: its first axis split over the devices."""
+    return NamedSharding(mesh, PartitionSpec("data"))
 
 
 def enable_compilation_cache() -> None:

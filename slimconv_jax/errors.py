@@ -78,10 +78,15 @@ def import_extra(module: str, *, extra: str, package: str | None = None) -> type
     try:
         return importlib.import_module(module)
     except (ImportError, OSError):
-        raise InputError(
-            f"this needs {package or module}, which is not installed: pip install "
-            f"'slimconv_jax[{extra}]', or, in a clone, pip install -e '.[{extra}]'"
-        ) from None
+        raise InputError(missing(package or module, extra=extra)) from None
+
+
+def missing(package: str, *, extra: str) -> str:
+    """The sentence about a package that is not installed, with the command that installs it."""
+    return (
+        f"this needs {package}, which is not installed: pip install 'slimconv_jax[{extra}]', or, "
+        f"in a clone, pip install -e '.[{extra}]'"
+    )
 
 
 def exhausted(error: Exception) -> str | None:

@@ -1,9 +1,13 @@
 """Eight simulated devices for every test, and one cache of compiled programs for all of them."""
 
+import gc
 import importlib.metadata
 import os
 import shutil
+import sys
 import tempfile
+
+import pytest
 
 # Read by JAX when it starts, so before anything imports it.
 os.environ["JAX_PLATFORMS"] = os.environ.get("JAX_PLATFORMS", "cpu")
@@ -16,9 +20,13 @@ os.environ["XLA_FLAGS"] = " ".join(
         os.environ.get("XLA_FLAGS", ""),
         "--xla_force_host_platform_device_count=8",
         "--xla_backend_optimization_level=0",
+        "--xla_cpu_parallel_codegen_split_count=1",
         "--xla_cpu_use_fusion_emitters=false" if has_emitters_flag else "",
     )
 )
+
+# Tracing makes many objects, and what was compiled stays: to collect often costs much time.
+gc.set_threshold(200_000, 50, 50)
 
 # Many tests, in other processes too, run the same programs, which take long to compile.
 _cache = None
@@ -29,8 +37,30 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 
 
 def pytest_collection_modifyitems(items):
-    # The longest first, so that at the end no worker is left alone with them.
-    items.sort(key=lambda item: "test_hosts" not in item.nodeid)
+    # A file goes to one worker: the large ones first, so that none is left alone with one.
+    items.sort(key=lambda item: -item.path.stat().st_size)
+
+
+_alone = None
+"""The test that is running, if it is not one of those that start processes."""
+
+
+def _refuse_processes(event, arguments):
+    if _alone is not None and event in ("subprocess.Popen", "os.fork", "os.posix_spawn"):
+        raise RuntimeError(f"{_alone} starts a process: mark it with pytest.mark.process")
+
+
+sys.addaudithook(_refuse_processes)
+
+
+@pytest.fixture(autouse=True)
+def no_process_unmarked(request):
+    """Tests that start processes take seconds each: they have a marker and a run of their own."""
+    global _alone
+    if not {"process", "slow", "long"} & {mark.name for mark in request.node.iter_markers()}:
+        _alone = request.node.nodeid
+    yield
+    _alone = None
 
 
 def pytest_unconfigure():

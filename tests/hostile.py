@@ -420,7 +420,7 @@ def train(workdir, key, text):
     from slimconv_jax.training.config import read_config
     from slimconv_jax.training.loop import train
 
-    config = read_config("configs/digits.py", [])
+    config = read_config("digits")
     value = int(text) if text.lstrip("-").isdigit() else float(text)
     with config.ignore_type(), config.unlocked():
         config.update_from_flattened_dict({key: value})
@@ -428,14 +428,11 @@ def train(workdir, key, text):
 
 
 def open_one(command=None, *arguments):
-    import convert_weights
     from slimconv_jax import __main__ as commands
     from slimconv_jax.console import exit_status
 
     if command is None:
         return 0
-    if command == "convert":
-        return convert_weights.main(list(arguments))
     if command in ("decode", "train"):
         return exit_status(lambda: {"decode": decode, "train": train}[command](*arguments))
     return commands.main([command, *arguments])

@@ -48,6 +48,7 @@ def sweep_here(monkeypatch):
         signal.signal(number, handler)
 
 
+@pytest.mark.process
 def test_a_sweep_is_interrupted_and_continued(tmp_path, sweep_here, capsys):
     command = [sys.executable, SCRIPT, *arguments(tmp_path)]
     one_device = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
@@ -87,7 +88,7 @@ def args(tmp_path):
 def finish(run, top1, **changes):
     """Writes what a finished run leaves."""
     run.workdir.mkdir(exist_ok=True)
-    config = sweep.read_config(sweep.config_file(run.model), run.overrides)
+    config = sweep.read_config(sweep.config_of(run.model), run.overrides)
     (run.workdir / "config.json").write_text(config.to_json_best_effort())
     values = (run.model, run.seed, *run.counts.values(), top1, 100.0 + run.seed, 2, WHERE)
     result = dict(zip(compression_report.RESULT, values, strict=True)) | changes
@@ -134,7 +135,7 @@ def test_a_result_counts_for_its_own_settings_alone(report, args):
     assert not run.is_finished()
     finish(run, 0.2)
     assert run.is_finished() and not other.is_finished()
-    # Where the data are is no part of them.
+    # Where the data are is not a part of them.
     args.overrides = [text.replace("/data", "/elsewhere") for text in args.overrides]
     assert sweep.plan("resnet14", args)[0].is_finished()
     assert [row["model"] for row in report.rows()] == ["resnet14"]
@@ -156,6 +157,7 @@ def test_a_damaged_result_is_none(args, text):
     assert not run.is_finished()
 
 
+@pytest.mark.process
 def test_a_disk_that_is_full_stops_the_sweep(args, report, sweep_here):
     runs = sweep.plan("resnet14", args)
     for run in runs:
@@ -175,7 +177,7 @@ def test_two_at_once_have_their_share_of_the_cores(args, monkeypatch):
 
 
 def read_recipe(model, args):
-    return sweep.read_config(sweep.config_file(model), sweep.recipe(model, args))
+    return sweep.read_config(sweep.config_of(model), sweep.recipe(model, args))
 
 
 def test_the_recipe(args):
@@ -186,7 +188,7 @@ def test_the_recipe(args):
     assert budget == "width 16, 4 epochs (cosine), model.stem=imagenet"
     args.epochs = 200
     config = read_recipe("ghost_resnet50", args)
-    assert config.model.name == "ghost_resnet50" and "k" not in config.model
+    assert config.model.name == "ghost_resnet50" and config.model.k is None
     assert config.optimizer.schedule == "multistep"
     assert config.optimizer.milestones == (60, 120, 160)
 
@@ -194,8 +196,8 @@ def test_the_recipe(args):
 def test_a_file_of_channels_has_the_recipe_without_k(tmp_path):
     path = tmp_path / "sc_found.json"  # whatever its name
     path.write_text(json.dumps({"stem": 8, "stages": [[[8, 8, 32]]] * 4}))
-    assert sweep.config_file(str(path)).name == "cifar100_resnet50.py"
-    assert sweep.config_file("sc_resnet14").name == "cifar100_sc_resnet50.py"
+    assert sweep.config_of(str(path)).endswith(f"/configs/cifar100.py:{path}")
+    assert sweep.config_of("sc_resnet14@2").endswith("/configs/cifar100.py:sc_resnet14")
 
 
 @pytest.mark.parametrize(
@@ -210,9 +212,10 @@ def test_a_file_of_channels_has_the_recipe_without_k(tmp_path):
         (["--models", "resnet50@2"], "error: resnet50 has no SlimConv, so it takes no k"),
         (["--config.model.k=2"], "--config.model.k is for --models NAME@K, --width, --epochs"),
         (["--bogus"], "unrecognized argument --bogus; those of train.py are --config.KEY=VALUE"),
-        (
+        pytest.param(
             ["--config.optimizer.learning_rate=-1", "--models", "resnet14"],
             "error: the training of resnet14, seed 0 failed: error: optimizer: learning_rate=-1.0",
+            marks=pytest.mark.process,
         ),
     ],
 )

@@ -82,6 +82,7 @@ sys.exit(exit_status(command))
 """
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("needed", [True, False])
 @pytest.mark.parametrize("stdout", ["full", "closed", "read no more"])
 def test_what_nobody_reads(needed, stdout, tmp_path):
@@ -101,6 +102,7 @@ def test_what_nobody_reads(needed, stdout, tmp_path):
     assert result.stderr == (sentence if explained else "")
 
 
+@pytest.mark.process
 def test_a_full_standard_error_is_no_reason_to_stop(tmp_path):
     program = "import sys; from slimconv_jax.console import prepare_console; prepare_console(); "
     program += "print('a', file=sys.stderr); print('b', file=sys.stderr); print('c')"
@@ -139,3 +141,25 @@ def test_how_a_command_ends(error, status, sentence, capsys):
 def test_a_fault_of_our_own_is_shown_as_one():
     with pytest.raises(RuntimeError, match="a bug"):
         exit_status(lambda: fail(RuntimeError("a bug")))
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("needed", [False, True])
+def test_ctrl_c_is_not_lost_where_nothing_can_catch_it(needed):
+    """As in a callback of the garbage collector, of which JAX has one."""
+    code = (
+        "import signal, sys, time\n"
+        "from slimconv_jax.console import exit_status, prepare_console\n"
+        "class Collected:\n"
+        "    def __del__(self):\n"
+        "        signal.raise_signal(signal.SIGINT)\n"
+        "def command():\n"
+        "    Collected()\n"
+        "    time.sleep(30)\n"
+        f"prepare_console(needs_stdout={needed})\n"
+        "sys.exit(exit_status(command))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=25, check=False
+    )
+    assert (done.returncode, done.stderr) == (130, "interrupted\n")

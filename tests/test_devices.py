@@ -35,6 +35,7 @@ def test_the_devices_are_those_of_jax():
     assert find_devices() == jax.devices()
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("platform", ["cuda", "nonsense"])
 def test_a_platform_that_is_not_there_is_a_sentence(platform):
     command = "from slimconv_jax.devices import find_devices; find_devices()"
@@ -52,6 +53,7 @@ def test_a_platform_that_is_not_there_is_a_sentence(platform):
     )
 
 
+@pytest.mark.process
 def test_saved_weights_are_not_blamed_for_a_missing_platform(tmp_path):
     command = (
         "import sys\nfrom slimconv_jax.__main__ import main\n"

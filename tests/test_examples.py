@@ -11,6 +11,7 @@ from processes import own_errors
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("name", "least"),  # per cent of what the script counts; guessing gives 10
     [("dense_prediction", 60), ("linen_model", 80), ("nnx_model", 80)],
@@ -30,3 +31,18 @@ def test_every_example_is_run():
         "linen_model",
         "nnx_model",
     ]
+
+
+@pytest.mark.slow
+def test_the_notebook_runs(tmp_path):
+    nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
+    notebook = nbformat.read(EXAMPLES / "quickstart.ipynb", as_version=4)
+    assert not any(cell.get("outputs") for cell in notebook.cells)
+    nbclient.NotebookClient(notebook, timeout=600, cwd=tmp_path).execute()
+    printed = "".join(
+        output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", ())
+    )
+    accuracies = [float(share) for share in re.findall(r"([\d.]+)% of", printed)]
+    assert len(accuracies) == 3 and accuracies[0] > 90 and accuracies[1] > 60
+    assert accuracies[2] == 100
+    assert "2 of 3 3x3 convolutions replaced" in printed

@@ -30,6 +30,7 @@ def test_what_is_no_file_is_not_waited_for(tmp_path, make, monkeypatch):
     assert not isinstance(error.value, MissingFileError)
 
 
+@pytest.mark.process
 def test_what_a_shell_pipes_in_is_read(tmp_path):
     program = "import sys; from slimconv_jax.files import read_text; print(read_text(sys.argv[1]))"
     command = f"\"$0\" -c '{program}' <(sleep 0.2; echo hello)"

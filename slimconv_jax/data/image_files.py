@@ -132,9 +132,12 @@ def warn_of_others(others: Collection[str], directory: object) -> None:
     ends = collections.Counter(os.path.splitext(file)[1].lower() for file in others)
     kinds = [f"{count} {end or 'without an ending'}" for end, count in ends.most_common(8)]
     kinds += ["..."] if len(ends) > 8 else []
+    which = "files in {} are left out, since their names do"
+    if ends.total() == 1:
+        which = "file in {} is left out, since its name does"
     warnings.warn(
-        f"{ends.total()} files in {directory} are left out, since their names do not end as "
-        f"those of images do: {', '.join(kinds)}",
+        f"{ends.total()} {which.format(directory)} not end as those of images do: "
+        f"{', '.join(kinds)}",
         InputWarning,
         stacklevel=2,
     )

@@ -36,14 +36,14 @@ ENDLESS = 2**40
 def load_dataset(
     source: Source,
     transform: Transform,
-    *,
     training: bool,
     sharding: NamedSharding,
+    *,
     on_device: bool | None = None,
     on_error: str = "raise",
     num_threads: int | None = None,
 ) -> "ResidentDataset | StreamedDataset":
-    """A source as batches; all but the first four arguments are the keys of `config.loader`.
+    """A source as batches; the keyword-only arguments are the keys of `config.loader`.
 
     Args:
       source: from `load_source`.
@@ -65,7 +65,7 @@ def load_dataset(
         raise InputError(f"loader: on_error={on_error!r} must be 'raise' or 'skip'")
     if num_threads is not None:
         require_integer("loader: num_threads", num_threads, 1, 1024)
-    deterministic = not training or transform.image_size is None
+    deterministic = not (training and transform.is_random)
     if on_device and not deterministic:
         raise InputError(
             "loader: on_device=True needs images that stay as they are, and config.transform has "
@@ -101,7 +101,9 @@ def _image_shape(source: Source, transform: Transform, on_error: str) -> tuple[i
 def _refuse(error: ImageError, on_error: str) -> None:
     """Raises an error about an image, with a hint, unless such images are skipped."""
     if on_error == "raise":
-        raise ImageError(f"{error} (on_error='skip' leaves such images out)") from None
+        raise ImageError(
+            f"{error} (on_error=skip, --on-error skip, leaves such images out)"
+        ) from None
 
 
 def _none_readable(source: Source) -> InputError:

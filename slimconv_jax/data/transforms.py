@@ -294,11 +294,16 @@ class Transform:
                     f"transform: {name}={value!r} must be two numbers, low and high, {limits}"
                 )
 
+    @property
+    def is_random(self) -> bool:
+        """Whether an image is another one each time it is trained on."""
+        return self.image_size is not None
+
     def for_training(
         self, data: bytes | np.ndarray, name: str, rng: np.random.Generator
     ) -> np.ndarray:
         """A random resized crop, unless images are left as they are; see `random_resized_crop`."""
-        if self.image_size is None:
+        if not self.is_random:
             return self.for_evaluation(data, name)
         return random_resized_crop(
             data,

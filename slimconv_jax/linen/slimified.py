@@ -193,7 +193,7 @@ def _intercept(
 ) -> Any:
     """Calls a method of any module in the network, or SlimConv in its place."""
     module, name = context.module, context.method_name
-    # Transforms of Flax call what is no attribute of the class.
+    # Transforms of Flax call what is not an attribute of the class.
     function = getattr(type(module), name, None)
     mode = function and uses_running_average(function, (module, *args), kwargs)
     if mode is None:
@@ -243,7 +243,7 @@ def _call_conv(
     train = slimified.train if told.value is None else not told.value
     if train is None and not conv.is_initializing():
         raise InputError(
-            f"nothing tells the SlimConv in place of {name_of_path(path)} whether it is "
+            f"nothing tells the SlimConv that replaces {name_of_path(path)} whether it is "
             "trained; linen.slimify(module, train=...) does, and so does slim.clone(train=...)"
         )
     return run_replacement(conv, build, outline, inputs, bool(train))

@@ -21,7 +21,7 @@ kaiming_normal = nnx.initializers.variance_scaling(2.0, "fan_out", "normal")
 
 
 def at_least_float32(dtype: Dtype) -> jnp.dtype:
-    """A floating-point dtype, or float32 in place of a shorter one."""
+    """A floating-point dtype, or float32 instead of a shorter one."""
     # Not `jnp.promote_types`, which refuses where users have strict promotion switched on.
     return jnp.dtype(dtype if jnp.finfo(dtype).bits >= 32 else jnp.float32)
 
@@ -48,7 +48,7 @@ class BatchNorm(nnx.BatchNorm):
     the running statistics are replaced as a whole:
     with jax 0.10 and flax 0.12.8 the base class's `mean[...] = ` looks for the sharding of a
     tracer, for which JAX walks the whole program traced so far, so that tracing takes time
-    quadratic in the depth (sc_resnet101: 25 s in place of 1 s).
+    quadratic in the depth (sc_resnet101: 25 s instead of 1 s).
 
     Args:
       features: channels, the last axis of the input.
@@ -103,7 +103,7 @@ def normalize(
     Args:
       norms: of the same settings (`mergeable`).
       parts: the input of each, (..., features).
-      use_running_average: in place of their own.
+      use_running_average: instead of their own.
     """
     norm = norms[0]
     use_running_average = _mode(norm, use_running_average)

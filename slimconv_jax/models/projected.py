@@ -178,10 +178,10 @@ def replacement(
         kernel = 9 * (in_features // groups) * out_features
         before, after = count_conv_params(conv, in_features), count_params(module)
         if after >= before:
-            raise InputError(f"SlimConv would have {after:,} parameters in place of {before:,}")
+            raise InputError(f"SlimConv would have {after:,} parameters instead of {before:,}")
         if (products := _macs_per_pixel(module)) >= kernel:
             raise InputError(
-                f"SlimConv would have {products:,} multiply-adds a pixel of the output in place of "
+                f"SlimConv would have {products:,} multiply-adds a pixel of the output instead of "
                 f"{kernel:,}"
             )
     return module

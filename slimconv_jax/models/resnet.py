@@ -263,14 +263,14 @@ def as_dtype(dtype: Dtype | None) -> jnp.dtype | None:
     """The one form of a dtype, None for none.
 
     Raises:
-      ValueError: if it is no floating-point dtype.
+      ValueError: if it is not a floating-point dtype.
     """
     try:
         known = None if dtype is None else jnp.dtype(dtype)
     except TypeError:
         known = jnp.dtype(int)
     if known is not None and not jnp.issubdtype(known, jnp.floating):
-        raise InputError(f"dtype={dtype!r} is no dtype of the computation, such as 'bfloat16'")
+        raise InputError(f"dtype={dtype!r} is not a dtype of the computation, such as 'bfloat16'")
     return known
 
 
@@ -293,7 +293,7 @@ class ResNet(nnx.Module):
 
     Raises:
       ValueError: if a SlimConv of the architecture cannot exist (see `SlimConv`), or if
-        `dtype` is no dtype.
+        `dtype` is not a dtype.
     """
 
     def __init__(
@@ -362,7 +362,7 @@ class ResNet(nnx.Module):
         1, 2, 4 and 8 with the "cifar" stem; a dilated stage keeps the stride before it.
 
         Raises:
-          ValueError: if the images have another shape, or are no floats.
+          ValueError: if the images have another shape, or are not floats.
         """
         if x.ndim != 4 or x.shape[-1] != 3 or not jnp.issubdtype(x.dtype, jnp.floating):
             raise InputError(

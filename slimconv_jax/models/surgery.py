@@ -127,7 +127,7 @@ def backbone(model: ResNet, *, output_stride: int | None = None) -> ResNet:
     result = abstract_resnet(config, remat=model.remat, dtype=model.stem.conv.dtype)
     weights = nnx.clone(model)
     weights.classifier = None
-    nnx.update(result, nnx.state(weights, (nnx.Param, nnx.BatchStat)))
+    nnx.update(result, nnx.state(weights))
     if is_evaluating(model):
         result.eval()
     return result

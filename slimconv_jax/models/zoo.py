@@ -19,6 +19,7 @@ from slimconv_jax.errors import InputError
 from slimconv_jax.models.channels import read_channels
 from slimconv_jax.models.resnet import ResNet, ResNetConfig, as_dtype
 from slimconv_jax.models.slimconv import CompressionRatio, k_from_reduction, reduction_from_k
+from slimconv_jax.models.variables import by_name
 
 
 def _with_sc(plain: dict[str, ResNetConfig]) -> dict[str, ResNetConfig]:
@@ -55,6 +56,10 @@ ARCHITECTURES: dict[str, ResNetConfig] = (
 )
 
 
+_FREE = ("reduction", "num_classes", "width", "stem", "dilation")
+"""The fields of an architecture that its name leaves open."""
+
+
 def list_models(pattern: str = "*") -> list[str]:
     """The names that `create_model` knows, those matching a shell-style pattern."""
     return [name for name in ARCHITECTURES if fnmatch.fnmatch(name, pattern)]
@@ -69,24 +74,25 @@ def unknown_model(name: object) -> InputError:
 
 def create_model(
     name: str | os.PathLike,
+    rngs: nnx.Rngs,
+    num_classes: int = 1000,
     *,
     k: CompressionRatio | None = None,
-    num_classes: int = 1000,
     stem: str = "imagenet",
     width: int = 64,
     dilation: Sequence[bool] = (False, False, False),
     zero_init_residual: bool = False,
     remat: bool = False,
     dtype: Dtype | None = None,
-    rngs: nnx.Rngs,
 ) -> ResNet:
     """A new model of a named architecture, in training mode; `model.eval()` switches it.
 
     Args:
       name: one of `list_models()`, or a JSON file of channels (`slimconv_jax.models.channels`).
+      rngs: source of the initial parameters, such as `nnx.Rngs(0)`.
+      num_classes: outputs of the classifier; 0 for none, which leaves the pooled features.
       k: compression ratio of every SlimConv, 2r/3 for an integer r >= 2, as a string
         ("8/3"), Fraction or number; None for the architecture's own. Sc models only.
-      num_classes: outputs of the classifier; 0 for none, which leaves the pooled features.
       stem: "imagenet", or "cifar" for small images.
       width: channels of the stem and planes of the first stage, 64 in all published models; the
         channels of a JSON file are those at 64.
@@ -95,7 +101,6 @@ def create_model(
         scale 0.
       remat: whether training recomputes the insides of the blocks to save memory.
       dtype: dtype of the computation; parameters, batch statistics and logits are float32.
-      rngs: source of the initial parameters, such as `nnx.Rngs(0)`.
 
     Raises:
       ValueError: if the name is unknown, a value is not allowed, or the channels of the
@@ -206,7 +211,7 @@ def _abstract_parts(config: ResNetConfig, remat: bool, dtype: jnp.dtype | None) 
 
 
 def abstract(build: Callable[..., nnx.Module]) -> nnx.Module:
-    """What `build(rngs=...)` makes, with shapes and dtypes in place of arrays."""
+    """What `build(rngs=...)` makes, with shapes and dtypes instead of arrays."""
     # One key for everything, since nothing is drawn. `nnx.Rngs` would count its keys inside
     # the traced program, with jax 0.10 at a cost quadratic in the depth (see BatchNorm).
     rngs = types.SimpleNamespace(params=lambda: jax.random.key(0))
@@ -232,9 +237,8 @@ def require_resnet(model: object, caller: str) -> None:
     """
     if not isinstance(model, ResNet):
         raise InputError(f"{caller} takes a slimconv_jax ResNet, not a {type(model).__name__}")
-    kinds = (nnx.Param, nnx.BatchStat)
     ours, expected = (
-        {path: variable.shape for path, variable in nnx.to_flat_state(nnx.state(m, kinds))}
+        {name: variable.shape for name, variable in by_name(m).items()}
         for m in (model, abstract_resnet(model.config))
     )
     if ours != expected:
@@ -250,13 +254,12 @@ def name_of(config: ResNetConfig) -> str | None:
 
     None if `list_models()` has no such architecture.
     """
-    for name, named in ARCHITECTURES.items():
-        if (config.reduction is None) == (named.reduction is None) and all(
-            getattr(config, field) == getattr(named, field)
-            for field in ("blocks", "block", "groups", "base_width", "lower_groups", "channels")
-        ):
-            return name
-    return None
+
+    def fixed(config: ResNetConfig) -> dict:
+        kept = {k: v for k, v in vars(config).items() if k not in _FREE}
+        return kept | {"is_sc": config.reduction is not None}
+
+    return next((name for name, row in ARCHITECTURES.items() if fixed(row) == fixed(config)), None)
 
 
 def nearest_name(config: ResNetConfig) -> str:

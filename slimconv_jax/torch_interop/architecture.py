@@ -31,7 +31,7 @@ def read_architecture(
         fit the shapes.
 
     Raises:
-      ValueError: if these are no entries of a ResNet, or k is not the one of the file.
+      ValueError: if these are not entries of a ResNet, or k is not the one of the file.
     """
     blocks: dict[tuple[int, int], dict[str, tuple[int, ...]]] = {}
     for name, shape in shapes.items():

@@ -138,7 +138,7 @@ def from_torch(
 def to_torch(model: ResNet) -> dict[str, np.ndarray]:
     """The PyTorch state dict of a model: NumPy arrays by released name, in PyTorch's layout.
 
-    `num_batches_tracked` is left out: it is no part of the function, and PyTorch does
+    `num_batches_tracked` is left out: it is not a part of the function, and PyTorch does
     without it, also where it is strict.
 
     Raises:
@@ -207,7 +207,7 @@ def clean_state_dict(state_dict: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """The parameters and statistics of a state dict, without prefix, in float32 or float64.
 
     Raises:
-      ValueError: if one of them is no dense floating-point tensor, or the names are
+      ValueError: if one of them is not a dense floating-point tensor, or the names are
         those of several networks.
     """
     arrays = {}
@@ -250,7 +250,7 @@ def clean_state_dict(state_dict: Mapping[str, Any]) -> dict[str, np.ndarray]:
 def _as_array(value: Any) -> np.ndarray | str:
     """A tensor or array in float32, or in float64 where JAX has that switched on.
 
-    A string that says what it is if it is no dense floating-point tensor.
+    A string that says what it is if it is not a dense floating-point tensor.
     """
     keep = jax.config.jax_enable_x64
     torch = sys.modules.get("torch")

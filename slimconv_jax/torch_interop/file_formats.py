@@ -93,7 +93,7 @@ def _indexed_files(path: epath.Path) -> list[str]:
         if not names or not all(Path(name).name == name for name in names):
             raise ValueError
     except (AttributeError, KeyError, TypeError, ValueError):
-        raise InputError(f"{path} is no index of the files of a model") from None
+        raise InputError(f"{path} is not an index of the files of a model") from None
     return names
 
 
@@ -186,7 +186,7 @@ def _guarded(path: Path, load: Callable[[], Any], kind: str = "") -> Any:
     except InputError:
         raise
     except LIBRARY_ERRORS as error:
-        reason = f"is no intact {kind} file: {first_line(error)}" if kind else _reason(error)
+        reason = f"is not an intact {kind} file: {first_line(error)}" if kind else _reason(error)
         raise InputError(f"{path} {reason}") from None
 
 
@@ -260,7 +260,7 @@ def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
 
         return safetensors.torch.load_file(path)
     except (OSError, ValueError, safetensors.SafetensorError) as error:
-        raise InputError(f"{path} is no intact safetensors file: {first_line(error)}") from None
+        raise InputError(f"{path} is not an intact safetensors file: {first_line(error)}") from None
 
 
 _EXPANSION = 8
@@ -341,7 +341,7 @@ def _reason(error: Exception) -> str:
         )
     if "TorchScript" in str(error):
         return "is a TorchScript archive; save the state_dict() of the module instead"
-    return f"is no checkpoint, or is truncated or damaged: {first_line(error)}"
+    return f"is not a checkpoint, or is truncated or damaged: {first_line(error)}"
 
 
 def first_line(error: Exception) -> str:

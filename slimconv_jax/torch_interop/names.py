@@ -12,6 +12,7 @@ import numpy as np
 from flax import nnx
 
 from slimconv_jax.models.resnet import ResNet
+from slimconv_jax.models.variables import by_name
 
 _MODULES = (
     (r"stem\.conv", "conv1"),
@@ -77,9 +78,8 @@ class Entry:
 def entries(model: ResNet) -> dict[str, Entry]:
     """Every parameter and batch statistic of a model, by released name, in our order."""
     table = {}
-    for path, variable in nnx.to_flat_state(nnx.state(model, (nnx.Param, nnx.BatchStat))):
-        *module, leaf = map(str, path)
-        module = ".".join(module)
+    for ours, variable in by_name(model).items():
+        module, _, leaf = ours.rpartition(".")
         for pattern, replacement in _MODULES:
             module = re.sub(pattern, replacement, module)
         name, shape = f"{module}.{_LEAVES[leaf]}", variable.shape

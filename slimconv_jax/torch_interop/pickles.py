@@ -46,7 +46,9 @@ def check_pickles(file: BinaryIO, path: Path | str, count: int = 1) -> None:
         raise
     except (*LIBRARY_ERRORS, UnicodeDecodeError) as error:
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise InputError(f"{path} is no checkpoint, or is truncated or damaged: {reason}") from None
+        raise InputError(
+            f"{path} is not a checkpoint, or is truncated or damaged: {reason}"
+        ) from None
 
 
 def _check_pickle(file: BinaryIO, path: Path | str) -> None:

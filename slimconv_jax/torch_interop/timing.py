@@ -40,7 +40,7 @@ def torch_program(
       device: "cpu" or "cuda".
 
     Returns:
-      A function that does so many rounds and waits for the last, the seconds that the first round
+      A function that does rounds and waits for the last, the seconds that the first round
       took to compile (None if it did not), and the peak of the memory that PyTorch allocated, in
       bytes (on a CPU, where it keeps no account, None), parameters and images included.
     """

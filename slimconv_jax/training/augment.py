@@ -1,38 +1,11 @@
-"""What happens to images on the device, inside the step: crop, flip, mix, then normalise."""
+"""What happens to training images on the device, inside the step: crop, flip, mix."""
 
 import functools
-from collections.abc import Sequence
-from numbers import Real
 
 import jax
 import jax.numpy as jnp
 
 from slimconv_jax.errors import InputError, require_integer, require_number
-
-
-def normalize(images: jax.Array, *, mean: Sequence[float], std: Sequence[float]) -> jax.Array:
-    """(x / 255 - mean) / std, per channel: (N, H, W, 3), of values up to 255, to float32.
-
-    Raises:
-      ValueError: unless `mean` and `std` have three numbers each, those of `std` not near 0.
-    """
-    if not (_three_numbers(mean) and _three_numbers(std) and min(std) >= 1e-6):
-        raise InputError(
-            f"normalize: mean={mean!r} and std={std!r} must be three numbers each, one for each of "
-            "red, green and blue, and those of std at least 1e-06"
-        )
-    mean, std = (
-        jnp.asarray(c, jnp.float32).reshape((1,) * (images.ndim - 1) + (3,)) for c in (mean, std)
-    )
-    return (images.astype(jnp.float32) / 255 - mean) / std
-
-
-def _three_numbers(value: object) -> bool:
-    return (
-        isinstance(value, Sequence)
-        and len(value) == 3
-        and all(isinstance(number, Real) and abs(number) < 1e6 for number in value)
-    )
 
 
 def random_crop(key: jax.Array, images: jax.Array, *, padding: int) -> jax.Array:
@@ -44,7 +17,7 @@ def random_crop(key: jax.Array, images: jax.Array, *, padding: int) -> jax.Array
       padding: pixels added on each side before an H x W crop is taken, 0 for none.
 
     Raises:
-      ValueError: if the padding is no integer from 0 to the shorter side.
+      ValueError: if the padding is not an integer from 0 to the shorter side.
     """
     require_integer("augment: crop_padding", padding, 0, min(images.shape[1:3]))
     if padding == 0:

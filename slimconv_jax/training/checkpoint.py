@@ -8,8 +8,8 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from slimconv_jax.errors import LIBRARY_ERRORS, InputError
-from slimconv_jax.training.step import EMA, TrainState
-from slimconv_jax.work_directory import CHECKPOINTS, write_checksums
+from slimconv_jax.storage.checkpoints import CHECKPOINTS, write_checksums
+from slimconv_jax.training.step import TrainState
 
 
 class Checkpoints:
@@ -93,8 +93,9 @@ class Checkpoints:
         items = {name: ocp.args.StandardRestore(tree) for name, tree in _items(abstract).items()}
         with self._explained(f"read the checkpoint of step {step}, or it is of another config"):
             restored = self._manager.restore(step, args=ocp.args.Composite(**items))
-        ema = EMA(**restored["ema"]) if like.ema is not None else None
-        return TrainState(**restored["model"], **restored["optimizer"], ema=ema)
+        return TrainState(
+            variables=restored["model"], **restored["optimizer"], ema=restored.get("ema")
+        )
 
     def _seal(self) -> None:
         """Adds checksums to the checkpoint, all of which is written, before it is committed."""
@@ -135,9 +136,9 @@ class _Best:
 
 def _items(state: TrainState) -> dict[str, dict]:
     items = {
-        "model": {"params": state.params, "batch_stats": state.batch_stats},
+        "model": state.variables,
         "optimizer": {"step": state.step, "opt_state": state.opt_state},
     }
     if state.ema is not None:
-        items["ema"] = state.ema._asdict()
+        items["ema"] = state.ema
     return items

@@ -3,7 +3,7 @@
 import io
 from collections.abc import Sequence
 
-CURVES = {"train": "training", "test": "test", "test_ema": "test, averaged weights"}
+from slimconv_jax.training.metrics import SPLITS
 
 
 def draw_curves(lines: Sequence[dict], title: str) -> bytes:
@@ -18,7 +18,7 @@ def draw_curves(lines: Sequence[dict], title: str) -> bytes:
     figure = Figure(figsize=(11, 4), layout="constrained")
     figure.suptitle(title)
     loss, accuracy = figure.subplots(1, 2)
-    for color, (split, label) in enumerate(CURVES.items()):
+    for color, (split, label) in enumerate(SPLITS.items()):
         here = [line for line in lines if line["split"] == split]
         epochs = [line["epoch"] for line in here]
         style = {"color": f"C{color}", "label": label}

@@ -2,64 +2,44 @@
 
 import contextlib
 import dataclasses
-import functools
 import hashlib
 import json
 import shlex
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import ml_collections
 from etils import epath
-from flax import nnx
 
 from slimconv_jax.console import say
-from slimconv_jax.data.loader import load_dataset
-from slimconv_jax.data.sources import load_splits
-from slimconv_jax.data.transforms import MOST_SIDE, Transform
-from slimconv_jax.errors import InputError
+from slimconv_jax.devices import data_mesh, replicated
 from slimconv_jax.files import absolute
+from slimconv_jax.inference.eval_step import describe, describe_skipped, summarize
 from slimconv_jax.models.complexity import count_macs, count_params
 from slimconv_jax.models.resnet import ResNet
-from slimconv_jax.models.zoo import abstract_model, create_model
 from slimconv_jax.models.zoo import describe as describe_model
-from slimconv_jax.saving import describe_workdir, load_model, read_info, versions
-from slimconv_jax.training.augment import augment
-from slimconv_jax.training.checkpoint import Checkpoints
-from slimconv_jax.training.config import check_config
-from slimconv_jax.training.evaluate import make_evaluate, summarize
-from slimconv_jax.training.hosts import Comparison, on_first
-from slimconv_jax.training.interruption import RunInterruptedError, StopSignal
-from slimconv_jax.training.profiling import Profiler
-from slimconv_jax.training.report import (
-    Reporter,
-    describe,
-    describe_skipped,
-    rank_evaluations,
-    read_metrics,
-)
-from slimconv_jax.training.setup import create_preprocess, create_step, random_keys, uses_ema
-from slimconv_jax.training.step import (
-    TrainState,
-    abstract_state,
-    batch_sharded,
-    create_state,
-    data_mesh,
-    replicated,
-)
-from slimconv_jax.work_directory import (
-    CHECKPOINTS,
+from slimconv_jax.storage.checkpoints import CHECKPOINTS, list_checkpoints, newest_intact
+from slimconv_jax.storage.model_directory import read_info, versions
+from slimconv_jax.storage.work_directory import (
     METRICS,
     PICTURE,
     TENSORBOARD,
     claim_workdir,
+    describe_workdir,
     flatten,
     hold_workdir,
-    list_checkpoints,
-    newest_intact,
 )
+from slimconv_jax.training.checkpoint import Checkpoints
+from slimconv_jax.training.config import complete, default_values
+from slimconv_jax.training.hosts import Comparison, on_first
+from slimconv_jax.training.interruption import RunInterruptedError, StopSignal
+from slimconv_jax.training.metrics import rank_evaluations, read_metrics
+from slimconv_jax.training.profiling import Profiler
+from slimconv_jax.training.report import Reporter
+from slimconv_jax.training.setup import Parts, create_initial, create_parts, uses_ema
+from slimconv_jax.training.step import TrainState, abstract_state, create_state
 
 _OF_A_HOST = ("dataset.data_dir", "loader.num_threads")
 """The keys of a config in which the processes of a run may differ."""
@@ -76,7 +56,7 @@ def train(
     Without one, it starts from the model at `config.init_from`; without that, from scratch.
 
     Args:
-      config: as a file in `configs/` returns it.
+      config: as a file in `configs/` returns it; keys that it lacks have their defaults.
       workdir: gets `config.json`, `model.json`, `checkpoints/`, `metrics.jsonl`, `tensorboard/`
         and `curves.png`. All processes of a run must reach it.
       devices: what to run on; all devices of all processes if None.
@@ -89,252 +69,209 @@ def train(
         diverges, or a checkpoint cannot be written.
       RunInterruptedError: after SIGTERM or Ctrl-C, when the state is saved.
     """
+    began = time.perf_counter()
     with contextlib.ExitStack() as held:
         comparison = held.enter_context(Comparison())
-        return _train(config, absolute(workdir), data_mesh(devices), comparison, held)
+        workdir = absolute(workdir)
+        # What is wrong with a config is found before it claims the directory.
+        parts = create_parts(complete(config), data_mesh(devices))
+        start = _claim(parts, workdir, comparison, held)
+        total_steps = parts.timetable.total_steps
+        done = _evaluations(read_metrics(workdir))
+        if start.step == total_steps and (total_steps, "test") in done:
+            result = done[total_steps, "test"]
+            say(f"{workdir} is complete, nothing to do: {describe(result)}")
+            return result
+        _announce(parts, workdir, start)
+        lines = _run(parts, workdir, start, done)
+    for data in (parts.train_data, parts.test_data):
+        if data.skipped:
+            say(describe_skipped(data.skipped))
+    say(f"finished in {_duration(time.perf_counter() - began)}")
+    return _conclude(parts, workdir, lines)
 
 
-def _train(
-    config: ml_collections.ConfigDict,
-    workdir: epath.Path,
-    mesh: jax.sharding.Mesh,
-    comparison: Comparison,
-    held: contextlib.ExitStack,
-) -> dict:
-    """Does what `train` says, in a work directory that `held` lets go of."""
-    start = time.perf_counter()
-    check_config(config, mesh.size)
-    train_source, test_source = load_splits(**config.dataset)
-    class_names = train_source.class_names
-    model_args = {"num_classes": len(class_names), **config.model}
-    model = abstract_model(**model_args)
-    transform = Transform(**config.transform)
-    # What is wrong with a config is found before it claims the directory, most of it before images
-    # are decoded.
-    augment_images = functools.partial(augment, **config.augment)
-    prepare = create_preprocess(config)
-    target = jax.ShapeDtypeStruct((1, len(class_names)), jnp.float32)
+class _Start(NamedTuple):
+    """Where a run starts: after `step` steps, 0 for a new one, which has a `model`."""
 
-    def try_out(*image_shape: int) -> None:
-        image = jax.ShapeDtypeStruct((1, *image_shape), jnp.uint8)
-        jax.eval_shape(augment_images, jax.random.key(0), image, target)
-        jax.eval_shape(prepare, image)
+    step: int
+    model: ResNet | None
+    words: str
 
-    try_out(MOST_SIDE, MOST_SIDE, 3)  # any image is as large
-    train_data, test_data = (
-        load_dataset(
-            source,
-            transform,
-            training=source is train_source,
-            sharding=batch_sharded(mesh),
-            **config.loader,
-        )
-        for source in (train_source, test_source)
-    )
-    try_out(*train_data.image_shape)
-    if len(train_data) < config.batch_size:
-        raise InputError(
-            f"there are only {len(train_data)} images to train on, fewer than "
-            f"config.batch_size={config.batch_size}"
-        )
-    steps_per_epoch = len(train_data) / config.batch_size
-    total_steps = max(round(config.num_epochs * steps_per_epoch), 1)
-    if total_steps >= 2**31:
-        raise InputError(
-            f"config.num_epochs={config.num_epochs} are {total_steps} steps of "
-            f"config.batch_size={config.batch_size}; a run has less than 2**31"
-        )
-    every = config.eval_every_epochs
-    eval_epochs = range(every, config.num_epochs, every)
-    eval_steps = {round(epoch * steps_per_epoch) for epoch in eval_epochs} | {total_steps}
-    optimizer, train_step = create_step(
-        config, model, steps_per_epoch=steps_per_epoch, total_steps=total_steps, mesh=mesh
-    )
-    evaluate = make_evaluate(model, preprocess=prepare, mesh=mesh)
-    use_ema = uses_ema(config)
-    height, width, _ = train_data.image_shape
-    macs = count_macs(model, height)
 
+def _claim(
+    parts: Parts, workdir: epath.Path, comparison: Comparison, held: contextlib.ExitStack
+) -> _Start:
+    """Makes sure that the run can start, and makes the work directory its own while it is held."""
+    config = parts.config
     is_new = not list_checkpoints(workdir)
     if is_new and config.init_from:
         read_info(config.init_from)  # whether it is there, on every host
-    comparison.require_same(
-        {
-            **{
-                f"config.{key}": value
-                for key, value in flatten(json.loads(config.to_json_best_effort())).items()
-                if key not in _OF_A_HOST
-            },
-            "the architecture": json.dumps(dataclasses.asdict(model.config)),
-            "the number of training images": len(train_data),
-            "the number of test images": len(test_source),
-            "the classes": _digest(class_names),
-            "the work directory": str(workdir),
-            "jax_enable_x64": jax.config.jax_enable_x64,
-            **{f"the version of {name}": version for name, version in versions().items()},
-        }
-    )
-    info = {
-        "class_names": list(class_names),
-        "preprocessing": {"image_size": transform.image_size, **config.normalize.to_dict()},
-        "image_shape": list(train_data.image_shape),
-    }
-
-    starting, words = None, f"continuing {workdir}"
+    comparison.require_same(_facts(parts, workdir))
+    model, words = None, f"continuing {workdir}"
     if is_new:
-        starting = create_model(rngs=nnx.Rngs(random_keys(config)[0]), **model_args)
-        words = "from scratch"
-        if config.init_from:
-            words = _initialize(starting, config.init_from)
+        model, words = create_initial(config, len(parts.class_names))
 
     def claim() -> int:
         held.enter_context(hold_workdir(workdir))
-        claim_workdir(workdir, config)
-        describe_workdir(model, workdir, info)
+        claim_workdir(workdir, config, default_values())
+        describe_workdir(parts.model, workdir, parts.info())
         return newest_intact(workdir)
 
-    first_step = on_first(claim)
-    tests = {
-        (line["step"], line["split"]): line
-        for line in read_metrics(workdir)
-        if line["split"] != "train"
+    return _Start(on_first(claim), model, words)
+
+
+def _facts(parts: Parts, workdir: epath.Path) -> dict:
+    """What must be the same in all processes of a run."""
+    values = flatten(json.loads(parts.config.to_json_best_effort()))
+    return {
+        **{f"config.{key}": value for key, value in values.items() if key not in _OF_A_HOST},
+        "the architecture": json.dumps(dataclasses.asdict(parts.model.config)),
+        "the number of training images": len(parts.train_data),
+        "the number of test images": parts.num_test_images,
+        "the classes": _digest(parts.class_names),
+        "the work directory": str(workdir),
+        "jax_enable_x64": jax.config.jax_enable_x64,
+        **{f"the version of {name}": version for name, version in versions().items()},
     }
-    if first_step == total_steps and (total_steps, "test") in tests:
-        result = tests[total_steps, "test"]
-        say(f"{workdir} is complete, nothing to do: {describe(result)}")
-        return result
+
+
+def _evaluations(lines: Sequence[dict]) -> dict[tuple[int, str], dict]:
+    """The lines of evaluations by step and split."""
+    return {(line["step"], line["split"]): line for line in lines if line["split"] != "train"}
+
+
+def _announce(parts: Parts, workdir: epath.Path, start: _Start) -> None:
+    """Says what is about to be done."""
+    config, mesh, model = parts.config, parts.mesh, parts.model
+    height, width, _ = parts.train_data.image_shape
     processes = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
+    epochs = f"{config.num_epochs} epoch{'s' if config.num_epochs > 1 else ''}"
     say(
-        f"model    {describe_model(model.config)}: {count_params(model):,} parameters, {macs:,} "
-        f"multiply-adds at {width}x{height}\n"
-        f"data     {len(train_data)} training images {train_data.where}, {len(test_source)} test "
-        f"images, {len(class_names)} classes\n"
+        f"model    {describe_model(model.config)}: {count_params(model):,} parameters, "
+        f"{count_macs(model, height):,} multiply-adds at {width}x{height}\n"
+        f"data     {len(parts.train_data)} training images {parts.train_data.where}, "
+        f"{parts.num_test_images} test images, {len(parts.class_names)} classes\n"
         f"devices  {mesh.size} x {mesh.devices.flat[0].device_kind}{processes}\n"
-        f"steps    {total_steps} of {config.batch_size} images, {config.num_epochs} epochs\n"
-        f"start    {words}{f' after step {first_step}' if first_step else ''}; compiling"
+        f"steps    {parts.timetable.total_steps} of {config.batch_size} images, {epochs}\n"
+        f"start    {start.words}{f' after step {start.step}' if start.step else ''}; compiling"
     )
 
-    everywhere = replicated(mesh)
+
+def _run(
+    parts: Parts, workdir: epath.Path, start: _Start, done: dict[tuple[int, str], dict]
+) -> list[dict]:
+    """The loop over the steps; returns the lines of metrics."""
+    config, timetable = parts.config, parts.timetable
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(StopSignal())  # first, so that the last save is waited for
         checkpoints = stack.enter_context(Checkpoints(workdir, to_keep=config.checkpoints_to_keep))
-        if first_step:
-            like = abstract_state(model, optimizer, ema=use_ema)
-            state = checkpoints.restore(first_step, like=like, sharding=everywhere)
-        else:
-            state = jax.device_put(create_state(starting, optimizer, ema=use_ema), everywhere)
+        state = _initial_state(parts, start, checkpoints)
         reporter = stack.enter_context(
             Reporter(
                 workdir,
-                title=describe_model(model.config),
-                first_step=first_step,
-                total_steps=total_steps,
-                steps_per_epoch=steps_per_epoch,
+                title=describe_model(parts.model.config),
+                first_step=start.step,
+                total_steps=timetable.total_steps,
+                steps_per_epoch=timetable.steps_per_epoch,
                 batch_size=config.batch_size,
                 log_every_steps=config.log_every_steps,
-                eval_steps=eval_steps,
+                line_steps=timetable.checkpoint_steps,
             )
         )
         profiler = stack.enter_context(
-            Profiler(workdir, first_step=first_step, num_steps=config.profile_steps)
+            Profiler(workdir, first_step=start.step, num_steps=config.profile_steps)
         )
-
-        def until_stop(batches: Iterable) -> Iterator:
-            for batch in batches:
-                if stop.requested():
-                    return
-                yield batch
-
-        def test(step: int, state: TrainState) -> None:
-            """Evaluates and reports, unless it is told to stop meanwhile."""
-            reporter.wait()
-            models = {"test": (state.params, state.batch_stats)}
-            if use_ema:
-                models["test_ema"] = state.ema
-            results = {}
-            for name, (params, batch_stats) in models.items():
-                batches = until_stop(test_data.eval_batches(config.eval_batch_size))
-                totals = evaluate(params, batch_stats, batches)
-                results[name] = summarize({key: total.item() for key, total in totals.items()})
-            if not stop.requested():
-                reporter.test(step, results)
-
-        if first_step in eval_steps and (first_step, "test") not in tests:
-            test(first_step, state)  # what an interruption prevented
+        if start.step in timetable.eval_steps and (start.step, "test") not in done:
+            _test(parts, start.step, state, reporter, stop)  # what an interruption prevented
             if stop.name:
-                raise RunInterruptedError(stop.name, first_step)
-        batches = train_data.train_batches(
-            config.batch_size, seed=config.seed, first_step=first_step
+                raise RunInterruptedError(stop.name, start.step)
+        saved_at = time.monotonic()
+        batches = parts.train_data.train_batches(
+            config.batch_size, seed=config.seed, first_step=start.step
         )
         metrics = None
-        for step in range(first_step + 1, total_steps + 1):
+        for step in range(start.step + 1, timetable.total_steps + 1):
             asked = time.perf_counter()
             batch = next(batches)
             data_seconds = time.perf_counter() - asked
             if metrics is not None and not metrics["loss"].is_ready():
                 data_seconds = 0.0  # the devices are busy with the step before
             profiler.before(step)
-            state, metrics = train_step(state, batch)
+            state, metrics = parts.train_step(state, batch)
             profiler.after(step, metrics)
             reporter.train_step(step, metrics, data_seconds)
-            if step in eval_steps:
-                test(step, state)
+            if step in timetable.eval_steps:
+                _test(parts, step, state, reporter, stop)
             stopping = stop.requested()
-            if stopping or step in eval_steps:
+            if stopping or step in timetable.checkpoint_steps or _is_due(config, step, saved_at):
                 reporter.flush(step)  # after which all is known to be finite
                 best = [line["step"] for line in rank_evaluations(reporter.lines)]
                 checkpoints.save(step, state, best=best)
+                saved_at = time.monotonic()
             if stopping:
                 checkpoints.wait()
                 raise RunInterruptedError(stop.name, step)
         checkpoints.wait()
+    return reporter.lines
 
-    for data in (train_data, test_data):
-        if data.skipped:
-            say(describe_skipped(data.skipped))
-    lines = reporter.lines
+
+def _initial_state(parts: Parts, start: _Start, checkpoints: Checkpoints) -> TrainState:
+    """The state that a run starts with, on all devices."""
+    everywhere, ema = replicated(parts.mesh), uses_ema(parts.config)
+    if start.step:
+        like = abstract_state(parts.model, parts.optimizer, ema=ema)
+        return checkpoints.restore(start.step, like=like, sharding=everywhere)
+    return jax.device_put(create_state(start.model, parts.optimizer, ema=ema), everywhere)
+
+
+def _test(parts: Parts, step: int, state: TrainState, reporter: Reporter, stop: StopSignal) -> None:
+    """Evaluates and reports, unless it is told to stop meanwhile."""
+
+    def until_stop(batches: Iterable) -> Iterator:
+        for batch in batches:
+            if stop.requested():
+                return
+            yield batch
+
+    reporter.wait()
+    models = {"test": state.variables}
+    if state.ema is not None:
+        models["test_ema"] = {**state.variables, **state.ema}
+    results = {}
+    for name, variables in models.items():
+        batches = until_stop(parts.test_data.eval_batches(parts.config.eval_batch_size))
+        totals = parts.evaluate(variables, batches)
+        results[name] = summarize({key: total.item() for key, total in totals.items()})
+    if not stop.requested():
+        reporter.test(step, results)
+
+
+def _is_due(config: ml_collections.ConfigDict, step: int, saved_at: float) -> bool:
+    """Whether `checkpoint_every_minutes` asks for a checkpoint, which the first process decides."""
+    if not config.checkpoint_every_minutes or step % config.log_every_steps:
+        return False
+    minutes = (time.monotonic() - saved_at) / 60
+    return bool(on_first(lambda: int(minutes >= config.checkpoint_every_minutes)))
+
+
+def _conclude(parts: Parts, workdir: epath.Path, lines: Sequence[dict]) -> dict:
+    """Says how good the model is; returns its last evaluation."""
     last = {line["split"]: line for line in lines if line["split"] != "train"}
     kept = {int(path.name) for path in list_checkpoints(workdir)}
     best = next(line for line in rank_evaluations(lines) if line["step"] in kept)
-    say(f"finished in {_duration(time.perf_counter() - start)}\ntest     {describe(last['test'])}")
-    if use_ema:
+    say(f"test     {describe(last['test'])}")
+    if "test_ema" in last:
         say(f"averaged {describe(last['test_ema'])}")
     more = " --ema" if best["split"] == "test_ema" else ""
-    if data_dir := config.dataset.get("data_dir"):
+    if data_dir := parts.config.dataset.data_dir:
         more += f" --data-dir {shlex.quote(str(data_dir))}"
     say(
         f"best     {describe(best)}, after epoch {best['epoch']:.1f}:\n"
-        f"         python -m slimconv_jax evaluate {workdir} --checkpoint {best['step']}{more}\n"
+        f"         slimconv evaluate {workdir} --checkpoint {best['step']}{more}\n"
         f"files    {workdir}: {CHECKPOINTS}/, {METRICS}, {PICTURE}, {TENSORBOARD}/"
     )
     return last["test"]
-
-
-def _initialize(model: ResNet, path: str) -> str:
-    """Gives a new model the weights of a saved one, all but a classifier of another size.
-
-    Returns:
-      What was done, in words.
-
-    Raises:
-      ValueError: if the other is none, or of another architecture.
-    """
-    other = load_model(path)
-    same = {"num_classes": model.config.num_classes, "dilation": model.config.dilation}
-    if dataclasses.replace(other.config, **same) != model.config:
-        raise InputError(
-            f"config.init_from={path!r} is {describe_model(other.config)}, and config.model is "
-            f"{describe_model(model.config)}; they must be the same but for the classes"
-        )
-    said = f"from the weights of {path}"
-    if other.config.num_classes != model.config.num_classes:
-        other.classifier = model.classifier
-        said += f", but a new classifier of {model.config.num_classes} classes"
-        if other.config.num_classes:
-            said += f" in place of its {other.config.num_classes}"
-    for kind in (nnx.Param, nnx.BatchStat):
-        nnx.update(model, nnx.state(other, kind))
-    return said
 
 
 def _digest(class_names: Sequence[str]) -> str:

@@ -24,6 +24,9 @@ SCHEDULES = ("constant", "cosine", "multistep")
 
 
 def create_schedule(
+    batch_size: int,
+    steps_per_epoch: float,
+    total_steps: int,
     *,
     learning_rate: float,
     base_batch_size: int | None = None,
@@ -31,13 +34,13 @@ def create_schedule(
     warmup_epochs: float = 0.0,
     milestones: Sequence[float] = (),
     decay_factor: float = 0.1,
-    batch_size: int,
-    steps_per_epoch: float,
-    total_steps: int,
 ) -> optax.Schedule:
-    """The learning rate of each step; all but the last three are keys of `config.optimizer`.
+    """The learning rate of each step; the keyword-only arguments are keys of `config.optimizer`.
 
     Args:
+      batch_size: images in a step.
+      steps_per_epoch: steps in an epoch, not necessarily a whole number.
+      total_steps: steps in the run.
       learning_rate: the highest, for batches of `base_batch_size`.
       base_batch_size: the batch that `learning_rate` is for; for others the rate is scaled
         linearly (Goyal et al., 2017). None for no scaling.
@@ -46,9 +49,6 @@ def create_schedule(
       warmup_epochs: epochs of linear increase from 0.
       milestones: epochs since the beginning, in ascending order.
       decay_factor: of a milestone.
-      batch_size: images in a step.
-      steps_per_epoch: steps in an epoch, not necessarily a whole number.
-      total_steps: steps in the run.
 
     Raises:
       ValueError: if a setting is not one of those.
@@ -110,7 +110,7 @@ def create_optimizer(
     eps: float | None = None,
     trust_coefficient: float | None = None,
 ) -> optax.GradientTransformation:
-    """The optimiser; all but the first argument are keys of `config.optimizer`.
+    """The optimiser; the keyword-only arguments are keys of `config.optimizer`.
 
     Args:
       learning_rate_fn: from `create_schedule`.
@@ -128,7 +128,7 @@ def create_optimizer(
       trust_coefficient: of LARS.
 
     Raises:
-      ValueError: if a setting is out of range, or the optimiser has none such.
+      ValueError: if a setting is out of range, or the optimiser has no such option.
     """
     if name not in OPTIMIZERS:
         raise InputError(

@@ -149,7 +149,7 @@ def _join(host: str, port: int, count: int, index: int, told: _Told) -> None:
         try:
             connection = socket.create_connection((host, port), timeout=_SECONDS_TO_ANSWER)
             break
-        except (OSError, UnicodeError) as error:  # the latter of a host that is no name
+        except (OSError, UnicodeError) as error:  # the latter of a host that is not a name
             reason = getattr(error, "strerror", None) or str(error)
         if told.left <= 0:
             raise InputError(

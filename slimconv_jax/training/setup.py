@@ -1,17 +1,179 @@
-"""From a config to the programs of a run, for the devices here or for others."""
+"""From a config to the parts of a run: data, model, steps; for the devices here or for others."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import ml_collections
 import optax
+from flax import nnx
 
+from slimconv_jax.data.loader import ResidentDataset, StreamedDataset, load_dataset
+from slimconv_jax.data.preprocessing import normalize
+from slimconv_jax.data.sources import Source, load_splits
+from slimconv_jax.data.transforms import MOST_SIDE, Transform
+from slimconv_jax.devices import batch_sharded
+from slimconv_jax.errors import InputError
+from slimconv_jax.inference.eval_step import make_evaluate
 from slimconv_jax.models.resnet import ResNet
-from slimconv_jax.training.augment import augment, normalize
-from slimconv_jax.training.config import arguments
+from slimconv_jax.models.zoo import abstract_model, create_model, describe
+from slimconv_jax.signatures import select
+from slimconv_jax.storage.model_directory import load_model
+from slimconv_jax.training.augment import augment
+from slimconv_jax.training.config import check_config
+from slimconv_jax.training.loss import cross_entropy
 from slimconv_jax.training.optimizer import create_optimizer, create_schedule
 from slimconv_jax.training.step import make_train_step
+
+
+@dataclasses.dataclass(frozen=True)
+class Timetable:
+    """When what happens in a run, in steps.
+
+    Attributes:
+      steps_per_epoch: not necessarily a whole number.
+      total_steps: of the run.
+      eval_steps: those after which the model is evaluated and saved.
+      checkpoint_steps: all those after which it is saved, but for `checkpoint_every_minutes`.
+    """
+
+    steps_per_epoch: float
+    total_steps: int
+    eval_steps: frozenset[int]
+    checkpoint_steps: frozenset[int]
+
+
+def create_timetable(config: ml_collections.ConfigDict, num_images: int) -> Timetable:
+    """When what happens in a run on so many training images.
+
+    Raises:
+      ValueError: if these are too few, or the run is too long.
+    """
+    if num_images < config.batch_size:
+        raise InputError(
+            f"there are only {num_images} images to train on, fewer than "
+            f"config.batch_size={config.batch_size}"
+        )
+    steps_per_epoch = num_images / config.batch_size
+    total_steps = max(round(config.num_epochs * steps_per_epoch), 1)
+    if total_steps >= 2**31:
+        raise InputError(
+            f"config.num_epochs={config.num_epochs} are {total_steps} steps of "
+            f"config.batch_size={config.batch_size}; a run has less than 2**31"
+        )
+    eval_epochs = range(config.eval_every_epochs, config.num_epochs, config.eval_every_epochs)
+    eval_steps = {round(epoch * steps_per_epoch) for epoch in eval_epochs} | {total_steps}
+    every = config.checkpoint_every_steps
+    more = range(every, total_steps, every) if every else ()
+    return Timetable(
+        steps_per_epoch, total_steps, frozenset(eval_steps), frozenset(eval_steps.union(more))
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """What a run is made of.
+
+    Attributes:
+      config: complete.
+      mesh: the devices.
+      model: abstract: it gives the structure of the computation.
+      class_names: the name of each class.
+      train_data: batches to train on.
+      test_data: batches to evaluate on.
+      num_test_images: images in them.
+      timetable: when what happens.
+      optimizer: from `create_optimizer`.
+      train_step: from `make_train_step`.
+      evaluate: from `make_evaluate`.
+    """
+
+    config: ml_collections.ConfigDict
+    mesh: jax.sharding.Mesh
+    model: ResNet
+    class_names: tuple[str, ...]
+    train_data: ResidentDataset | StreamedDataset
+    test_data: ResidentDataset | StreamedDataset
+    num_test_images: int
+    timetable: Timetable
+    optimizer: optax.GradientTransformation
+    train_step: functools.partial
+    evaluate: Callable
+
+    def info(self) -> dict[str, Any]:
+        """What `model.json` says beside the architecture; see `save_model`."""
+        size = self.config.transform.image_size
+        return {
+            "class_names": list(self.class_names),
+            "preprocessing": {"image_size": size, **self.config.normalize.to_dict()},
+            "image_shape": list(self.train_data.image_shape),
+        }
+
+
+def create_parts(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> Parts:
+    """The parts of a run. Nothing is compiled yet, and nothing written.
+
+    Args:
+      config: from `complete`.
+      mesh: from `slimconv_jax.devices.data_mesh`.
+
+    Raises:
+      ValueError: if the config or the data cannot be used.
+    """
+    check_config(config, mesh.size)
+    sources = load_splits(**config.dataset)
+    class_names = sources[0].class_names
+    model = abstract_model(num_classes=len(class_names), **config.model)
+    # What is wrong with a config is found before images are decoded, most of it.
+    _try_out(config, (MOST_SIDE, MOST_SIDE, 3), len(class_names))  # any image is as large
+    train_data, test_data = _load_data(config, sources, mesh)
+    _try_out(config, train_data.image_shape, len(class_names))
+    timetable = create_timetable(config, len(train_data))
+    optimizer, train_step = create_step(
+        config,
+        model,
+        steps_per_epoch=timetable.steps_per_epoch,
+        total_steps=timetable.total_steps,
+        mesh=mesh,
+    )
+    return Parts(
+        config=config,
+        mesh=mesh,
+        model=model,
+        class_names=class_names,
+        train_data=train_data,
+        test_data=test_data,
+        num_test_images=len(sources[1]),
+        timetable=timetable,
+        optimizer=optimizer,
+        train_step=train_step,
+        evaluate=make_evaluate(model, normalize=create_normalize(config), mesh=mesh),
+    )
+
+
+def _try_out(
+    config: ml_collections.ConfigDict, image_shape: tuple[int, int, int], num_classes: int
+) -> None:
+    """Makes sure that images of a shape can be augmented and normalised."""
+    image = jax.ShapeDtypeStruct((1, *image_shape), jnp.uint8)
+    target = jax.ShapeDtypeStruct((1, num_classes), jnp.float32)
+    changes = functools.partial(augment, **config.augment)
+    jax.eval_shape(changes, jax.random.key(0), image, target)
+    jax.eval_shape(create_normalize(config), image)
+
+
+def _load_data(
+    config: ml_collections.ConfigDict, sources: tuple[Source, Source], mesh: jax.sharding.Mesh
+) -> tuple[ResidentDataset | StreamedDataset, ...]:
+    """The data sets to train and to evaluate on."""
+    transform, sharding = Transform(**config.transform), batch_sharded(mesh)
+    return tuple(
+        load_dataset(source, transform, training, sharding, **config.loader)
+        for source, training in zip(sources, (True, False), strict=True)
+    )
 
 
 def create_step(
@@ -29,7 +191,7 @@ def create_step(
       model: gives the structure of the computation; its arrays are not used.
       steps_per_epoch: not necessarily a whole number.
       total_steps: of the run.
-      mesh: from `data_mesh`.
+      mesh: from `slimconv_jax.devices.data_mesh`.
 
     Returns:
       What `create_optimizer` and `make_train_step` return.
@@ -38,27 +200,28 @@ def create_step(
       ValueError: if a setting is out of range.
     """
     learning_rate_fn = create_schedule(
-        batch_size=config.batch_size,
-        steps_per_epoch=steps_per_epoch,
-        total_steps=total_steps,
-        **arguments(config.optimizer, create_schedule),
+        config.batch_size,
+        steps_per_epoch,
+        total_steps,
+        **select(config.optimizer, create_schedule),
     )
-    optimizer = create_optimizer(learning_rate_fn, **arguments(config.optimizer, create_optimizer))
+    optimizer = create_optimizer(learning_rate_fn, **select(config.optimizer, create_optimizer))
     train_step = make_train_step(
         model,
         optimizer,
         learning_rate_fn,
         num_classes=model.config.num_classes,
         augment=functools.partial(augment, **config.augment),
-        normalize=create_preprocess(config),
+        normalize=create_normalize(config),
         key=random_keys(config)[1],
         mesh=mesh,
-        **config.step,
+        loss=functools.partial(cross_entropy, **select(config.step, cross_entropy)),
+        **select(config.step, make_train_step),
     )
     return optimizer, train_step
 
 
-def create_preprocess(config: ml_collections.ConfigDict) -> Callable[[jax.Array], jax.Array]:
+def create_normalize(config: ml_collections.ConfigDict) -> Callable[[jax.Array], jax.Array]:
     """From the images of a batch to what the model takes."""
     return functools.partial(normalize, **config.normalize)
 
@@ -70,4 +233,33 @@ def random_keys(config: ml_collections.ConfigDict) -> tuple[jax.Array, jax.Array
 
 def uses_ema(config: ml_collections.ConfigDict) -> bool:
     """Whether a run keeps averaged weights."""
-    return config.step.get("ema_decay", 0) > 0
+    return config.step.ema_decay > 0
+
+
+def create_initial(config: ml_collections.ConfigDict, num_classes: int) -> tuple[ResNet, str]:
+    """The model that a run starts with, and in words where it is from.
+
+    Raises:
+      ValueError: if `config.init_from` is not a model, or one of another architecture.
+    """
+    model = create_model(
+        rngs=nnx.Rngs(random_keys(config)[0]), num_classes=num_classes, **config.model
+    )
+    path = config.init_from
+    if not path:
+        return model, "from scratch"
+    other = load_model(path)
+    same = {"num_classes": num_classes, "dilation": model.config.dilation}
+    if dataclasses.replace(other.config, **same) != model.config:
+        raise InputError(
+            f"config.init_from={path!r} is {describe(other.config)}, and config.model is "
+            f"{describe(model.config)}; they must be the same but for the classes"
+        )
+    said = f"from the weights of {path}"
+    if other.config.num_classes != num_classes:
+        other.classifier = model.classifier
+        said += f", but a new classifier of {num_classes} classes"
+        if other.config.num_classes:
+            said += f" instead of its {other.config.num_classes}"
+    nnx.update(model, nnx.state(other))
+    return model, said

@@ -9,23 +9,20 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import PartitionSpec
 
-from slimconv_jax.devices import find_devices
+from slimconv_jax.devices import batch_sharded, replicated
 from slimconv_jax.errors import InputError, require_integer, require_number
 from slimconv_jax.models.layers import at_least_float32
+from slimconv_jax.models.variables import merge, variables
+from slimconv_jax.training.loss import cross_entropy
 
 PyTree = Any
 Metrics = dict[str, jax.Array]
 
+AVERAGED = ("params", "batch_stats")
+
 BATCH_NORM = ("global", "per_device", "frozen")
-
-
-class EMA(NamedTuple):
-    """An exponential moving average of what a model is made of."""
-
-    params: PyTree
-    batch_stats: PyTree
 
 
 class TrainState(NamedTuple):
@@ -33,37 +30,25 @@ class TrainState(NamedTuple):
 
     Attributes:
       step: steps done so far, int32.
-      params: the model's `nnx.Param`s.
-      batch_stats: the model's `nnx.BatchStat`s.
+      variables: the model's, by collection; see `slimconv_jax.models.variables`.
       opt_state: the optimiser's.
-      ema: the moving average of both, or None.
+      ema: the exponential moving average of the collections in `AVERAGED`, or None.
     """
 
     step: jax.Array
-    params: PyTree
-    batch_stats: PyTree
+    variables: dict[str, PyTree]
     opt_state: PyTree
-    ema: EMA | None = None
+    ema: dict[str, PyTree] | None = None
 
+    @property
+    def params(self) -> PyTree:
+        """The collection that is learnt."""
+        return self.variables["params"]
 
-def data_mesh(devices: list[jax.Device] | None = None) -> jax.sharding.Mesh:
-    """A mesh with one axis, "data", over the given devices or all there are.
-
-    Those of one process are neighbours, so that its share of a batch is one piece.
-    """
-    devices = find_devices() if devices is None else devices
-    devices = sorted(devices, key=lambda device: (device.process_index, device.id))
-    return jax.sharding.Mesh(np.array(devices), ("data",))
-
-
-def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
-    """The sharding of the state: the whole of it on every device."""
-    return NamedSharding(mesh, PartitionSpec())
-
-
-def batch_sharded(mesh: jax.sharding.Mesh) -> NamedSharding:
-    """The sharding of a batch: its first axis split over the devices."""
-    return NamedSharding(mesh, PartitionSpec("data"))
+    @property
+    def batch_stats(self) -> PyTree:
+        """The collection of running means and variances."""
+        return self.variables["batch_stats"]
 
 
 def create_state(
@@ -76,23 +61,19 @@ def create_state(
       optimizer: from `create_optimizer`.
       ema: whether there is to be a moving average, which begins as a copy of the model.
     """
-    params, batch_stats = _variables(model)
-    average = jax.tree.map(jnp.copy, EMA(params, batch_stats)) if ema else None
-    return TrainState(jnp.int32(0), params, batch_stats, optimizer.init(params), average)
+    start = variables(model)
+    average = jax.tree.map(jnp.copy, {name: start[name] for name in AVERAGED}) if ema else None
+    return TrainState(jnp.int32(0), start, optimizer.init(start["params"]), average)
 
 
 def abstract_state(
     model: nnx.Module, optimizer: optax.GradientTransformation, *, ema: bool = False
 ) -> TrainState:
     """The shapes and dtypes of `create_state`, for a model that may be abstract itself."""
-    params, batch_stats = _variables(model)
-    opt_state = jax.eval_shape(optimizer.init, params)
-    average = EMA(params, batch_stats) if ema else None
-    return TrainState(jax.ShapeDtypeStruct((), jnp.int32), params, batch_stats, opt_state, average)
-
-
-def _variables(model: nnx.Module) -> tuple[PyTree, ...]:
-    return tuple(nnx.to_pure_dict(nnx.state(model, kind)) for kind in (nnx.Param, nnx.BatchStat))
+    start = variables(model)
+    opt_state = jax.eval_shape(optimizer.init, start["params"])
+    average = {name: start[name] for name in AVERAGED} if ema else None
+    return TrainState(jax.ShapeDtypeStruct((), jnp.int32), start, opt_state, average)
 
 
 def _norm(tree: PyTree) -> jax.Array:
@@ -104,19 +85,20 @@ def make_train_step(
     model: nnx.Module,
     optimizer: optax.GradientTransformation,
     learning_rate_fn: optax.Schedule,
-    *,
     num_classes: int,
     augment: Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]],
     normalize: Callable[[jax.Array], jax.Array],
     key: jax.Array,
     mesh: jax.sharding.Mesh,
-    label_smoothing: float = 0.0,
+    loss: Callable[[jax.Array, jax.Array], jax.Array] = cross_entropy,
+    *,
     accumulation_steps: int = 1,
     batch_norm: str = "global",
     ema_decay: float = 0.0,
 ) -> Callable[[TrainState, dict[str, jax.Array]], tuple[TrainState, Metrics]]:
-    """The compiled step, `state, metrics = step(state, batch)`; the last four arguments are the
-    keys of `config.step`.
+    """The compiled step, `state, metrics = step(state, batch)`.
+
+    The keyword-only arguments are the keys of `config.step`.
 
     On TPUs the old state's memory is reused for the new one. The batch is split over the devices of
     the mesh, and everything is computed as on one device that had the whole batch: gradient,
@@ -131,8 +113,8 @@ def make_train_step(
       augment: maps a random key, `batch["image"]` and one-hot labels to images and targets.
       normalize: maps these images to what the model takes.
       key: the random key, into which the number of the step is folded.
-      mesh: from `data_mesh`.
-      label_smoothing: what share of the targets is spread evenly over all classes.
+      mesh: from `slimconv_jax.devices.data_mesh`.
+      loss: maps logits and targets, both (N, num_classes), to losses (N,).
       accumulation_steps: in how many parts the batch is computed, one after the other, which
         takes less memory. The gradient is the mean of theirs; batch statistics are those of
         each part. Part i has every `accumulation_steps`-th image from the i-th on.
@@ -146,15 +128,13 @@ def make_train_step(
 
     Returns:
       A `functools.partial` of the compiled function with the data of the key as its first argument
-      (`step.func.lower(*step.args, state, batch)` lowers it). Its metrics are scalars: `loss` (mean
-      cross-entropy with the smoothed and mixed targets) and `accuracy` (fraction, top-1; of mixed
-      images, of the larger part) of the batch, as the model was before the update, `grad_norm`,
-      and `learning_rate`.
+      (`step.func.lower(*step.args, state, batch)` lowers it). Its metrics are scalars: `loss` (the
+      mean, of the mixed targets) and `accuracy` (fraction, top-1; of mixed images, of the larger
+      part) of the batch, as the model was before the update, `grad_norm`, and `learning_rate`.
 
     Raises:
       ValueError: if a setting is out of range.
     """
-    require_number("step: label_smoothing", label_smoothing, least=0, below=1)
     require_integer("step: accumulation_steps", accumulation_steps, 1)
     require_number("step: ema_decay", ema_decay, least=0, below=1)
     if batch_norm not in BATCH_NORM:
@@ -170,30 +150,30 @@ def make_train_step(
             module.axis_name = "data" if batch_norm == "global" else None
     graphdef = nnx.graphdef(model)
 
-    def loss_fn(params, stats, images, targets):
-        model = nnx.merge(graphdef, params, stats)
+    def loss_fn(params, rest, images, targets):
+        model = merge(graphdef, {"params": params, **rest})
         logits = model(normalize(images))
-        loss = optax.softmax_cross_entropy(logits, optax.smooth_labels(targets, label_smoothing))
         accuracy = (logits.argmax(axis=-1) == targets.argmax(axis=-1)).mean(dtype=targets.dtype)
-        stats = nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))
-        return loss.mean(), (stats, accuracy)
+        rest = variables(model)
+        del rest["params"]
+        return loss(logits, targets).mean(), (rest, accuracy)
 
-    def part(params, stats, images, targets):
-        """The running averages after some images, their gradient, loss and accuracy."""
-        (loss, (stats, accuracy)), grads = jax.value_and_grad(loss_fn, has_aux=True)(
-            params, stats, images, targets
+    def part(params, rest, images, targets):
+        """The other variables after some images, their gradient, loss and accuracy."""
+        (value, (rest, accuracy)), grads = jax.value_and_grad(loss_fn, has_aux=True)(
+            params, rest, images, targets
         )
-        return stats, grads, loss, accuracy
+        return rest, grads, value, accuracy
 
-    def whole(params, stats, images, targets):
+    def whole(params, rest, images, targets):
         """The same of a batch, in as many parts as there are to be."""
         if accumulation_steps == 1:
-            return part(params, stats, images, targets)
+            return part(params, rest, images, targets)
 
         def add_part(carry, batch):
-            stats, *sums = carry
-            stats, *terms = part(params, stats, *batch)
-            return (stats, *jax.tree.map(jnp.add, sums, terms)), None
+            rest, *sums = carry
+            rest, *terms = part(params, rest, *batch)
+            return (rest, *jax.tree.map(jnp.add, sums, terms)), None
 
         # Of each device's images the parts take every so many, so that none has to move.
         parts = jax.tree.map(
@@ -201,9 +181,9 @@ def make_train_step(
             (images, targets),
         )
         zero = jnp.zeros((), targets.dtype)
-        start = (stats, jax.tree.map(jnp.zeros_like, params), zero, zero)
-        (stats, *sums), _ = jax.lax.scan(add_part, start, parts)
-        return stats, *jax.tree.map(lambda x: x / accumulation_steps, sums)
+        start = (rest, jax.tree.map(jnp.zeros_like, params), zero, zero)
+        (rest, *sums), _ = jax.lax.scan(add_part, start, parts)
+        return rest, *jax.tree.map(lambda x: x / accumulation_steps, sums)
 
     everywhere, split = PartitionSpec(), PartitionSpec("data")
 
@@ -215,37 +195,37 @@ def make_train_step(
         check_vma=False,  # else JAX itself would add up the gradients, once for each part
     )
     def whole_on_all_devices(*args):
-        stats, *rest = whole(*args)
+        rest, *means = whole(*args)
         if batch_norm == "per_device":  # else they are the same on all devices
-            stats = jax.lax.pmean(stats, "data")
-        return stats, *jax.lax.pmean(rest, "data")
+            rest["batch_stats"] = jax.lax.pmean(rest["batch_stats"], "data")
+        return rest, *jax.lax.pmean(means, "data")
 
     def train_step(key_data: jax.Array, state: TrainState, batch: dict[str, jax.Array]):
         # In the precision of the parameters, which x64 alone does not change.
-        dtype = at_least_float32(jax.tree.leaves(state.params)[0].dtype)
+        params = state.params
+        dtype = at_least_float32(jax.tree.leaves(params)[0].dtype)
         targets = jax.nn.one_hot(batch["label"], num_classes, dtype=dtype)
         step_key = jax.random.fold_in(jax.random.wrap_key_data(key_data, impl=impl), state.step)
         with jax.named_scope("augment"):
             images, targets = augment(step_key, batch["image"], targets)
-        stats, grads, loss, accuracy = whole_on_all_devices(
-            state.params, state.batch_stats, images, targets
-        )
+        rest = {name: tree for name, tree in state.variables.items() if name != "params"}
+        rest, grads, value, accuracy = whole_on_all_devices(params, rest, images, targets)
         with jax.named_scope("optimizer"):
-            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-            params = optax.apply_updates(state.params, updates)
-        step = state.step + 1
+            updates, opt_state = optimizer.update(grads, state.opt_state, params)
+            params = optax.apply_updates(params, updates)
+        step, after = state.step + 1, {"params": params, **rest}
         ema = state.ema
         if ema is not None:
             at_first = (1 + step).astype(jnp.float32) / (10 + step).astype(jnp.float32)
             decay = jnp.minimum(ema_decay, at_first)
-            ema = optax.incremental_update(EMA(params, stats), ema, 1 - decay)
+            ema = optax.incremental_update({name: after[name] for name in ema}, ema, 1 - decay)
         metrics = {
-            "loss": loss,
+            "loss": value,
             "accuracy": accuracy,
             "grad_norm": _norm(grads),
             "learning_rate": jnp.asarray(learning_rate_fn(state.step)),
         }
-        return TrainState(step, params, stats, opt_state, ema), metrics
+        return TrainState(step, after, opt_state, ema), metrics
 
     # A TPU's memory is the smallest. Elsewhere XLA copies what is donated, array by array, since
     # it cannot see that each is read before it is written: 258 kernels of sc_resnet50 on a GPU.

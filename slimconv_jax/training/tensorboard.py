@@ -8,13 +8,13 @@ import os
 import sys
 import time
 import types
-from collections.abc import Mapping
+from collections.abc import Sequence
 
 from etils import epath
 
 
 class EventWriter:
-    """Writes scalars to a new file in a directory.
+    """A writer of scalars, in a new file in a directory.
 
     Args:
       directory: is created if it is not there.
@@ -36,10 +36,13 @@ class EventWriter:
             start = self._protos.SessionLog(status=self._protos.SessionLog.START)
             self._write(step=first_step + 1, session_log=start)
 
-    def add_scalars(self, prefix: str, scalars: Mapping[str, float], step: int) -> None:
-        """Writes scalars of a step, as PREFIX/NAME."""
-        for name, value in scalars.items():
-            self._write(step=step, summary=self._scalar(f"{prefix}/{name}", value))
+    def write(self, lines: Sequence[dict]) -> None:
+        """Writes the numbers of each line as SPLIT/NAME."""
+        for line in lines:
+            for name, value in line.items():
+                if name not in ("epoch", "step", "split"):
+                    scalar = self._scalar(f"{line['split']}/{name}", value)
+                    self._write(step=line["step"], summary=scalar)
         self._file.flush()
 
     def close(self) -> None:

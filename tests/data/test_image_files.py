@@ -67,7 +67,7 @@ def test_images_are_found_and_others_are_counted(tmp_path):
 def test_an_image_of_any_ending_is_read(tmp_path, name, format):
     pixels = smooth(48, 48)
     write(tmp_path / "train" / "a", [name], encode(pixels, format))
-    source = load_source("image_folder", "train", tmp_path)
+    source = load_source("image_folder", "train", data_dir=tmp_path)
     assert len(source) == 1
     transform = Transform(48, scale=(1, 1), ratio=(1, 1))
     read = [
@@ -128,12 +128,12 @@ def test_a_folder_in_an_object_store(monkeypatch):
     monkeypatch.setattr(
         store, "read_bytes", lambda p: bucket.files[of(p)] if of(p) else real["read_bytes"](p)
     )
-    source = load_source("image_folder", "train", "gs://bucket/data")
+    source = load_source("image_folder", "train", data_dir="gs://bucket/data")
     assert source.class_names == ("a", "b") and len(source) == 4
     assert source.describe(3) == "gs://bucket/data/train/b/1.png" and source[3] == (PICTURE, 1)
     assert read_bytes("gs://bucket/data/train/a/0.png") == PICTURE
     with pytest.raises(ValueError, match="there is no directory gs://bucket/nowhere"):
-        load_source("image_folder", "train", "gs://bucket/nowhere")
+        load_source("image_folder", "train", data_dir="gs://bucket/nowhere")
 
 
 def test_the_address_of_an_object_store_comes_to_tfds_as_it_is(monkeypatch):
@@ -148,7 +148,7 @@ def test_the_address_of_an_object_store_comes_to_tfds_as_it_is(monkeypatch):
     for name in ("exists", "is_dir"):
         monkeypatch.setattr(f"etils.epath.gpath.PosixGPath.{name}", lambda path: True)
     with pytest.raises(ValueError, match="TFDS has no data set 'cifar100' in gs://bucket/d: stop"):
-        load_source("tfds/cifar100", "train", "gs://bucket/d")
+        load_source("tfds/cifar100", "train", data_dir="gs://bucket/d")
     assert seen == ["gs://bucket/d"]
 
 
@@ -157,7 +157,12 @@ def test_an_object_store_that_nothing_reads_is_a_sentence(monkeypatch):
         raise ImportError("Please install gcsfs")
 
     monkeypatch.setattr("etils.epath.gpath.PosixGPath.exists", exists)
-    uses = (absolute, find_images, checkpoint_files, lambda path: load_source("tfds/a", "x", path))
+    uses = (
+        absolute,
+        find_images,
+        checkpoint_files,
+        lambda path: load_source("tfds/a", "x", data_dir=path),
+    )
     for use in uses:
         with pytest.raises(ValueError, match=r"^gs://b/a needs another package \(Please install "):
             use("gs://b/a")

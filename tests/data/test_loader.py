@@ -14,7 +14,7 @@ from image_files import encode, smooth, write_folder, write_tfds
 from slimconv_jax.data.loader import ResidentDataset, StreamedDataset, load_dataset
 from slimconv_jax.data.sources import ArraySource, ImageFolder, load_source
 from slimconv_jax.data.transforms import Transform
-from slimconv_jax.training.step import batch_sharded, data_mesh
+from slimconv_jax.devices import batch_sharded, data_mesh
 
 SHARDING = batch_sharded(data_mesh())
 BOTH = pytest.mark.parametrize("on_device", [True, False])
@@ -214,7 +214,7 @@ if int(count) > 1:
 from slimconv_jax.data.loader import load_dataset
 from slimconv_jax.data.sources import load_source
 from slimconv_jax.data.transforms import Transform
-from slimconv_jax.training.step import batch_sharded, data_mesh
+from slimconv_jax.devices import batch_sharded, data_mesh
 
 class Identified:
     '''A data set whose label is the index of the record, and its image what was read.'''
@@ -229,7 +229,7 @@ class Identified:
     def describe(self, index):
         return self.source.describe(index)
 
-source = Identified(load_source(data, "train", root))
+source = Identified(load_source(data, "train", data_dir=root))
 dataset = load_dataset(
     source, Transform(8 if on_device == "False" else None), training=True,
     sharding=batch_sharded(data_mesh()), on_device=on_device == "True", num_threads=1,
@@ -274,6 +274,7 @@ def in_processes(count, root, data, on_device):
     return [json.loads(out.splitlines()[-1]) for out, _ in outputs]
 
 
+@pytest.mark.process
 @BOTH
 def test_two_processes_see_every_example_once_an_epoch_and_what_one_would(tmp_path, on_device):
     images = [(encode(smooth(12, 12, seed=i)), i % 3) for i in range(40)]
@@ -298,7 +299,7 @@ def test_two_processes_see_every_example_once_an_epoch_and_what_one_would(tmp_pa
     not os.environ.get("SLIMCONV_TEST_DATA"), reason="SLIMCONV_TEST_DATA is not set"
 )
 def test_cifar100_is_kept_on_the_devices_as_its_records_say():
-    source = load_source("tfds/cifar100", "test[:2000]", os.environ["SLIMCONV_TEST_DATA"])
+    source = load_source("tfds/cifar100", "test[:2000]", data_dir=os.environ["SLIMCONV_TEST_DATA"])
     dataset = load(source, training=False)
     assert isinstance(dataset, ResidentDataset) and dataset.image_shape == (32, 32, 3)
     batch = next(dataset.eval_batches(2000))

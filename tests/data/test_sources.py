@@ -63,8 +63,8 @@ def test_an_image_folder_has_its_classes_by_name_and_its_files_below(tmp_path):
         {"b/1.png": PICTURE, "b/deep/0.JPEG": b"jpeg", "a/x.webp": b"webp", "c/z.bmp": b"bmp"}
         | {"b/notes.txt": b"", "b/.hidden.png": b"", ".cache/1.png": b""},
     )
-    with pytest.warns(UserWarning, match=r"^1 files in .*/val are left out.*: 1 \.txt$"):
-        source = load_source("image_folder", "val", str(tmp_path))
+    with pytest.warns(UserWarning, match=r"^1 file in .*/val is left out.*: 1 \.txt$"):
+        source = load_source("image_folder", "val", data_dir=str(tmp_path))
     assert source.class_names == ("a", "b", "c")
     files = [source.describe(index) for index in range(len(source))]
     names = ["a/x.webp", "b/1.png", "b/deep/0.JPEG", "c/z.bmp"]
@@ -95,11 +95,11 @@ def test_a_prepared_tfds_data_set(tmp_path):
     assert [train[i] for i in range(7)] == splits["train"]  # still encoded
     assert test[0] == (pictures[2], 2)
     assert test.describe(0) == "record 0 of tfds/animals, split 'test'"
-    assert len(load_source("tfds/animals:1.0.0", "train[:3]", tmp_path)) == 3
-    assert len(load_source("tfds/animals", "train+test", tmp_path)) == 8
+    assert len(load_source("tfds/animals:1.0.0", "train[:3]", data_dir=tmp_path)) == 3
+    assert len(load_source("tfds/animals", "train+test", data_dir=tmp_path)) == 8
     for split in ("train[:0]", "train[:abc]"):
         with pytest.raises(ValueError, match=r"^cannot read 'train\[:.*\]' of .*/1\.0\.0: .*$"):
-            load_source("tfds/animals", split, tmp_path)
+            load_source("tfds/animals", split, data_dir=tmp_path)
 
 
 def test_synthetic_images_are_the_same_each_time():
@@ -126,7 +126,7 @@ def test_classes_are_matched_by_name(tmp_path):
 
 def test_a_path_must_be_one():
     with pytest.raises(ValueError, match=r"^data_dir must be a path, not 3$"):
-        load_source("image_folder", "train", 3)
+        load_source("image_folder", "train", data_dir=3)
 
 
 def image_folder(tmp_path):
@@ -180,13 +180,13 @@ def test_unusable_data_sets(name, split, message, tmp_path):
 
 def test_unusable_tfds_data_sets(tmp_path):
     write_tfds(tmp_path, {"test": [(PICTURE, -1), (PICTURE, 1)]})
-    source = load_source("tfds/animals", "test", tmp_path)
+    source = load_source("tfds/animals", "test", data_dir=tmp_path)
     with pytest.raises(
         ValueError, match=r"^record 0 of .* has the label -1; labels must be 0 to 2"
     ):
         source[0]
     with pytest.raises(ValueError, match=r"^tfds/animals has no split 'train'; there are: test$"):
-        load_source("tfds/animals", "train", tmp_path)
+        load_source("tfds/animals", "train", data_dir=tmp_path)
 
     directory = tmp_path / "animals" / "1.0.0"
     info = json.loads((directory / "dataset_info.json").read_text())
@@ -197,7 +197,7 @@ def test_unusable_tfds_data_sets(tmp_path):
         "; to convert it, in any environment: pip install .* && tfds convert_format "
         f"--dataset_version_dir={directory} --out_file_format=array_record$",
     ):
-        load_source("tfds/animals", "test", tmp_path)
+        load_source("tfds/animals", "test", data_dir=tmp_path)
 
 
 def test_a_tfds_data_set_without_images(tmp_path):
@@ -205,9 +205,11 @@ def test_a_tfds_data_set_without_images(tmp_path):
         return {"image": tfds.features.Text(), "label": tfds.features.ClassLabel(num_classes=2)}
 
     write_tfds(tmp_path, {"train": [{"image": "a cat", "label": 0}]}, features=features)
-    message = r"no image classification data set: its features are image \(Text\), label \(ClassL"
+    message = (
+        r"not an image classification data set: its features are image \(Text\), label \(ClassL"
+    )
     with pytest.raises(ValueError, match=message):
-        load_source("tfds/animals", "train", tmp_path)
+        load_source("tfds/animals", "train", data_dir=tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -227,7 +229,7 @@ def test_a_strangers_data_set_imports_no_module(old, new, tmp_path, monkeypatch)
 
     record = {"image": PICTURE, "label": 0, "note": {"text": ["a"]}}
     write_tfds(tmp_path, {"train": [record]}, features=features)
-    assert load_source("tfds/animals", "train", tmp_path)[0] == (PICTURE, 0)
+    assert load_source("tfds/animals", "train", data_dir=tmp_path)[0] == (PICTURE, 0)
     file = tmp_path / "animals" / "1.0.0" / "features.json"
     text = file.read_text()
     assert old in text
@@ -236,14 +238,14 @@ def test_a_strangers_data_set_imports_no_module(old, new, tmp_path, monkeypatch)
     monkeypatch.syspath_prepend(tmp_path)
     message = f"its features.json names the class '{new}', whose module is not imported"
     with pytest.raises(ValueError, match=message) as error:
-        load_source("tfds/animals", "train", tmp_path)
+        load_source("tfds/animals", "train", data_dir=tmp_path)
     assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("name", ["kaggle:animals", "animals/a=1", "animals/x/a=1", "../animals"])
 def test_tfds_names_that_could_run_code(name, tmp_path):
     with pytest.raises(ValueError, match=f"^TFDS has no data set '{name}': the name must be NAME"):
-        load_source(f"tfds/{name}", "train", tmp_path)
+        load_source(f"tfds/{name}", "train", data_dir=tmp_path)
 
 
 def test_a_damaged_tfds_record_is_a_sentence(tmp_path):
@@ -251,7 +253,7 @@ def test_a_damaged_tfds_record_is_a_sentence(tmp_path):
     (file,) = (tmp_path / "animals" / "1.0.0").glob("*.array_record-*")
     file.write_bytes(b"\xff" * file.stat().st_size)
     with pytest.raises(ValueError, match=r"^cannot read (record|.*1\.0\.0)"):
-        load_source("tfds/animals", "test", tmp_path)[0]
+        load_source("tfds/animals", "test", data_dir=tmp_path)[0]
 
 
 @needs_data
@@ -265,7 +267,7 @@ def test_cifar100():
 
 @needs_data
 def test_imagenet_photos():
-    source = load_source("image_folder", "val", Path(DATA) / "imagenet_sample")
+    source = load_source("image_folder", "val", data_dir=Path(DATA) / "imagenet_sample")
     assert len(source) == len(source.class_names) == 100
     assert source.class_names[0] == "n01440764"
 
@@ -275,11 +277,12 @@ def test_array_sources_describe_their_images():
     assert source.describe(1) == "image 1 of shapes" and source[1].label == 1
 
 
+@pytest.mark.process
 def test_reading_tfds_imports_no_tensorflow(tmp_path):
     write_tfds(tmp_path, {"train": [(PICTURE, 1)]})
     code = (
         "import sys; from slimconv_jax.data.sources import load_source\n"
-        f"source = load_source('tfds/animals', 'train', {str(tmp_path)!r}); source[0]\n"
+        f"source = load_source('tfds/animals', 'train', data_dir={str(tmp_path)!r}); source[0]\n"
         "assert 'tensorflow_datasets' in sys.modules and 'tensorflow' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

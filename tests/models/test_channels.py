@@ -25,7 +25,7 @@ from slimconv_jax.models.zoo import (
     normalize_model,
     parse_model,
 )
-from slimconv_jax.saving import load_model
+from slimconv_jax.storage.model_directory import load_model
 
 SMALL = {
     "stem": 24,

@@ -9,7 +9,7 @@ from slimconv_jax import backbone, count_macs, count_params, fold_batch_norm, sa
 from slimconv_jax.models.ghost import GhostConvBN
 from slimconv_jax.models.resnet import ResNetConfig
 from slimconv_jax.models.zoo import abstract_model
-from slimconv_jax.saving import load_model
+from slimconv_jax.storage.model_directory import load_model
 
 
 @pytest.mark.parametrize(("kernel_size", "strides"), [(1, 1), (3, 2), (1, 2)])

@@ -104,6 +104,7 @@ def test_bfloat16_model_has_float32_logits_and_parameters():
     assert {leaf.dtype for leaf in jax.tree.leaves(nnx.state(model))} == {jnp.dtype("float32")}
 
 
+@pytest.mark.long
 def test_rematerialisation_keeps_less_and_changes_nothing():
     # In float64, since the gradient of few images through many layers makes much of rounding.
     with jax.enable_x64(True):

@@ -31,11 +31,12 @@ def vgg():
     return VGG(rngs=nnx.Rngs(0))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("name", "k", "params", "macs"),
     [
-        ("resnet50", "4/3", 16_758_740, 2_652_222_208),
         ("resnet50", "8/3", 12_098_388, 1_880_314_624),
+        ("resnet50", "4/3", 16_758_740, 2_652_222_208),
         ("resnext50_32x4d", "4/3", 22_492_512, 3_821_358_080),
     ],
 )
@@ -192,8 +193,8 @@ def test_what_slimconv_has_not_is_left_and_listed():
         "it has its own promote_dtype, which": nnx.Conv(
             8, 8, (3, 3), promote_dtype=lambda x, dtype: x, rngs=rngs
         ),
-        "SlimConv would have 244 parameters in place of 146": nnx.Conv(8, 2, (3, 3), rngs=rngs),
-        "would have 69,888 multiply-adds a pixel of the output in place of 64,512": nnx.Conv(
+        "SlimConv would have 244 parameters instead of 146": nnx.Conv(8, 2, (3, 3), rngs=rngs),
+        "would have 69,888 multiply-adds a pixel of the output instead of 64,512": nnx.Conv(
             128, 56, (3, 3), strides=(3, 3), rngs=rngs
         ),
         "not divisible by 8 groups": nnx.Conv(8, 8, (3, 3), feature_group_count=8, rngs=rngs),

@@ -125,7 +125,7 @@ BAD = {
     "tar": (b"a" * 257 + b"ustar\x0000" + b"\0" * 500, "is a tar archive, to be unpacked first"),
     "onnx": (b"\x08\x08\x12\x07pytorch", "is an ONNX file, not a checkpoint"),
     "gzip": (b"\x1f\x8b\x08\x00\x00", "is a gzip archive, to be unpacked first"),
-    "random": (np.random.default_rng(0).bytes(5000), "is no checkpoint, or is truncated"),
+    "random": (np.random.default_rng(0).bytes(5000), "is not a checkpoint, or is truncated"),
     "pickle": (pickle.dumps(Evil(), 2), "was refused: reading it would run posix.mkdir"),
     "flipped bit": (corrupted_zip(), "is damaged: the checksum of .*data/0 inside it is wrong"),
 }
@@ -188,10 +188,10 @@ def test_other_contents(tmp_path):
         read_checkpoint(tmp_path / "nowhere.pth")
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("word/document.xml", "<w/>")
-    with pytest.raises(ValueError, match="is no checkpoint"):
+    with pytest.raises(ValueError, match="is not a checkpoint"):
         read_checkpoint(path)
     (tmp_path / "a.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{'nonsense'}")
-    with pytest.raises(ValueError, match="is no intact safetensors file"):
+    with pytest.raises(ValueError, match="is not an intact safetensors file"):
         read_checkpoint(tmp_path / "a.safetensors")
 
 
@@ -236,10 +236,14 @@ def test_arrays_of_numpy_and_of_flax(tmp_path):
     for name in ("a.npz", "a.msgpack"):
         data = (tmp_path / name).read_bytes()
         (tmp_path / name).write_bytes(data[: len(data) // 2])
-        with pytest.raises(ValueError, match=r"is truncated or damaged|is no intact msgpack file"):
+        with pytest.raises(
+            ValueError, match=r"is truncated or damaged|is not an intact msgpack file"
+        ):
             read_checkpoint(tmp_path / name)
     np.savez(tmp_path / "b.npz", **{"a.b": np.array([Evil()], object)})
-    with pytest.raises(ValueError, match="is no intact npz file: Object arrays cannot be loaded"):
+    with pytest.raises(
+        ValueError, match="is not an intact npz file: Object arrays cannot be loaded"
+    ):
         read_checkpoint(tmp_path / "b.npz")
 
 
@@ -263,7 +267,7 @@ def test_no_pickle_can_run_code(tmp_path, monkeypatch, hidden):
         content = Loaded(buffer.getvalue())
     with open("a.pkl", "wb") as file:
         pickle.dump({"conv1.weight": content}, file)
-    with pytest.raises(ValueError, match=r"was refused: reading it would run|is no checkpoint"):
+    with pytest.raises(ValueError, match=r"was refused: reading it would run|is not a checkpoint"):
         read_checkpoint("a.pkl")
     assert not os.path.exists("evil")
 
@@ -296,7 +300,9 @@ def test_a_model_in_several_files(tmp_path):
         read_checkpoint(tmp_path / "pytorch_model-00001-of-00002.bin")
     for text in ('{"weight_map": {"a": "../model.bin"}}', "[]", "{", '{"weight_map": {}}'):
         index.write_text(text)
-        with pytest.raises(ValueError, match=r"is no index of the files of a model|it is no JSON"):
+        with pytest.raises(
+            ValueError, match=r"is not an index of the files of a model|it is no JSON"
+        ):
             read_checkpoint(index)
 
 

@@ -62,7 +62,7 @@ def test_the_model_is_in_evaluation_mode(state_dict):
     assert model.stem.bn.use_running_average
     assert model.stages[0][0].conv2.gate.bn.use_running_average
     assert from_torch(state_dict, dtype="bfloat16").stem.conv.dtype == jnp.bfloat16
-    with pytest.raises(ValueError, match="dtype='floaty' is no dtype"):
+    with pytest.raises(ValueError, match="dtype='floaty' is not a dtype"):
         from_torch(state_dict, dtype="floaty")
 
 

@@ -12,12 +12,13 @@ from flax import nnx
 from torch_state_dict import as_tensors, random_state_dict
 
 from slimconv_jax import from_torch, to_torch
+from slimconv_jax.devices import data_mesh, replicated
 from slimconv_jax.models.slimconv import k_from_reduction
 from slimconv_jax.models.zoo import ARCHITECTURES, abstract_resnet
 from slimconv_jax.torch_interop.names import entries
 from slimconv_jax.torch_interop.reference import ResNet
 from slimconv_jax.training.optimizer import create_optimizer
-from slimconv_jax.training.step import create_state, data_mesh, make_train_step, replicated
+from slimconv_jax.training.step import create_state, make_train_step
 
 FAMILY = [
     *ARCHITECTURES.values(),
@@ -78,35 +79,27 @@ def logits_error(config, dtype):
     return np.abs(logits - expected).max() / np.abs(expected).max()
 
 
-def slow_unless(names):
-    """The family; what has none of these names runs with -m slow only."""
-    return [
-        config if identify(config) in names else pytest.param(config, marks=pytest.mark.slow)
-        for config in FAMILY
-    ]
+def marked(names, long=()):
+    """The family; what has none of these names runs with -m long or -m slow only."""
+    marks = {identify(config): pytest.mark.slow for config in FAMILY}
+    marks |= dict.fromkeys(long, pytest.mark.long) | dict.fromkeys(names, ())
+    return [pytest.param(config, marks=marks[identify(config)]) for config in FAMILY]
 
 
+EVERY_DAY = ("resnet18", "sc_resnet50-8/3", "sc_resnext101_32x3d-2", "ghost_resnet50")
 # Deeper ones have the same blocks, more often; wide ones have wider ones.
 EVERY_BLOCK = (
-    "resnet18",
-    "resnet50",
-    "resnext50_32x4d",
-    "sc_resnet50-4/3",
-    "sc_resnet50-2",
-    "sc_resnet50-8/3",
-    "sc_resnet50-16/3",
-    "sc_resnext50_32x4d-4/3",
-    "sc_resnext101_32x3d-2",
-    "ghost_resnet50",
+    *("resnet50", "resnext50_32x4d", "sc_resnext50_32x4d-4/3"),
+    *("sc_resnet50-4/3", "sc_resnet50-2", "sc_resnet50-16/3"),
 )
 
 
-@pytest.mark.parametrize("config", slow_unless(EVERY_BLOCK), ids=identify)
+@pytest.mark.parametrize("config", marked(EVERY_DAY, EVERY_BLOCK), ids=identify)
 def test_logits_equal_pytorch_in_float64(config):
     assert logits_error(config, np.float64) <= 1e-10
 
 
-@pytest.mark.parametrize("config", slow_unless(("resnet18", "sc_resnet50-8/3")), ids=identify)
+@pytest.mark.parametrize("config", marked(("resnet18", "sc_resnet50-8/3")), ids=identify)
 def test_logits_equal_pytorch_in_float32(config):
     assert logits_error(config, np.float32) <= 1e-5
 

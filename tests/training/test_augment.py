@@ -2,14 +2,8 @@ import jax
 import numpy as np
 import pytest
 
-from slimconv_jax.training.augment import (
-    augment,
-    cutmix,
-    mixup,
-    normalize,
-    random_crop,
-    random_flip,
-)
+from slimconv_jax.data.preprocessing import normalize
+from slimconv_jax.training.augment import augment, cutmix, mixup, random_crop, random_flip
 
 
 def test_normalize():

@@ -7,12 +7,18 @@ import numpy as np
 import pytest
 from etils import epath
 
+from slimconv_jax.devices import data_mesh, replicated
+from slimconv_jax.storage.checkpoints import list_checkpoints, newest_intact
 from slimconv_jax.training.checkpoint import Checkpoints
-from slimconv_jax.training.step import EMA, TrainState, data_mesh, replicated
-from slimconv_jax.work_directory import list_checkpoints, newest_intact
+from slimconv_jax.training.step import TrainState
 
 # After a failure Orbax leaves event loops that complain when they are collected.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def freeze():
+    gc.freeze()  # what the tests before have left need not be gone through
 
 
 @pytest.fixture(autouse=True)
@@ -24,14 +30,19 @@ def collect():
 def make_state(ema=False):
     params = {"stages": {0: {"kernel": jnp.arange(6.0).reshape(2, 3)}}}
     batch_stats = {"mean": jnp.array([0.1, 1e-30])}
+    variables = {"params": params, "batch_stats": batch_stats}
     state = TrainState(
         jnp.int32(3),
-        params,
-        batch_stats,
+        variables,
         ({"trace": jnp.ones(2, jnp.bfloat16)}, ()),
-        jax.tree.map(lambda x: x + 1, EMA(params, batch_stats)) if ema else None,
+        jax.tree.map(lambda x: x + 1, variables) if ema else None,
     )
     return jax.device_put(state, replicated(data_mesh()))
+
+
+def changed(**collections):
+    state = make_state()
+    return state._replace(variables=state.variables | collections)
 
 
 def save_steps(workdir, *steps, to_keep=2, best=(), state=None):
@@ -149,7 +160,7 @@ def test_if_all_are_damaged_nothing_is_touched(tmp_path):
 
 def test_a_state_of_something_else_is_refused(tmp_path):
     save_steps(tmp_path, 5)
-    other = make_state()._replace(batch_stats={"mean": jnp.zeros(3)})
+    other = changed(batch_stats={"mean": jnp.zeros(3)})
     for like in (other, make_state(ema=True)):
         with (
             Checkpoints(epath.Path(tmp_path), to_keep=2) as checkpoints,
@@ -160,7 +171,7 @@ def test_a_state_of_something_else_is_refused(tmp_path):
 
 def test_a_full_disk_is_a_sentence_and_loses_nothing(tmp_path):
     # Files of more than 4 MB cannot be written, which is how a full disk looks from here.
-    big = make_state()._replace(params={"kernel": jnp.arange(4e6)})
+    big = changed(params={"kernel": jnp.arange(4e6)})
     save_steps(tmp_path, 5)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4_000_000, limits[1]))

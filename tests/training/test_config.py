@@ -1,13 +1,25 @@
+import re
+from pathlib import Path
+
 import pytest
-from ml_collections import ConfigDict
 
 from configs import digits
-from slimconv_jax.training.config import check_config
+from slimconv_jax.commands.options import expand_flag_files
+from slimconv_jax.storage.work_directory import flatten
+from slimconv_jax.training.config import (
+    check_config,
+    complete,
+    default_values,
+    describe_keys,
+    read_config,
+)
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
 def config():
-    return digits.get_config()
+    return complete(digits.get_config())
 
 
 @pytest.mark.parametrize(
@@ -48,20 +60,113 @@ def test_bad_configs(config, key, value, message):
         check_config(config, num_devices=8)
 
 
-@pytest.mark.parametrize(
-    "key", ["seed", "init_from", "model", "optimizer.learning_rate", "model.name"]
-)
-def test_missing_keys(config, key):
+@pytest.mark.parametrize("key", ["num_epochs", "optimizer.learning_rate", "model.name"])
+def test_missing_keys(key):
+    config = digits.get_config()
     *sections, key = key.split(".")
     where = config
     for section in sections:
         where = where[section]
     del where[key]
     with pytest.raises(ValueError, match=f"lacks the key '{key}'"):
-        check_config(config, num_devices=1)
+        check_config(complete(config), num_devices=1)
 
 
-def test_keys_with_a_default_may_be_left_out(config):
-    config.augment = ConfigDict()
-    del config.model["width"]
-    check_config(config, num_devices=1)
+def test_what_has_a_default_may_be_left_out():
+    config = digits.get_config()
+    del config["augment"], config.model["width"], config["log_every_steps"]
+    whole = complete(config)
+    check_config(whole, num_devices=1)
+    assert "augment" not in config  # it is as it was
+    assert (whole.augment.flip, whole.model.width, whole.log_every_steps) == (False, 64, 100)
+    assert whole.step.accumulation_steps == 1 and whole.init_from is None
+
+
+def test_every_key_can_be_set_on_the_command_line():
+    """Also those that the file does not mention, with the type of their annotation; and None."""
+    config = read_config(
+        "digits",
+        [
+            *("--config.augment.mixup_alpha=0.2", "--config.augment.flip", "--config.seed=3"),
+            *("--config.optimizer.clip_norm=1", "--config.loader.num_threads", "2"),
+            *("--config.transform.scale=(0.5, 1.0)", "--config.loader.on_device=false"),
+            *("--config.init_from=a b", "--config.model.dtype=bfloat16", "--config.model.k=None"),
+            *("--config.dataset.data_dir=None", "--config.checkpoint_every_minutes=5"),
+        ],
+    )
+    assert (config.augment.mixup_alpha, config.augment.flip, config.seed) == (0.2, True, 3)
+    assert (config.optimizer.clip_norm, config.loader.num_threads) == (1.0, 2)
+    assert (config.transform.scale, config.loader.on_device) == ((0.5, 1.0), False)
+    assert (config.init_from, config.model.dtype, config.model.k) == ("a b", "bfloat16", None)
+    assert (config.dataset.data_dir, config.checkpoint_every_minutes) == (None, 5.0)
+
+
+def test_every_key_is_described():
+    lines = list(describe_keys(read_config("digits", ["--config.model.k=8/3"]), width=80))
+    assert all(len(line) <= 80 for text in lines for line in text.splitlines() if "= " not in line)
+    text = "\n".join(lines)
+    assert (
+        "config.model.k = '8/3'  (default: None)\n    compression ratio of every SlimConv" in text
+    )
+    keys_said = re.findall(r"^config\.(\S+) = .*\n    \S", text, re.MULTILINE)
+    flat = flatten(default_values())
+    assert set(keys_said) == flat.keys()  # each with its meaning
+
+
+def test_a_config_is_found_by_its_name():
+    by_path = read_config("configs/imagenet.py:sc_resnet101", ["--config.model.k=8/3"])
+    assert (
+        by_path.to_dict()
+        == read_config("imagenet:sc_resnet101", ["--config.model.k=8/3"]).to_dict()
+    )
+    assert by_path.model.name == "sc_resnet101"
+    with pytest.raises(ValueError, match=r"is not there; those that come .*: cifar100, "):
+        read_config("imagenett")
+    with pytest.raises(ValueError, match=r"is a directory, not a config file"):
+        read_config("configs")
+
+
+def flags(file, *more):
+    return expand_flag_files([f"--flagfile={file}", *more])
+
+
+def test_a_config_is_called_with_its_argument_and_changed_by_files(tmp_path):
+    text = (ROOT / "configs/digits.py").read_text()
+    text = text.replace("def get_config()", "def get_config(epochs='7')")
+    text = text.replace("config.num_epochs = 20", "config.num_epochs = int(epochs)")
+    (tmp_path / "mine.py").write_text(text)
+    path = tmp_path / "mine.py"
+    assert read_config(path, []).num_epochs == 7
+    assert read_config(f"{path}:3", ["--config.seed=2"]).num_epochs == 3
+    (tmp_path / "flags").write_text("--config.seed=5\n--config.optimizer.warmup_epochs=None\n")
+    config = read_config(path, flags(tmp_path / "flags", "--config.model.k", "None"))
+    assert (config.seed, config.optimizer.warmup_epochs, config.model.k) == (5, None, None)
+    (tmp_path / "flags").write_text("--config.sed=5\n")
+    with pytest.raises(ValueError, match="config has no key 'sed'"):
+        read_config(path, flags(tmp_path / "flags"))
+    with pytest.raises(ValueError, match=r"the file of --flagfile cannot be read: .*nowhere"):
+        read_config(path, flags(tmp_path / "nowhere"))
+    (tmp_path / "flags").write_bytes(b"\xef\xbb\xbf--config.seed=6\n--config.model.k=None\n")
+    config = read_config(path, flags(tmp_path / "flags", "--config.model.k=8/3"))
+    assert (config.seed, config.model.k) == (6, "8/3")
+    with pytest.raises(ValueError, match=r"config.normalize.mean\[7\] cannot be None"):
+        read_config(path, ["--config.normalize.mean[7]=None"])
+    with pytest.raises(ValueError, match=r"mine.py cannot be used: ValueError: invalid literal"):
+        read_config(f"{path}:x", [])
+    # A switch takes no value, and what follows is another override.
+    config = read_config(path, ["--config.model.zero_init_residual", "--config.init_from=None"])
+    assert config.model.zero_init_residual is True and config.init_from is None
+
+
+def test_a_config_is_read_as_train_reads_it(tmp_path):
+    config = read_config(ROOT / "configs/digits.py", ["--config.model.k=8/3"])
+    assert config.model.k == "8/3"
+    (tmp_path / "broken.py").write_text("def get_config() return 1")
+    for path, overrides, message in (
+        ("none.py", [], "the config .*/none.py is not there; those that come with .* digits, "),
+        (tmp_path / "broken.py", [], f"the config file {tmp_path / 'broken.py'} cannot be used: "),
+        (ROOT / "configs/digits.py", ["--config.model.nam=2"], "did you mean 'name'"),
+        (ROOT / "configs/digits.py", ["--config.batch_size=x"], "batch_size"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            read_config(path, overrides)

@@ -58,9 +58,8 @@ from slimconv_jax.models.layers import ConvBN
 from slimconv_jax.models.slimconv import SlimConv
 from slimconv_jax.models.zoo import abstract_model
 from slimconv_jax.training.augment import augment
-from slimconv_jax.training.step import (
-    batch_sharded, create_state, data_mesh, make_train_step, replicated
-)
+from slimconv_jax.training.step import create_state, make_train_step
+from slimconv_jax.devices import batch_sharded, data_mesh, replicated
 
 mesh = data_mesh()
 dataset = load_dataset(
@@ -98,6 +97,7 @@ if jax.process_index() == 0:
 """
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("model", ["small", pytest.param("sc_resnet14", marks=pytest.mark.slow)])
 def test_the_layout_does_not_change_the_numbers(tmp_path, model):
     # In float64, so that rounding cannot hide a difference in what is computed: real batches,
@@ -120,7 +120,11 @@ def test_the_layout_does_not_change_the_numbers(tmp_path, model):
             assert difference <= 1e-9 * np.linalg.norm(expected), (name, key)
 
 
-SETTINGS = ("--config.num_epochs=20", "--config.eval_every_epochs=1", "--config.model.width=8")
+# Without SlimConv, which takes long to compile.
+SETTINGS = (
+    *("--config.num_epochs=20", "--config.eval_every_epochs=1", "--config.model.width=8"),
+    *("--config.model.name=resnet14", "--config.model.k=None"),
+)
 
 
 def start_training(workdir, *settings, slurm=False, second=()):
@@ -153,6 +157,7 @@ def checkpoints(workdir):
     return sorted(int(path.name) for path in (workdir / "checkpoints").glob("[0-9]*[0-9]"))
 
 
+@pytest.mark.process
 def test_two_processes_stop_together_and_continue(tmp_path):
     # Started by SLURM; one is told to stop, and both save the same step.
     workdir = tmp_path / "run"
@@ -183,6 +188,7 @@ def test_two_processes_stop_together_and_continue(tmp_path):
     assert "stopped, since the first process cannot go on; it says why" in outputs[1]
 
 
+@pytest.mark.process
 def test_what_one_process_refuses_the_others_learn(tmp_path):
     second = ["--config.batch_size=6"]
     processes = list(start_training(tmp_path / "run", second=second))
@@ -193,6 +199,7 @@ def test_what_one_process_refuses_the_others_learn(tmp_path):
     assert outputs[1].endswith(f"error: {reason}")
 
 
+@pytest.mark.process
 def test_processes_that_differ_do_not_train(tmp_path):
     second = ["--config.optimizer.learning_rate=0.0501"]
     processes = list(start_training(tmp_path / "run", second=second))

@@ -1,11 +1,14 @@
 """Whole runs on the digits, with a narrow model and two epochs of 22 or 23 steps."""
 
 import contextlib
+import itertools
 import json
 import os
 import shutil
 import sys
 import threading
+import time
+import types
 
 import jax
 import numpy as np
@@ -15,17 +18,29 @@ from flax import nnx
 from image_files import encode, smooth, write_folder
 from randomize import randomized
 
-from configs import digits
 from slimconv_jax.data.sources import load_source
-from slimconv_jax.evaluation import evaluate_saved
+from slimconv_jax.inference.evaluate import evaluate
+from slimconv_jax.inference.saved import open_model
+from slimconv_jax.models import zoo
 from slimconv_jax.models.zoo import abstract_model, create_model
-from slimconv_jax.saving import load_model, read_info, save_model
+from slimconv_jax.storage.model_directory import load_model, read_info, save_model
+from slimconv_jax.training import loop
+from slimconv_jax.training.config import read_config
 from slimconv_jax.training.loop import train
 
 
+@pytest.fixture(scope="module", autouse=True)
+def tiny():
+    """A network that compiles in half the time of the smallest bottlenecks."""
+    with pytest.MonkeyPatch.context() as patch:
+        row = zoo.ResNetConfig((1, 1, 1, 1), block="basic")
+        patch.setitem(zoo.ARCHITECTURES, "tiny", row)
+        yield
+
+
 def small_config():
-    config = digits.get_config()
-    config.model.width = 8
+    config = read_config("digits")
+    config.model.update(name="tiny", k=None, width=8)
     config.optimizer.warmup_epochs = 0.5
     config.num_epochs = 2
     config.eval_every_epochs = 1
@@ -163,7 +178,7 @@ def test_an_evaluation_that_an_interruption_took_is_made_up_for(run, tmp_path, s
         ("transform", "image_size", 0, "image_size=0 must be an integer"),
         ("loader", "on_error", "ignore", "on_error='ignore' must be"),
         ("augment", "flip", "yes", "flip='yes' must be True or False"),
-        ("model", "dtype", "bfloat17", "dtype='bfloat17' is no dtype"),
+        ("model", "dtype", "bfloat17", "dtype='bfloat17' is not a dtype"),
         ("model", "dilation", True, "must be three booleans"),
         ("augment", "crop_padding", -1, "crop_padding=-1"),
         ("normalize", "std", (1, 1, 0), "must be three numbers each"),
@@ -174,7 +189,9 @@ def test_an_evaluation_that_an_interruption_took_is_made_up_for(run, tmp_path, s
 )
 def test_a_bad_config_does_not_claim_the_work_directory(tmp_path, section, key, value, message):
     config = small_config()
-    config[section][key] = value
+    config.model.update(name="sc_resnet14", k="4/3")
+    with config.ignore_type():
+        config[section][key] = value
     with pytest.raises(ValueError, match=message):
         train(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
@@ -217,7 +234,7 @@ def test_the_work_directory_is_a_saved_model(run):
     model = load_model(workdir)
     assert model.config.width == 8 and model.stem.bn.use_running_average
     for batch_size in (64, 1000):
-        again = evaluate_saved(workdir, load_source("digits", "test"), batch_size=batch_size)
+        again = evaluate(workdir, load_source("digits", "test"), batch_size=batch_size)
         assert {key: again[key] for key in ("correct", "correct_top5", "examples")} == {
             key: result[key] for key in ("correct", "correct_top5", "examples")
         }
@@ -228,7 +245,7 @@ def test_other_classes_than_before_are_refused(run, tmp_path):
     workdir, _ = run
     copy = shutil.copytree(workdir, tmp_path / "copy")
     description = json.loads((copy / "model.json").read_text())
-    description["class_names"][3] = "drei"
+    description["info"]["class_names"][3] = "drei"
     (copy / "model.json").write_text(json.dumps(description))
     with pytest.raises(ValueError, match=r"the classes of the data are not those that .*/copy was"):
         train(small_config(), copy)
@@ -270,7 +287,7 @@ def classifier_of(model):
 
 
 def test_a_run_starts_from_a_saved_model_with_a_new_classifier(tmp_path, capsys):
-    saved = randomized(lambda: abstract_model("sc_resnet14", width=8, num_classes=4))
+    saved = randomized(lambda: abstract_model("tiny", width=8, num_classes=4))
     save_model(saved, tmp_path / "saved")
     config = small_config()
     config.init_from = str(tmp_path / "saved")
@@ -284,10 +301,10 @@ def test_a_run_starts_from_a_saved_model_with_a_new_classifier(tmp_path, capsys)
     assert any((tmp_path / "run" / "profile").rglob("*.xplane.pb"))
     with pytest.raises(ValueError, match="has no moving average"):
         load_model(tmp_path / "run", ema=True)
-    words = "but a new classifier of 10 classes in place of its 4"
+    words = "but a new classifier of 10 classes instead of its 4"
     assert f"start    from the weights of {tmp_path / 'saved'}, {words}" in printed
     trained = load_model(tmp_path / "run")
-    scratch = create_model("sc_resnet14", width=8, num_classes=10, rngs=nnx.Rngs(params_key(0)))
+    scratch = create_model("tiny", width=8, num_classes=10, rngs=nnx.Rngs(params_key(0)))
     for name, value in classifier_of(scratch).items():
         np.testing.assert_array_equal(classifier_of(trained)[name], value)
     trained.classifier = saved.classifier
@@ -311,6 +328,7 @@ def params_key(seed):
 def test_another_architecture_to_start_from_is_refused_and_claims_nothing(tmp_path):
     save_model(randomized(lambda: abstract_model("sc_resnet14", k=2, width=8)), tmp_path / "saved")
     config = small_config()
+    config.model.update(name="sc_resnet14", k="4/3")
     for path, message in (
         (
             tmp_path / "saved",
@@ -326,8 +344,8 @@ def test_another_architecture_to_start_from_is_refused_and_claims_nothing(tmp_pa
 
 def test_a_run_that_diverges_keeps_its_checkpoints(tmp_path):
     config = small_config()
-    config.model = {"name": "resnet14", "width": 4}
-    del config.optimizer["warmup_epochs"]
+    config.model.width = 4
+    config.optimizer.warmup_epochs = 0.0
     config.optimizer.update(schedule="multistep", milestones=(1.2,) * 6, decay_factor=1e5)
     with pytest.raises(ValueError, match=r"is (nan|inf) at step 2\d: the training diverged"):
         train(config, tmp_path)
@@ -335,11 +353,26 @@ def test_a_run_that_diverges_keeps_its_checkpoints(tmp_path):
     assert load_model(tmp_path, ema=True).config.width == 4
 
 
+def test_checkpoints_between_evaluations(tmp_path, monkeypatch):
+    """Every so many steps, or minutes, which are looked at where lines are written."""
+    config = small_config()
+    config.update(num_epochs=1, checkpoint_every_steps=9, checkpoints_to_keep=9)
+    now = itertools.count(0, 40)
+    clock = types.SimpleNamespace(monotonic=lambda: next(now), perf_counter=time.perf_counter)
+    monkeypatch.setattr(loop, "time", clock)
+    config.update(checkpoint_every_minutes=1.0, log_every_steps=4)
+    train(config, tmp_path)
+    # 40 s have passed when it looks at step 4, 80 at 8; each checkpoint begins the minute anew.
+    steps = {int(path.name) for path in (tmp_path / "checkpoints").iterdir()}
+    assert steps == {8, 9, 16, 18, 22}
+    assert [line["step"] for line in metrics(tmp_path, "train")] == [4, 8, 9, 12, 16, 18, 20, 22]
+
+
 def test_averaged_weights_and_older_checkpoints_can_be_loaded(run):
     workdir, result = run
     test = load_source("digits", "test")
     (averaged,) = (line for line in metrics(workdir, "test_ema") if line["step"] == 22)
-    again = evaluate_saved(workdir, test, batch_size=256, checkpoint=22, ema=True)
+    again = evaluate(open_model(workdir, checkpoint=22, ema=True), test, batch_size=256)
     assert again["correct"] == averaged["correct"] != result["correct"]
     with pytest.raises(ValueError, match="has no checkpoint of step 30; it has those of 22, 45"):
         load_model(workdir, checkpoint=30)

@@ -9,7 +9,8 @@ import pytest
 from etils import epath
 from tensorboardX.proto import event_pb2
 
-from slimconv_jax.training.report import Reporter, rank_evaluations, read_metrics
+from slimconv_jax.training.metrics import rank_evaluations, read_metrics
+from slimconv_jax.training.report import Reporter
 
 
 def reporter(workdir, first_step=0):
@@ -21,7 +22,7 @@ def reporter(workdir, first_step=0):
         steps_per_epoch=2.5,
         batch_size=4,
         log_every_steps=4,
-        eval_steps={5, 10},
+        line_steps={5, 10},
     )
 
 
@@ -139,8 +140,10 @@ def test_a_damaged_line_is_left_out_and_the_file_is_kept(tmp_path, damage, capsy
         assert path.read_bytes() == b"".join(lines)
         assert (tmp_path / copy).read_bytes() == content
         words = capsys.readouterr().out
-        assert words.startswith("warning: ") and f"as it was it is now {tmp_path / copy}" in words
-        assert "(2)" in words or damage == "long"  # which counts as several
+        assert words.startswith("warning: line")
+        assert f" damaged in {path}; the run continues without" in words
+        assert words.endswith(f"and the old file is now {tmp_path / copy}\n")
+        assert "line 2 is" in words or damage == "long"  # which counts as several
 
 
 @pytest.mark.parametrize("name", ["loss", "grad_norm"])

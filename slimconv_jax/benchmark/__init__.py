@@ -1,0 +1,1 @@
+"""How fast architectures are here, and what they need on devices that are not here."""

@@ -1,0 +1,443 @@
+"""How fast the models are, here and in PyTorch, measured in turns on the device at hand.
+
+On a machine whose speed varies, two programs can be compared only if they take turns: every
+comparison is one call of `take_turns`.
+"""
+
+import contextlib
+import dataclasses
+import datetime
+import importlib.metadata
+import itertools
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import flax
+import jax
+import jax.numpy as jnp
+import jaxlib
+import numpy as np
+import optax
+from flax import nnx
+
+from slimconv_jax.data.preprocessing import Preprocessing
+from slimconv_jax.devices import data_mesh
+from slimconv_jax.errors import InputError, exhausted, import_extra, require_integer
+from slimconv_jax.inference.export import export_program, read_onnx
+from slimconv_jax.inference.pieces import in_pieces
+from slimconv_jax.models.complexity import count_macs
+from slimconv_jax.models.resnet import ResNet
+from slimconv_jax.models.surgery import fold_batch_norm
+from slimconv_jax.models.zoo import abstract_model, create_model, normalize_model, parse_model
+from slimconv_jax.torch_interop import import_torch
+from slimconv_jax.training.optimizer import create_optimizer
+from slimconv_jax.training.step import create_state, make_train_step
+
+Rounds = Callable[[int], None]
+"""Does something so many times, and waits for the last."""
+
+
+class Program(NamedTuple):
+    """Something to be timed.
+
+    Attributes:
+      run: does that many rounds and waits for the last.
+      compile_seconds: None if nothing was compiled.
+      memory: bytes that it needs at once, or None if that is not known.
+    """
+
+    run: Rounds
+    compile_seconds: float | None
+    memory: int | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """What is to be measured.
+
+    Attributes:
+      model: NAME or NAME@K, such as "sc_resnet50@8/3".
+      mode: "inference": evaluation mode, here with batch norm folded. "train": forward, backward,
+        and SGD with Nesterov momentum and weight decay.
+      batch_size: images at once.
+      image_size: their height and width.
+      dtype: "float32" or "bfloat16", of the computation; parameters are float32.
+      implementation: "jax", "torch", "torch.compile", or "onnxruntime" for what `export` writes.
+    """
+
+    model: str
+    mode: str
+    batch_size: int
+    image_size: int
+    dtype: str
+    implementation: str
+
+
+def _model_options(model: str) -> dict:
+    return dict(zip(("name", "k"), parse_model(model), strict=True))
+
+
+def _images(case: Case) -> tuple[np.ndarray, np.ndarray]:
+    """Random images (N, H, W, 3), float32, and labels."""
+    rng = np.random.default_rng(0)
+    shape = (case.batch_size, case.image_size, case.image_size, 3)
+    return rng.standard_normal(shape, np.float32), rng.integers(1000, size=case.batch_size)
+
+
+def onnxruntime_obstacle(modes: Sequence[str], dtypes: Sequence[str]) -> str | None:
+    """Why onnxruntime cannot be compared with here, or None if it can."""
+    if jax.default_backend() != "cpu":
+        return "onnxruntime is compared with on CPUs only"
+    if "train" in modes or set(dtypes) != {"float32"}:
+        return "onnxruntime is for --mode inference and --dtype float32"
+    for package in ("onnxruntime", "jax2onnx"):
+        import_extra(package, extra="export")
+    return None
+
+
+def torch_obstacle() -> str | None:
+    """Why PyTorch cannot be compared with here, or None if it can."""
+    backend = jax.default_backend()
+    try:
+        torch = import_torch()
+    except InputError as error:
+        return str(error)
+    if backend == "cpu" or (backend == "gpu" and torch.cuda.is_available()):
+        return None
+    return f"PyTorch as it is installed here cannot use the {backend.upper()} that JAX uses"
+
+
+def build(case: Case) -> Program:
+    """The compiled program of a case, with random weights and images on the device.
+
+    Raises:
+      ValueError: if it does not fit into the memory, or `torch.compile` does not work here.
+    """
+    try:
+        if case.implementation == "jax":
+            program = _jax_program(case)
+        elif case.implementation == "onnxruntime":
+            program = _onnxruntime_program(case)
+        else:
+            from slimconv_jax.torch_interop.timing import torch_program
+
+            program = Program(
+                *torch_program(
+                    abstract_model(**_model_options(case.model)).config,
+                    *_images(case),
+                    mode=case.mode,
+                    dtype=case.dtype,
+                    compiled=case.implementation == "torch.compile",
+                    device="cuda" if jax.default_backend() == "gpu" else "cpu",
+                )
+            )
+        program.run(1)
+    except InputError:
+        raise
+    except (MemoryError, OSError, RuntimeError) as error:  # of XLA, CUDA, or torch.compile
+        reason = f"{error}".strip().split("\n")[0]
+        if exhausted(error):
+            raise InputError(
+                f"{case.model} at batch size {case.batch_size} does not fit into the memory: "
+                f"{reason}"
+            ) from error
+        if case.implementation == "torch.compile":
+            raise InputError(f"torch.compile does not work here: {reason}") from error
+        raise
+    return program
+
+
+def _jax_program(case: Case) -> Program:
+    dtype = None if case.dtype == "float32" else case.dtype
+    model = create_model(**_model_options(case.model), dtype=dtype, rngs=nnx.Rngs(0))
+    images, labels = (jnp.asarray(array) for array in _images(case))
+    if case.mode == "train":
+        return train_program(model, images, labels)
+    return inference_program(model, images)
+
+
+def _onnxruntime_program(case: Case) -> Program:
+    """The program that `export --format onnx` writes, with the logits of the model."""
+    model = create_model(**_model_options(case.model), rngs=nnx.Rngs(0))
+    model.eval()
+    images, _ = _images(case)
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / "model.onnx"
+        preprocessing = Preprocessing(image_size=case.image_size)
+        export_program(model, path, format="onnx", preprocessing=preprocessing)
+        program = read_onnx(path)
+
+    def run(rounds: int) -> None:
+        for _ in range(rounds):
+            program(images)
+
+    return Program(run, None, None)
+
+
+def inference_program(model: ResNet, images: jax.Array) -> Program:
+    """The program that `predict` runs, of a model with its batch norm folded."""
+    model.eval()
+    graphdef, state = nnx.split(fold_batch_norm(model))
+    mesh = data_mesh(jax.devices()[:1])
+
+    @jax.jit
+    def forward(state: nnx.State, images: jax.Array) -> jax.Array:
+        return in_pieces(nnx.merge(graphdef, state), images, mesh=mesh)
+
+    compiled, seconds, memory = _compile(forward, state, images)
+    return Program(repeated(compiled, state, images), seconds, memory)
+
+
+def _compile(function: Callable, *args) -> tuple[Callable, float, int]:
+    """The program of a jitted function, the seconds it took, and the bytes it needs."""
+    start = time.perf_counter()
+    compiled = function.lower(*args).compile()
+    seconds = time.perf_counter() - start
+    memory = compiled.memory_analysis()
+    size = (
+        memory.argument_size_in_bytes
+        + memory.output_size_in_bytes
+        + memory.temp_size_in_bytes
+        - memory.alias_size_in_bytes
+    )
+    return compiled, seconds, size
+
+
+def train_program(model: ResNet, images: jax.Array, labels: jax.Array) -> Program:
+    """The program of a training step on float images, always the same ones."""
+    schedule = optax.constant_schedule(1e-3)
+    optimizer = create_optimizer(
+        schedule, name="sgd", momentum=0.9, nesterov=True, weight_decay=1e-4
+    )
+    step = make_train_step(
+        model,
+        optimizer,
+        schedule,
+        num_classes=model.config.num_classes,
+        augment=lambda key, images, targets: (images, targets),
+        normalize=lambda images: images,
+        key=jax.random.key(0),
+        mesh=data_mesh(jax.devices()[:1]),
+    )
+    state = [create_state(model, optimizer)]
+    batch = {"image": images, "label": labels}
+    key_data, *_ = step.args
+    compiled, seconds, memory = _compile(step.func, key_data, *state, batch)
+
+    def run(rounds: int) -> None:
+        for _ in range(rounds):
+            state[0], metrics = compiled(key_data, state[0], batch)
+        jax.block_until_ready(metrics)
+
+    return Program(run, seconds, memory)
+
+
+def take_turns(
+    programs: Sequence[Rounds], *, repeats: int, seconds: float = 0.2
+) -> list[list[float]]:
+    """The seconds that one round of each program takes, `repeats` times, one program after another.
+
+    A turn begins with a round that is not measured: threads of the program before may still spin,
+    and caches hold its data. Then come as many rounds as take `seconds`, at least one.
+    """
+    rounds = []
+    for run in programs:
+        run(1)
+        start = time.perf_counter()
+        run(1)
+        rounds.append(max(round(seconds / (time.perf_counter() - start)), 1))
+    times: list[list[float]] = [[] for _ in programs]
+    for _ in range(repeats):
+        for run, count, measured in zip(programs, rounds, times, strict=True):
+            run(1)
+            start = time.perf_counter()
+            run(count)
+            measured.append((time.perf_counter() - start) / count)
+    return times
+
+
+def repeated(function: Callable, *args) -> Rounds:
+    """The rounds of a compiled function of arrays."""
+
+    def run(rounds: int) -> None:
+        for _ in range(rounds):
+            output = function(*args)
+        jax.block_until_ready(output)
+
+    return run
+
+
+def matmul_rounds(dtype: str) -> tuple[int, Rounds]:
+    """The FLOPs of a large square matrix product, and the product, to take turns with others.
+
+    At JAX's default precision, which on recent GPUs is TF32 for float32.
+    """
+    size = 2048 if jax.default_backend() == "cpu" else 8192
+    square = jax.random.normal(jax.random.key(0), (size, size), dtype)
+    return 2 * size**3, repeated(jax.jit(jnp.matmul), square, square)
+
+
+def copy_rounds() -> tuple[int, Rounds]:
+    """The bytes that `x + 1` moves for an array too large for the caches, and the addition.
+
+    The memory of the result is that of the argument before, as within a larger program.
+    """
+    size = 2**26 if jax.default_backend() == "cpu" else 2**29
+    add_one = jax.jit(lambda x: x + 1, donate_argnums=0)
+    x = [jnp.zeros(size, jnp.float32)]
+
+    def run(rounds: int) -> None:
+        for _ in range(rounds):
+            x[0] = add_one(x[0])
+        x[0].block_until_ready()
+
+    return 2 * x[0].nbytes, run
+
+
+def describe_device() -> str:
+    """The device that JAX computes on, in words."""
+    kind = jax.devices()[0].device_kind
+    if jax.default_backend() != "cpu":
+        return kind
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    available = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count()))(0)
+    return f"{names[0] if names else platform.machine()}, {len(available)} cores"
+
+
+def versions() -> dict[str, str]:
+    """Of Python and the packages that the figures depend on."""
+    found = {
+        "python": platform.python_version(),
+        "jax": jax.__version__,
+        "jaxlib": jaxlib.__version__,
+        "flax": flax.__version__,
+    }
+    for name in ("torch", "onnxruntime", "jax2onnx"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
+def plan(
+    models: Sequence[str],
+    *,
+    modes: Sequence[str],
+    batch_sizes: Sequence[int],
+    image_size: int,
+    dtypes: Sequence[str],
+    implementations: Sequence[str],
+) -> list[list[Case]]:
+    """The cases, in the groups that take turns: those that differ in nothing but who computes what.
+
+    Raises:
+      ValueError: if a model or number is not possible.
+    """
+    for name, values in (("batch size", batch_sizes), ("image size", [image_size])):
+        for value in values:
+            require_integer(f"the {name}", value, 1)
+    names = list(dict.fromkeys(map(normalize_model, models)))
+    return [
+        [
+            Case(model, mode, batch_size, image_size, dtype, implementation)
+            for model in names
+            for implementation in dict.fromkeys(implementations)
+        ]
+        for mode, dtype, batch_size in itertools.product(
+            *map(dict.fromkeys, (modes, dtypes, batch_sizes))
+        )
+    ]
+
+
+def measure(
+    cases: Sequence[Case],
+    *,
+    repeats: int,
+    progress: Callable[[str], None] = lambda text: None,
+) -> list[dict]:
+    """Builds the programs of one group and lets them take turns.
+
+    Args:
+      cases: of equal mode, batch size and dtype.
+      repeats: turns.
+      progress: is told what is under way.
+
+    Returns:
+      For each case its fields, and: `images_per_second` (median), `fastest` and `slowest` turn in
+      images a second, `compile_seconds` (tracing included) and `memory_bytes` (or None),
+      `flops_per_second` (two for each multiply-add, in training three times those of the forward
+      pass), `peak`, the FLOP/s of a large matrix product at its fastest turn, and `peak_share`,
+      the share of it.
+    """
+    programs = []
+    for number, case in enumerate(cases, 1):
+        progress(f"building {number} of {len(cases)}: {case.model} in {case.implementation}")
+        programs.append(build(case))
+    progress(f"measuring {len(cases)} programs in {repeats} turns")
+    product_flops, product = matmul_rounds(cases[0].dtype)
+    *times, product_times = take_turns(
+        [*(program.run for program in programs), product], repeats=repeats
+    )
+    peak = product_flops / min(product_times)
+    rows = []
+    for case, program, measured in zip(cases, programs, times, strict=True):
+        median = statistics.median(measured)
+        macs = count_macs(abstract_model(**_model_options(case.model)), case.image_size)
+        flops = 2 * macs * (3 if case.mode == "train" else 1) * case.batch_size / median
+        rows.append(
+            dataclasses.asdict(case)
+            | {
+                "images_per_second": case.batch_size / median,
+                "slowest": case.batch_size / max(measured),
+                "fastest": case.batch_size / min(measured),
+                "compile_seconds": program.compile_seconds,
+                "memory_bytes": program.memory,
+                "flops_per_second": flops,
+                "peak": peak,
+                "peak_share": flops / peak,
+            }
+        )
+    return rows
+
+
+def environment() -> dict:
+    """When and where something is measured."""
+    now = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
+    return {"date": now, "device": describe_device(), "versions": versions()}
+
+
+def core_shares(count: int) -> list[set[int]]:
+    """The CPU cores of this process in so many shares, for processes that run side by side.
+
+    They are empty where there are fewer cores, or where the system does not tell.
+    """
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    return [set(cores[index::count]) for index in range(count)]
+
+
+def environment_apart() -> dict:
+    """What `environment` gives, found in another process: this one leaves the device to others."""
+    code = (
+        "import json; from slimconv_jax.benchmark.measure import environment\n"
+        "print(json.dumps(environment()))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise InputError(f"JAX finds no device: {done.stderr.strip().splitlines()[-1]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def describe_environment(where: dict) -> str:
+    """One line of what `environment` gives."""
+    packages = ", ".join(f"{name} {version}" for name, version in where["versions"].items())
+    return f"{where['date']}; {where['device']}; {packages}"

@@ -1,0 +1,204 @@
+"""What `python -m slimconv_jax benchmark` shows: tables, ratios, JSON and a chart."""
+
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from slimconv_jax.benchmark.measure import (
+    Case,
+    describe_environment,
+    environment,
+    measure,
+    onnxruntime_obstacle,
+    torch_obstacle,
+)
+from slimconv_jax.console import Status
+from slimconv_jax.errors import InputError, require_integer
+
+CHARTS = (".png", ".svg", ".pdf")
+
+HEADER = (
+    f"{'model':24} {'program':13} {'images/s':>9} {'slowest - fastest':>19} {'compile':>8} "
+    f"{'memory':>8} {'GFLOP/s':>8} {'of peak':>8}"
+)
+
+
+def table_rows(rows: Sequence[dict]) -> Iterator[str]:
+    """The measured cases as lines under `HEADER`."""
+    for row in rows:
+        seconds, memory = row["compile_seconds"], row["memory_bytes"]
+        spread = f"{row['slowest']:.1f} - {row['fastest']:.1f}"
+        yield (
+            f"{row['model']:24} {row['implementation']:13} {row['images_per_second']:9.1f} "
+            f"{spread:>19} {'-' if seconds is None else f'{seconds:.1f} s':>8} "
+            f"{'-' if memory is None else f'{memory / 2**20:,.0f} M':>8} "
+            f"{row['flops_per_second'] / 1e9:8,.0f} {row['peak_share']:8.0%}"
+        )
+
+
+def ratios(rows: Sequence[dict]) -> Iterator[str]:
+    """What the rows of one group say: each model here against PyTorch, and Sc against plain."""
+    speed = {(row["model"], row["implementation"]): row["images_per_second"] for row in rows}
+    macs = {
+        row["model"]: row["flops_per_second"] / row["images_per_second"]
+        for row in rows
+        if row["implementation"] == "jax"
+    }
+    for (model, implementation), other in speed.items():
+        if implementation != "jax" and (model, "jax") in speed:
+            yield f"{model}: {speed[model, 'jax'] / other:.2f} x {implementation}"
+    for model in macs:
+        plain = model.partition("@")[0].removeprefix("sc_")
+        if plain != model and plain in macs:
+            yield (
+                f"{model}: {speed[model, 'jax'] / speed[plain, 'jax']:.2f} x {plain}, which has "
+                f"{macs[plain] / macs[model]:.2f} x its multiply-adds"
+            )
+
+
+def choose_implementations(
+    wanted: Sequence[str] | None, *, modes: Sequence[str], dtypes: Sequence[str]
+) -> Sequence[str]:
+    """What to measure: what is wanted, or JAX and, where it can be compared with, PyTorch.
+
+    Raises:
+      ValueError: if something is wanted and cannot be compared with here.
+    """
+    if "onnxruntime" in (wanted or ()) and (obstacle := onnxruntime_obstacle(modes, dtypes)):
+        raise InputError(obstacle)
+    needs_torch = {"torch", "torch.compile"} & set(wanted or ["torch"])
+    obstacle = torch_obstacle() if needs_torch else None
+    if obstacle and wanted:
+        raise InputError(obstacle)
+    if obstacle:
+        print(f"nothing is compared with PyTorch: {obstacle}", file=sys.stderr)
+    return wanted or (["jax"] if obstacle else ["jax", "torch"])
+
+
+def run(
+    groups: Sequence[Sequence[Case]],
+    *,
+    repeats: int,
+    command: str,
+    json_path: Path | None,
+    chart_path: Path | None,
+) -> None:
+    """Measures groups of cases and prints what comes out, each group when it is done.
+
+    Args:
+      groups: from `plan`.
+      repeats: turns of each group.
+      command: what was typed, for the JSON.
+      json_path: a file for the figures, written again after each group; None for none.
+      chart_path: a file for the chart; None for none.
+
+    Raises:
+      ValueError: if a file cannot be written, or a case cannot be measured.
+    """
+    require_integer("--repeats", repeats, 1)
+    check_outputs(json_path, chart_path, chart=chart_path)
+    report = {"command": command, **environment(), "repeats": repeats, "results": []}
+    print(describe_environment(report), flush=True)
+    for cases in groups:
+        first = cases[0]
+        size = f"{first.image_size}x{first.image_size}"
+        print(
+            f"\n{first.mode}, {first.dtype}, batches of {first.batch_size}, {size}",
+            flush=True,
+        )
+        with Status() as status:
+            rows = measure(cases, repeats=repeats, progress=status.update)
+        print("\n".join([HEADER, *table_rows(rows), *ratios(rows)]), flush=True)
+        report["results"] += rows
+        if json_path:
+            write_json(json_path, report)
+    print(
+        f"\nimages/s: medians of {repeats} turns, in which the programs of a group follow each "
+        "other.\nFLOP/s: two for each multiply-add of the architecture, in training three times "
+        "those of\nthe forward pass. Peak: of a large matrix product in the same turns. Compile: "
+        "with\ntracing. Inference: batch norm is folded into the convolutions in JAX, not in "
+        "PyTorch."
+    )
+    if chart_path:
+        draw_chart(report, chart_path)
+
+
+def check_outputs(*paths: Path | None, chart: Path | None = None) -> None:
+    """Makes sure that files can be written, before anything is measured.
+
+    Raises:
+      ValueError: if one is a directory, or lies in none, or a chart has no known suffix.
+    """
+    for path in filter(None, paths):
+        if path.is_dir():
+            raise InputError(f"cannot write {path}: it is a directory")
+        if not path.absolute().parent.is_dir():
+            raise InputError(f"cannot write {path}: there is no directory {path.parent}")
+    if chart and chart.suffix not in CHARTS:
+        raise InputError(f"cannot draw {chart}: it must end in {', '.join(CHARTS)}")
+
+
+def write_json(path: Path, report: Mapping | Sequence) -> None:
+    """Writes figures.
+
+    Raises:
+      ValueError: if the file cannot be written.
+    """
+    try:
+        path.write_text(json.dumps(report, indent=2) + "\n")
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror}") from None
+
+
+def draw_chart(report: dict, path: Path) -> None:
+    """Draws the images a second of all cases as bars, with the slowest and the fastest turn.
+
+    Raises:
+      ValueError: if the file cannot be written.
+    """
+    from matplotlib.figure import Figure  # takes a while
+
+    groups = {}
+    for row in report["results"]:
+        groups.setdefault((row["mode"], row["dtype"], row["batch_size"]), []).append(row)
+    implementations = list(dict.fromkeys(row["implementation"] for row in report["results"]))
+    models = list(dict.fromkeys(row["model"] for row in report["results"]))
+    figure = Figure(
+        figsize=(9, 1 + len(groups) * (0.7 + 0.28 * len(models) * len(implementations)))
+    )
+    axes = figure.subplots(len(groups), 1, squeeze=False)[:, 0]
+    for ax, ((mode, dtype, batch_size), rows) in zip(axes, groups.items(), strict=True):
+        height = 0.8 / len(implementations)
+        for index, implementation in enumerate(implementations):
+            mine = [row for row in rows if row["implementation"] == implementation]
+            speed = np.array([row["images_per_second"] for row in mine])
+            low, high = (np.array([row[key] for row in mine]) for key in ("slowest", "fastest"))
+            positions = np.array([models.index(row["model"]) for row in mine])
+            positions = positions + (index - (len(implementations) - 1) / 2) * height
+            ax.barh(
+                positions,
+                speed,
+                0.9 * height,
+                xerr=[speed - low, high - speed],
+                label=implementation,
+                error_kw={"ecolor": "0.3", "elinewidth": 1},
+            )
+            for x, y in zip(speed, positions, strict=True):
+                ax.text(0.01 * ax.get_xlim()[1], y, f"{x:,.1f}", va="center", color="white")
+        ax.set_yticks(range(len(models)), models)
+        ax.invert_yaxis()
+        ax.set_title(f"{mode}, {dtype}, batch size {batch_size}", loc="left", fontsize=10)
+        ax.spines[["top", "right"]].set_visible(False)
+    axes[0].legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 1), ncols=3)
+    axes[-1].set_xlabel(
+        f"images a second of {rows[0]['image_size']}x{rows[0]['image_size']} pixels (medians; "
+        f"lines from the slowest to the fastest turn)\n{report['device']}"
+    )
+    figure.tight_layout()
+    try:
+        figure.savefig(path, dpi=120)
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot write {path}: {error}") from None

@@ -1,0 +1,54 @@
+"""`export`: a saved model in a format for other programs."""
+
+import argparse
+
+from slimconv_jax.commands.options import add_saved_model, open_saved
+
+HELP = "a saved model or training run, in another format"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `export`."""
+    add_saved_model(parser)
+    add = parser.add_argument
+    add("output", metavar="OUT", help="the new file or directory")
+    add(
+        "--format",
+        metavar="NAME",
+        required=True,
+        help="stablehlo, onnx: a program from images to logits, of any batch size, with batch "
+        "norm folded; torch: a state dict with the names of the released files; orbax, "
+        "safetensors: a directory for load_model, with weights in that format",
+    )
+    add(
+        "--input",
+        metavar="TYPE",
+        help="what a program takes: float, images as the model takes them, normalised (default); "
+        "uint8, pixels, which it normalises itself",
+    )
+    add(
+        "--image-size",
+        type=int,
+        default=argparse.SUPPRESS,
+        metavar="N",
+        help="pixels a side of a program's images (default: what the model was trained with, "
+        "else 224)",
+    )
+    add("--overwrite", action="store_true", help="replace what is at OUT")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Writes a saved model in a format for other programs."""
+    # Imported here since they take seconds.
+    from slimconv_jax.devices import find_devices
+    from slimconv_jax.inference.export import check_format, export
+    from slimconv_jax.models.zoo import describe
+
+    find_devices()
+    check_format(args.format, input=args.input, image_size=getattr(args, "image_size", None))
+    saved = open_saved(args)
+    print(f"{describe(saved.model.config)}: exporting, then reading it back", flush=True)
+    done = export(
+        saved, args.output, format=args.format, input=args.input, overwrite=args.overwrite
+    )
+    print(f"wrote {args.output}: {done.what}; in Python:\n  {done.use}")

@@ -1,0 +1,78 @@
+"""What comes before a model: images of one size, then normalised; the latter on the device."""
+
+import dataclasses
+from collections.abc import Sequence
+from numbers import Real
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from slimconv_jax.data.transforms import IMAGENET_MEAN, IMAGENET_STD
+from slimconv_jax.errors import InputError
+
+
+def normalize(images: jax.Array, *, mean: Sequence[float], std: Sequence[float]) -> jax.Array:
+    """(x / 255 - mean) / std, per channel; the options are the keys of `config.normalize`.
+
+    Args:
+      images: (N, H, W, 3), of values up to 255.
+      mean: of red, green and blue, where 1 is the largest value.
+      std: likewise.
+
+    Returns:
+      float32 of the same shape.
+
+    Raises:
+      ValueError: unless `mean` and `std` have three numbers each, those of `std` not near 0.
+    """
+    if not (_three_numbers(mean) and _three_numbers(std) and min(std) >= 1e-6):
+        raise InputError(
+            f"normalize: mean={mean!r} and std={std!r} must be three numbers each, one for each of "
+            "red, green and blue, and those of std at least 1e-06"
+        )
+    mean, std = (
+        jnp.asarray(c, jnp.float32).reshape((1,) * (images.ndim - 1) + (3,)) for c in (mean, std)
+    )
+    return (images.astype(jnp.float32) / 255 - mean) / std
+
+
+def _three_numbers(value: object) -> bool:
+    return (
+        isinstance(value, Sequence)
+        and len(value) == 3
+        and all(isinstance(number, Real) and abs(number) < 1e6 for number in value)
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Preprocessing:
+    """What comes before a model; the defaults are those of the published ones.
+
+    Attributes:
+      image_size: pixels a side; see `Transform`.
+      mean: of red, green and blue, where 1 is the largest value.
+      std: likewise.
+    """
+
+    image_size: int | None = 224
+    mean: Sequence[float] = IMAGENET_MEAN
+    std: Sequence[float] = IMAGENET_STD
+
+    def __str__(self) -> str:
+        size = "images as they are"
+        if self.image_size is not None:
+            size = f"shorter side to 8/7 of {self.image_size}, centre of {self.image_size} pixels"
+        return f"{size}; mean {tuple(self.mean)}, std {tuple(self.std)}"
+
+
+def preprocessing_of(info: dict[str, Any], **changes) -> Preprocessing:
+    """The preprocessing that the `info` of a saved model tells, with some changes.
+
+    Raises:
+      ValueError: if it tells something else.
+    """
+    try:
+        return Preprocessing(**{**info.get("preprocessing", {}), **changes})
+    except TypeError:
+        raise InputError("model.json is damaged: its preprocessing is none") from None

@@ -1,0 +1,91 @@
+"""A saved model with all that comes with it: what evaluation, prediction and export begin with."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from etils import epath
+from flax.typing import Dtype
+
+from slimconv_jax.data.loader import ResidentDataset, StreamedDataset, load_dataset
+from slimconv_jax.data.preprocessing import Preprocessing, normalize, preprocessing_of
+from slimconv_jax.data.sources import Source
+from slimconv_jax.data.transforms import Transform
+from slimconv_jax.devices import batch_sharded
+from slimconv_jax.errors import InputError
+from slimconv_jax.models.resnet import ResNet
+from slimconv_jax.storage.model_directory import load_model, read_info
+
+
+@dataclasses.dataclass(frozen=True)
+class SavedModel:
+    """A model that was opened, in evaluation mode.
+
+    Attributes:
+      path: where it is from.
+      model: the model.
+      preprocessing: what comes before it.
+      info: what else its model.json says.
+      class_names: the name of each class, None if they have none.
+    """
+
+    path: epath.PathLike
+    model: ResNet
+    preprocessing: Preprocessing
+    info: dict[str, Any]
+    class_names: list[str] | None
+
+    @property
+    def normalize(self) -> Callable[[jax.Array], jax.Array]:
+        """From pixels to what the model takes, on the device."""
+        return functools.partial(
+            normalize, mean=self.preprocessing.mean, std=self.preprocessing.std
+        )
+
+    def dataset(
+        self, source: Source, mesh: jax.sharding.Mesh, *, on_error: str, max_pixels: int
+    ) -> ResidentDataset | StreamedDataset:
+        """The images of a source as the model takes them, but for their normalisation.
+
+        Raises:
+          ValueError: as `Transform` and `load_dataset`.
+        """
+        return load_dataset(
+            source,
+            Transform(self.preprocessing.image_size, max_pixels=max_pixels),
+            training=False,
+            sharding=batch_sharded(mesh),
+            on_device=False,  # each image is needed once
+            on_error=on_error,
+        )
+
+
+def open_model(
+    path: epath.PathLike,
+    *,
+    dtype: Dtype | None = None,
+    checkpoint: int | None = None,
+    ema: bool = False,
+    **changes: Any,
+) -> SavedModel:
+    """Opens what `save_model`, `convert` or `train` wrote.
+
+    Args:
+      path: the directory; of a training run, the work directory.
+      dtype: dtype of the computation.
+      checkpoint: of a training run, the step whose checkpoint is taken; None for the newest.
+      ema: of a training run, whether to take the averaged weights.
+      **changes: of the preprocessing: `image_size`, `mean`, `std`.
+
+    Raises:
+      ValueError: if there is no complete model.
+    """
+    info = read_info(path)
+    preprocessing = preprocessing_of(info, **changes)
+    model = load_model(path, dtype=dtype, checkpoint=checkpoint, ema=ema)
+    names, num_classes = info.get("class_names"), model.config.num_classes
+    if names is not None and len(names) != num_classes:
+        raise InputError(f"model.json is damaged: it names {len(names)} classes of {num_classes}")
+    return SavedModel(path, model, preprocessing, info, names)

@@ -1,0 +1,1 @@
+"""What is on disk: files, checkpoints, saved models, the directories of runs."""

@@ -1,0 +1,121 @@
+"""The checkpoints of a training run on disk: a directory for each step, with checksums."""
+
+import json
+import os
+
+from etils import epath
+
+from slimconv_jax.console import say
+from slimconv_jax.errors import InputError
+from slimconv_jax.files import MissingFileError, checksum, list_files, read_json, verify_files
+
+CHECKPOINTS = "checkpoints"
+CHECKSUMS = "checksums.json"
+
+
+def list_checkpoints(workdir: epath.Path) -> list[epath.Path]:
+    """The complete checkpoints of a training run, the oldest first.
+
+    Raises:
+      ValueError: if their directory cannot be read.
+    """
+    directory = workdir / CHECKPOINTS
+    try:
+        entries = list(directory.iterdir())
+    except OSError as error:
+        if isinstance(error, FileNotFoundError) or not workdir.is_dir():
+            return []
+        raise InputError(f"cannot read {directory}: {error.strerror or error}") from None
+    # The name of one that is being written is more than a number, but in object stores, where a
+    # file tells that it is complete.
+    is_store = "://" in os.fspath(directory)
+    complete = (
+        path
+        for path in entries
+        if path.name.isascii()
+        and path.name.isdigit()
+        and (not is_store or (path / "commit_success.txt").exists())
+    )
+    return sorted(complete, key=lambda path: int(path.name))
+
+
+def choose_checkpoint(workdir: epath.Path, step: int | None) -> epath.Path:
+    """The complete checkpoint of a step, or the newest one.
+
+    Raises:
+      ValueError: if there is none.
+    """
+    there = list_checkpoints(workdir)
+    if not there:
+        raise InputError(f"{workdir / CHECKPOINTS} holds no checkpoint yet")
+    chosen = there[-1:] if step is None else [path for path in there if int(path.name) == step]
+    if not chosen:
+        steps = ", ".join(path.name for path in there)
+        raise InputError(f"{workdir} has no checkpoint of step {step}; it has those of {steps}")
+    return chosen[0]
+
+
+def write_checksums(checkpoint: epath.Path) -> None:
+    """Adds a file with the checksums of all items to a checkpoint that is about to be complete."""
+    files = {
+        name: checksum(file)
+        for name, file in list_files(checkpoint).items()
+        if "/" in name  # what lies beside the items Orbax still changes
+    }
+    (checkpoint / CHECKSUMS).write_text(json.dumps(files))
+
+
+def verify_checksums(checkpoint: epath.Path) -> None:
+    """Makes sure that a checkpoint is as it was written.
+
+    Raises:
+      ValueError: if it is damaged.
+    """
+    file = checkpoint / CHECKSUMS
+    try:
+        files = read_json(file)
+    except MissingFileError:
+        raise InputError(f"{file} is missing") from None
+    if not isinstance(files, dict):
+        raise InputError(f"{file} is damaged: it has no checksums")
+    items = [path for path in checkpoint.iterdir() if path.is_dir()]
+    verify_files(checkpoint, files, of=items)
+
+
+def newest_intact(workdir: epath.Path) -> int:
+    """The step of the newest checkpoint whose files are as they were written; 0 without any.
+
+    Damaged ones after it are moved out of the way, with a warning.
+
+    Raises:
+      ValueError: if all are damaged.
+    """
+    damaged = {}
+    intact = 0
+    for path in reversed(list_checkpoints(workdir)):
+        try:
+            verify_checksums(path)
+        except InputError as error:
+            damaged[path] = error
+        else:
+            intact = int(path.name)
+            break
+    if damaged and not intact:
+        raise InputError(
+            f"no checkpoint in {workdir / CHECKPOINTS} can be used: "
+            f"{'; '.join(map(str, damaged.values()))}; to begin anew, delete {workdir} or choose "
+            "another --workdir"
+        )
+    for path, error in damaged.items():
+        aside = workdir / f"damaged-checkpoint-{path.name}"
+        try:
+            if aside.exists():
+                aside.rmtree()
+            path.rename(aside)
+        except OSError as reason:
+            raise InputError(f"cannot write to the work directory {workdir}: {reason}") from None
+        say(
+            f"warning: {error}; the checkpoint is now {aside}, and the run continues from the one "
+            "before"
+        )
+    return intact

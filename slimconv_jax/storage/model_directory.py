@@ -1,0 +1,343 @@
+"""Models on disk: a directory with the weights, and model.json, which says of which model.
+
+    save_model(model, "sc_resnet50")
+    model = load_model("sc_resnet50")
+
+The weights are an Orbax checkpoint, or one .safetensors file. A directory appears complete or
+not at all. The work directory of a training run has a model.json too, and its weights are in the
+newest of its checkpoints.
+"""
+
+import contextlib
+import dataclasses
+import importlib.metadata
+import json
+import types
+import uuid
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from flax.typing import Dtype
+
+from slimconv_jax.devices import find_devices
+from slimconv_jax.errors import LIBRARY_ERRORS, InputError, import_extra
+from slimconv_jax.files import (
+    MissingFileError,
+    absolute,
+    checksum,
+    list_files,
+    read_json,
+    verify_files,
+)
+from slimconv_jax.models.complexity import count_params
+from slimconv_jax.models.resnet import ResNet, ResNetConfig, as_dtype
+from slimconv_jax.models.slimconv import k_from_reduction
+from slimconv_jax.models.variables import by_name, variables
+from slimconv_jax.models.zoo import abstract_resnet, name_of, require_resnet
+from slimconv_jax.storage.checkpoints import (
+    CHECKPOINTS,
+    choose_checkpoint,
+    list_checkpoints,
+    verify_checksums,
+)
+
+PyTree = Any
+
+FORMATS = ("orbax", "safetensors")
+
+_WEIGHTS = {"orbax": "weights", "safetensors": "weights.safetensors"}
+DESCRIPTION = "model.json"
+
+_NOT_INFO = ("name", "k", "architecture", "parameters", "format", "versions", "files")
+"""What is in model.json beside `info`, whose entries were beside these until version 0.1."""
+
+
+def save_model(
+    model: ResNet,
+    path: epath.PathLike,
+    *,
+    format: str = "orbax",
+    overwrite: bool = False,
+    info: Mapping[str, Any] | None = None,
+) -> None:
+    """Writes a model to a new directory.
+
+    Args:
+      model: a ResNet of this package.
+      path: the directory; its parent must exist.
+      format: "orbax", or "safetensors", with our names, joined by dots, in our layout.
+      overwrite: whether a model that is there already is replaced, when the new one is complete.
+      info: more entries for model.json. What this package reads are `class_names`, a list, and
+        `preprocessing`, with `image_size` (None for images as they are), `mean` and `std`, and
+        `image_shape`, (H, W, 3) of the images that the model was trained on.
+
+    Raises:
+      ValueError: if the directory exists (and is not to be overwritten, or is not a model), cannot
+        be written, or the model is none of ours.
+    """
+    require_resnet(model, "save_model")
+    if format not in FORMATS:
+        raise InputError(f"format={format!r} must be one of {', '.join(map(repr, FORMATS))}")
+    description = describe(model, format, info)
+    with _new_directory(path, overwrite=overwrite) as directory:
+        try:
+            _write_weights(model, directory / _WEIGHTS[format])
+        except InputError:
+            raise
+        except LIBRARY_ERRORS as error:  # of a full disk, say
+            raise InputError(f"cannot write {path}: {error}") from None
+        description["files"] = {n: checksum(file) for n, file in list_files(directory).items()}
+        (directory / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n")
+
+
+def describe(model: ResNet, format: str, info: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The content of model.json, but for the checksums."""
+    config = model.config
+    return {
+        "name": name_of(config),
+        "k": config.reduction and str(k_from_reduction(config.reduction)),
+        "architecture": dataclasses.asdict(config),
+        "parameters": count_params(model),
+        "format": format,
+        "versions": versions(),
+        "info": dict(info or {}),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Of this package, and of those on which depends what it computes and saves."""
+    packages = ("slimconv_jax", "jax", "flax", "orbax-checkpoint")
+    return {package: importlib.metadata.version(package) for package in packages}
+
+
+def read_info(path: epath.PathLike) -> dict[str, Any]:
+    """The entries of model.json that came from the `info` of `save_model`.
+
+    Raises:
+      ValueError: if there is no such file, or it is damaged.
+    """
+    directory = absolute(path)
+    description = read_description(directory)
+    info = description.get("info")
+    if info is None:
+        info = {key: value for key, value in description.items() if key not in _NOT_INFO}
+    if not isinstance(info, dict):
+        raise InputError(f"{directory / DESCRIPTION} is damaged: info is not a section")
+    names, shape = info.get("class_names", []), info.get("image_shape", [1, 1, 3])
+    damage = None
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        damage = "class_names is not a list of names"
+    elif not isinstance(info.get("preprocessing", {}), dict):
+        damage = "preprocessing is not a section"
+    elif not isinstance(shape, list) or [type(side) for side in shape] != [int] * 3:
+        damage = "image_shape is not a shape"
+    if damage:
+        raise InputError(f"{directory / DESCRIPTION} is damaged: {damage}")
+    return info
+
+
+def read_description(directory: epath.Path) -> dict[str, Any]:
+    """The content of model.json.
+
+    Raises:
+      ValueError: if there is none, or it is damaged.
+    """
+    try:
+        description = read_json(directory / DESCRIPTION)
+    except MissingFileError:
+        missing = f"{directory} holds no model: there is no {DESCRIPTION}"
+        if not directory.is_dir():
+            missing = f"there is no directory {directory}"
+        if directory.is_file():
+            missing = f"{directory} is a file, and a model is a directory"
+        raise InputError(missing) from None
+    if not isinstance(description, dict):
+        raise InputError(f"{directory / DESCRIPTION} does not describe a model")
+    return description
+
+
+def _write_weights(model: ResNet, path: epath.Path) -> None:
+    if path.suffix:
+        arrays = {name: np.asarray(value[...]) for name, value in by_name(model).items()}
+        with _safetensors() as safetensors:
+            safetensors.numpy.save_file(arrays, path)
+    else:
+        import orbax.checkpoint as ocp
+
+        # Not the asynchronous one, whose threads would go on after a failure.
+        with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
+            checkpointer.save(path, args=ocp.args.StandardSave(variables(model)))
+
+
+@contextlib.contextmanager
+def _safetensors() -> Iterator[types.ModuleType]:
+    """The package, if it is installed; its errors become OSErrors."""
+    import_extra("safetensors.numpy", extra="train", package="safetensors")
+    package = import_extra("safetensors", extra="train")
+    try:
+        yield package
+    except package.SafetensorError as error:
+        raise OSError(str(error)) from None
+
+
+def load_model(
+    path: epath.PathLike,
+    *,
+    dtype: Dtype | None = None,
+    checkpoint: int | None = None,
+    ema: bool = False,
+) -> ResNet:
+    """The model in a directory that `save_model`, convert_weights.py or train.py wrote.
+
+    It is in evaluation mode. Parameters and batch statistics are float32, whatever they were
+    when they were saved.
+
+    Args:
+      path: the directory; of a training run, the work directory.
+      dtype: dtype of the computation, as in `create_model`; not part of what is saved.
+      checkpoint: of a training run, the step whose checkpoint is taken; None for the newest.
+      ema: of a training run, whether to take the moving average of the weights.
+
+    Raises:
+      ValueError: if there is no complete model.
+    """
+    dtype = as_dtype(dtype)
+    directory = absolute(path)
+    description = read_description(directory)
+    try:
+        fields = {
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in description["architecture"].items()
+        }
+        is_run = description["format"] == CHECKPOINTS
+        weights = directory / (CHECKPOINTS if is_run else _WEIGHTS[description["format"]])
+        files = {} if is_run else {**description["files"]}
+        model = abstract_resnet(ResNetConfig(**fields), dtype=dtype)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise InputError(
+            f"{directory / DESCRIPTION} does not describe a model: {type(error).__name__} {error}"
+        ) from None
+    if not is_run and (ema or checkpoint is not None):
+        raise InputError(f"{directory} is not a training run, so it has one set of weights only")
+    if is_run:
+        taken = choose_checkpoint(directory, checkpoint)
+        try:
+            verify_checksums(taken)
+        except InputError as error:
+            others = [path.name for path in list_checkpoints(directory) if path != taken]
+            hint = f"; there are also those of {', '.join(others)}, see --checkpoint"
+            raise InputError(f"{error}{hint if others else ''}") from None
+        weights = taken / ("ema" if ema else "model")
+        if not weights.exists():
+            raise InputError(f"{taken} has no moving average; config.step.ema_decay is 0 there")
+    else:
+        verify_files(directory, files, of=[weights])
+    targets = by_name(model)
+    find_devices()  # that there are none is not the fault of the weights
+    try:
+        if weights.suffix:
+            with _safetensors() as safetensors:
+                arrays = safetensors.numpy.load_file(weights)
+        else:
+            import orbax.checkpoint as ocp
+
+            # Asked for as NumPy arrays, they come without a sharding, on every host alike.
+            like = jax.tree.map(lambda v: np.empty(v.shape, v.dtype), variables(model))
+            with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
+                tree = checkpointer.restore(weights, args=ocp.args.StandardRestore(like))
+            arrays = _flatten(tree)
+    except InputError:
+        raise
+    except LIBRARY_ERRORS as error:
+        raise InputError(f"the weights in {weights} cannot be read: {error}") from None
+    if {name: array.shape for name, array in arrays.items()} != {
+        name: variable.shape for name, variable in targets.items()
+    }:
+        raise InputError(f"the weights in {weights} are not those of {DESCRIPTION}'s architecture")
+    for name, variable in targets.items():
+        variable.set_value(jnp.asarray(arrays[name], variable.dtype))
+    model.eval()
+    return model
+
+
+def verify_weights(model: ResNet, path: epath.PathLike) -> None:
+    """Makes sure that a saved model has the weights of a model, to the last bit.
+
+    Raises:
+      ValueError: if it has not, or cannot be loaded.
+    """
+    expected, saved = by_name(model), by_name(load_model(path))
+    if expected.keys() != saved.keys() or not all(
+        np.array_equal(expected[name][...], saved[name][...], equal_nan=True) for name in expected
+    ):
+        raise InputError(f"{path} does not have the weights that were written")
+
+
+def check_destination(path: epath.PathLike, *, overwrite: bool) -> None:
+    """Makes sure that `save_model` could write there, before long work.
+
+    Raises:
+      ValueError: as `save_model`.
+    """
+    directory = absolute(path)
+    if directory.exists():
+        if not overwrite:
+            raise InputError(
+                f"{directory} exists already; --overwrite (overwrite=True) replaces it"
+            )
+        if stranger := _stranger(directory):
+            raise InputError(
+                f"{directory} is not overwritten, since it is not just a saved model: {stranger}"
+            )
+    if not directory.parent.is_dir():
+        raise InputError(f"cannot write {directory}: there is no directory {directory.parent}")
+    probe = directory.parent / f".slimconv_jax-{uuid.uuid4().hex[:8]}"
+    try:
+        probe.mkdir()
+        probe.rmdir()
+    except OSError as error:
+        raise InputError(f"cannot write {directory}: {error.strerror}") from None
+
+
+@contextlib.contextmanager
+def _new_directory(path: epath.PathLike, *, overwrite: bool) -> Iterator[epath.Path]:
+    """A directory that gets its name when it is complete, and is deleted if that fails."""
+    check_destination(path, overwrite=overwrite)
+    directory = absolute(path)
+    hidden = directory.parent / f".slimconv_jax-{uuid.uuid4().hex[:8]}"
+    part, old = hidden / "new", hidden / "old"
+    try:
+        part.mkdir(parents=True)
+        yield part
+        if directory.exists():
+            directory.rename(old)
+        part.rename(directory)
+    except OSError as error:
+        raise InputError(f"cannot write {directory}: {error}") from None
+    finally:
+        if old.exists() and not directory.exists():
+            old.rename(directory)
+        hidden.rmtree(missing_ok=True)
+
+
+def _stranger(directory: epath.Path) -> str | None:
+    """What keeps a directory from being just what `save_model` wrote."""
+    try:
+        ours = {DESCRIPTION, *read_json(directory / DESCRIPTION)["files"]}
+        strangers = sorted(list_files(directory).keys() - ours)
+    except (OSError, ValueError, KeyError, TypeError):
+        return f"it has no {DESCRIPTION} of ours"
+    return f"{strangers[0]} is in it" if strangers else None
+
+
+def _flatten(collections: Mapping[str, PyTree]) -> dict[str, np.ndarray]:
+    """Their leaves by path, joined by dots, as `_by_name` has them."""
+    return {
+        ".".join(str(key.key) for key in path): leaf
+        for tree in collections.values()
+        for path, leaf in jax.tree.leaves_with_path(tree)
+    }

@@ -1,0 +1,67 @@
+"""The means of the training steps since the last line of metrics."""
+
+import time
+
+
+class Window:
+    """Some training steps one after the other, and how long they take.
+
+    The time begins with the first metrics that arrive, hence without compilation.
+
+    Args:
+      batch_size: images in a step.
+    """
+
+    def __init__(self, batch_size: int):
+        self._batch_size = batch_size
+        self._last_arrival: float | None = None
+        self._begin()
+
+    def _begin(self) -> None:
+        self._metrics: list[dict[str, float]] = []
+        self._steps_timed = 0
+        self._seconds = self._data_seconds = 0.0
+
+    def __len__(self) -> int:
+        return len(self._metrics)
+
+    def add(self, metrics: dict[str, float], data_seconds: float) -> None:
+        """Takes the metrics of a step, which have just arrived.
+
+        Args:
+          metrics: its metrics.
+          data_seconds: how long the devices may have waited for its batch.
+        """
+        now = time.perf_counter()
+        if self._last_arrival is not None:
+            passed = now - self._last_arrival
+            self._steps_timed += 1
+            self._seconds += passed
+            # Steps are dispatched ahead: a batch may have been waited for before the last arrival.
+            self._data_seconds += min(data_seconds, passed)
+        self._last_arrival = now
+        self._metrics.append(metrics)
+
+    def pause(self) -> None:
+        """Leaves out the time until the next step."""
+        self._last_arrival = None
+
+    def means(self) -> dict[str, float]:
+        """The mean of each metric; once a step was timed, `images_per_second` and `data_wait`.
+
+        The latter is the share of the time in which the devices had nothing to do.
+        """
+        means = {
+            key: sum(metrics[key] for metrics in self._metrics) / len(self._metrics)
+            for key in self._metrics[0]
+        }
+        if images := self._steps_timed * self._batch_size:
+            means["images_per_second"] = images / self._seconds
+            means["data_wait"] = self._data_seconds / self._seconds
+        return means
+
+    def end(self) -> dict[str, float]:
+        """The means; the next step begins a new window."""
+        means = self.means()
+        self._begin()
+        return means

@@ -1,0 +1,68 @@
+"""Where the metrics of a run go: writers, each of which takes lines as `metrics.jsonl` has them.
+
+A writer has `write(lines)` and `close()`; both raise an OSError if they cannot. To add one, write
+its class and add a line to `create_writers`.
+"""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from etils import epath
+
+from slimconv_jax.files import replace_file
+from slimconv_jax.storage.work_directory import PICTURE, TENSORBOARD
+from slimconv_jax.training.curves import draw_curves
+from slimconv_jax.training.metrics import MetricsFile
+from slimconv_jax.training.tensorboard import EventWriter
+
+
+class Writer(Protocol):
+    """What every writer offers; see the module's docstring."""
+
+    def write(self, lines: Sequence[dict]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def create_writers(
+    workdir: epath.Path, lines: Sequence[dict], *, title: str, first_step: int, damaged: set[int]
+) -> list[Writer]:
+    """The writers of a run.
+
+    Args:
+      workdir: gets `metrics.jsonl`, `tensorboard/` and, at each evaluation, `curves.png`.
+      lines: that are there already, up to the first step.
+      title: of the picture.
+      first_step: steps done before.
+      damaged: see `MetricsFile`.
+
+    Raises:
+      OSError: if a file cannot be written.
+    """
+    return [
+        MetricsFile(workdir, lines, damaged),
+        EventWriter(workdir / TENSORBOARD, first_step=first_step),
+        Picture(workdir, lines, title),
+    ]
+
+
+class Picture:
+    """A writer that draws `curves.png` at each evaluation.
+
+    Args:
+      workdir: of the run.
+      lines: that are there already.
+      title: of the picture.
+    """
+
+    def __init__(self, workdir: epath.Path, lines: Sequence[dict], title: str):
+        self._path, self._lines, self._title = workdir / PICTURE, list(lines), title
+
+    def write(self, lines: Sequence[dict]) -> None:
+        """Takes lines, and draws all if there is an evaluation among them."""
+        self._lines += lines
+        if any(line["split"] != "train" for line in lines):
+            replace_file(self._path, draw_curves(self._lines, self._title))
+
+    def close(self) -> None:
+        """Does nothing: the picture is there already."""
