@@ -59,7 +59,7 @@ def test_a_damaged_config_is_refused_and_left_alone(tmp_path, content):
         ValueError, match=r"another experiment: .*config\.json is (not a c|damaged: it)"
     ):
         claim_workdir(tmp_path, CONFIG, {})
-    with pytest.raises(ValueError, match=r"config\.json is damaged: it is no "):
+    with pytest.raises(ValueError, match=r"config\.json is damaged: it is not a"):
         read_run_dataset(tmp_path)
     assert (tmp_path / "config.json").read_bytes() == content
     assert len(list(tmp_path.iterdir())) == 1
