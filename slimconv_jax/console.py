@@ -24,7 +24,7 @@ _SECONDS_BETWEEN_LINES = 10
 def prepare_console(*, needs_stdout: bool = False) -> None:
     """Lets a command print whatever names there are, warn in one line, and go on unread.
 
-    A name that is no UTF-8, or that the terminal has no characters for, is printed with escapes.
+    A name that is not UTF-8, or that the terminal has no characters for, is printed with escapes.
     Where standard output or standard error is closed, or can take no more (a reader that has gone,
     a full disk), what is printed from then on is dropped, and the command goes on.
 

@@ -131,7 +131,7 @@ def read_text(file: epath.PathLike) -> str:
 
     Raises:
       OSError: as `open_file`, or if it is longer than `MOST_TEXT`.
-      UnicodeDecodeError: if it is no UTF-8.
+      UnicodeDecodeError: if it is not UTF-8.
     """
     return read_bytes(file, MOST_TEXT).decode("utf-8-sig")
 
@@ -153,7 +153,7 @@ def read_json(file: epath.PathLike) -> Any:
     except OSError as error:
         raise InputError(f"cannot read {file}: {error.strerror or error}") from None
     except ValueError as error:
-        raise InputError(f"{file} is damaged: it is no JSON ({error})") from None
+        raise InputError(f"{file} is damaged: it is not JSON ({error})") from None
 
 
 def parse_json(text: str | bytes) -> Any:

@@ -32,7 +32,7 @@ def test_a_plain_log_gets_a_line_every_ten_seconds(seconds, lines, monkeypatch, 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "ascii", "latin-1"])
 def test_any_name_can_be_printed(encoding, monkeypatch):
-    name = "caf\udce9 \u65e5"  # bytes that are no UTF-8, in Python's words, and a character
+    name = "caf\udce9 \u65e5"  # bytes that are not UTF-8, in Python's words, and a character
     streams = [io.TextIOWrapper(io.BytesIO(), encoding, "strict") for _ in range(2)]
     monkeypatch.setattr(sys, "stdout", streams[0])
     monkeypatch.setattr(sys, "stderr", streams[1])

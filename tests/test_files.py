@@ -64,7 +64,7 @@ def test_a_path_through_a_loop_of_links_is_a_sentence(tmp_path):
 def test_text_that_is_no_json(tmp_path, content, reason):
     path = tmp_path / "a.json"
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    with pytest.raises(InputError, match=f"^{path} is damaged: it is no JSON .*{reason}") as error:
+    with pytest.raises(InputError, match=f"^{path} is damaged: it is not JSON .*{reason}") as error:
         read_json(path)
     assert "\n" not in str(error.value)
 

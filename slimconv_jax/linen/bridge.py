@@ -36,7 +36,7 @@ def variables(model: nnx.Module) -> dict[str, Any]:
       {"params": ..., "batch_stats": ...}, nested dicts with strings as keys.
 
     Raises:
-      ValueError: if it is no NNX module.
+      ValueError: if it is not an NNX module.
     """
     require_module(model, "linen.variables")
     return {

@@ -134,7 +134,7 @@ def test_a_file_is_a_model_of_the_command_lines():
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{", "is no JSON"),
+        ("{", "is not JSON"),
         ("[]", "its keys must be 'stem' and 'stages', not a list"),
         ({"stem": 8}, r"its keys must be 'stem' and 'stages', not \['stem'\]"),
         ({"stem": 8, "stages": [[[8, 8, 8]]] * 3}, "it must have four stages, not 3"),
@@ -145,7 +145,7 @@ def test_a_file_is_a_model_of_the_command_lines():
         ({"stem": 8, "stages": [8] * 4}, "stages must be four lists of blocks"),
         ({"stem": 8, "stages": "abcd"}, "stages must be four lists of blocks"),
         ({"stem": 8, "stages": [[8]] * 4}, "four lists of blocks, each of three numbers"),
-        ("[" * 100_000, "is no JSON"),
+        ("[" * 100_000, "is not JSON"),
         ({"stem": 8, "stages": [[]] * 4}, "stage 1: the number of blocks=0"),
     ],
 )

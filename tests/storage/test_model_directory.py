@@ -143,7 +143,7 @@ def test_what_is_no_complete_model(tmp_path, model, format):
         with pytest.raises(ValueError, match=message):
             load_model(path)
 
-    broken('{"name": ', "model.json is damaged: it is no JSON")
+    broken('{"name": ', "model.json is damaged: it is not JSON")
     broken("[]", "model.json does not describe a model")
     broken("{}", "model.json does not describe a model: KeyError 'architecture'")
     architecture = description["architecture"]

@@ -59,7 +59,7 @@ def test_a_damaged_config_is_refused_and_left_alone(tmp_path, content):
         ValueError, match=r"another experiment: .*config\.json is (not a c|damaged: it)"
     ):
         claim_workdir(tmp_path, CONFIG, {})
-    with pytest.raises(ValueError, match=r"config\.json is damaged: it is not a"):
+    with pytest.raises(ValueError, match=r"config\.json is damaged: it is not "):
         read_run_dataset(tmp_path)
     assert (tmp_path / "config.json").read_bytes() == content
     assert len(list(tmp_path.iterdir())) == 1
@@ -90,7 +90,7 @@ def test_checkpoints_that_cannot_be_listed_are_not_missing(tmp_path):
     [
         (None, "checksums.json is missing"),
         ("[]", "checksums.json is damaged: it has no checksums"),
-        ("{", "checksums.json is damaged: it is no JSON"),
+        ("{", "checksums.json is damaged: it is not JSON"),
         ('{"../secret": "0"}', r"names '\.\./secret' among its files, which is none in it"),
         ('{"/dev/zero": "0"}', "names '/dev/zero' among its files"),
         ('{"a\\u0000": "0"}', r"names 'a\\x00' among its files"),

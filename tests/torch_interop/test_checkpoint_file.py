@@ -301,7 +301,7 @@ def test_a_model_in_several_files(tmp_path):
     for text in ('{"weight_map": {"a": "../model.bin"}}', "[]", "{", '{"weight_map": {}}'):
         index.write_text(text)
         with pytest.raises(
-            ValueError, match=r"is not an index of the files of a model|it is no JSON"
+            ValueError, match=r"is not an index of the files of a model|it is not JSON"
         ):
             read_checkpoint(index)
 
