@@ -142,7 +142,8 @@ def to_torch(model: ResNet) -> dict[str, np.ndarray]:
     without it, also where it is strict.
 
     Raises:
-      ValueError: if the model is not a ResNet of this package, or no longer one (`fold_batch_norm`).
+      ValueError: if the model is not a ResNet of this package, or not any longer
+        (`fold_batch_norm`).
     """
     require_resnet(model, "to_torch")
     return {
