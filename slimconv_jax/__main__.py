@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from slimconv_jax.commands.options import expand_flag_files
-from slimconv_jax.console import exit_status, prepare_console
+from slimconv_jax.console import ctrl_c_held_back, exit_status, prepare_console
 from slimconv_jax.errors import InputError
 
 COMMANDS = (
@@ -53,7 +53,13 @@ def main(argv: Sequence[str] | None = None, *, command: str | None = None) -> in
         args.parser.error(f"unrecognized arguments: {' '.join(rest)}")
     args.overrides = rest
     args.command_line = ["slimconv", *([command] if command else []), *argv]
-    return exit_status(lambda: args.run(args), interrupted=args.interrupted)
+    return exit_status(lambda: _run(args), interrupted=args.interrupted)
+
+
+def _run(args: argparse.Namespace) -> int | None:
+    with ctrl_c_held_back():  # which JAX does not survive while it is imported
+        importlib.import_module("jax")
+    return args.run(args)
 
 
 def _add_command(parser: argparse.ArgumentParser, name: str) -> None:

@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import rich.console
 import rich.progress
@@ -143,6 +143,21 @@ def exit_status(command: Callable[[], int | None], *, interrupted: str = "interr
         return status
     print(message, file=sys.stderr)
     return status
+
+
+@contextlib.contextmanager
+def ctrl_c_held_back() -> Iterator[None]:
+    """Lets Ctrl-C wait for the end of the block, where it would do harm within."""
+    received = []
+    is_main = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGINT, lambda *_: received.append(True)) if is_main else None
+    try:
+        yield
+    finally:
+        if is_main:
+            signal.signal(signal.SIGINT, before)
+    if received:
+        raise KeyboardInterrupt
 
 
 def run_script(main: Callable[[], None]) -> None:
