@@ -11,9 +11,9 @@ import matplotlib
 import numpy as np
 import optax
 from flax import nnx
-from sklearn.datasets import load_digits
 
 import slimconv_jax as sc
+from slimconv_jax.data.digits import read_digits
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -44,11 +44,11 @@ def pictures(rng, digits, count):
     classes = np.full((count, 64, 64), BACKGROUND)
     for image, pixels in zip(images, classes, strict=True):
         for top, left in ((0, 0), (0, 32), (32, 0), (32, 32)):
-            index = rng.integers(len(digits.target))
+            index = rng.integers(len(digits.labels))
             row, column = top + rng.integers(9), left + rng.integers(9)
             digit = digits.images[index].repeat(3, axis=0).repeat(3, axis=1) / 16
             image[row : row + 24, column : column + 24] = digit
-            pixels[row : row + 24, column : column + 24][digit > 0.2] = digits.target[index]
+            pixels[row : row + 24, column : column + 24][digit > 0.2] = digits.labels[index]
     return np.repeat(images[..., None], 3, axis=-1), classes
 
 
@@ -64,7 +64,7 @@ def train_step(model, optimizer, images, classes):
 
 
 def main():
-    digits, rng = load_digits(), np.random.default_rng(0)
+    digits, rng = read_digits(), np.random.default_rng(0)
     model = Segmenter(rngs=nnx.Rngs(0))
     optimizer = nnx.Optimizer(
         model, optax.adamw(optax.cosine_decay_schedule(4e-3, STEPS)), wrt=nnx.Param

@@ -1,4 +1,4 @@
-"""SlimConv in a Flax Linen model of your own, trained on scikit-learn's 8x8 digits with Optax.
+"""SlimConv in a Flax Linen model of your own, trained on 8x8 digits with Optax.
 
 python examples/linen_model.py
 """
@@ -7,9 +7,9 @@ import jax
 import numpy as np
 import optax
 from flax import linen as nn
-from sklearn.datasets import load_digits
 
 import slimconv_jax as sc
+from slimconv_jax.data.digits import read_digits
 
 EPOCHS = 10
 
@@ -26,7 +26,7 @@ class Net(nn.Module):
 
 
 def main():
-    data = load_digits()
+    data = read_digits()
     images = (data.images[..., None] / 16).astype(np.float32)
     train, test = slice(0, 1536), slice(1536, None)
 
@@ -56,12 +56,12 @@ def main():
     for epoch in range(EPOCHS):
         for batch in rng.permutation(1536).reshape(-1, 64):
             params, batch_stats, opt_state, loss = train_step(
-                params, batch_stats, opt_state, images[train][batch], data.target[train][batch]
+                params, batch_stats, opt_state, images[train][batch], data.labels[train][batch]
             )
         print(f"epoch {epoch + 1}  loss {loss:.3f}")
 
     logits = model.apply({"params": params, "batch_stats": batch_stats}, images[test])
-    right = logits.argmax(axis=-1) == data.target[test]
+    right = logits.argmax(axis=-1) == data.labels[test]
     print(f"top-1 of the test images {right.mean():.1%}")
 
 

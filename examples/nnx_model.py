@@ -1,4 +1,4 @@
-"""SlimConv in a Flax NNX model of your own, trained on scikit-learn's 8x8 digits with Optax.
+"""SlimConv in a Flax NNX model of your own, trained on 8x8 digits with Optax.
 
 python examples/nnx_model.py
 """
@@ -6,9 +6,9 @@ python examples/nnx_model.py
 import numpy as np
 import optax
 from flax import nnx
-from sklearn.datasets import load_digits
 
 import slimconv_jax as sc
+from slimconv_jax.data.digits import read_digits
 
 EPOCHS = 10
 
@@ -41,7 +41,7 @@ def train_step(model, optimizer, images, labels):
 
 
 def main():
-    data = load_digits()
+    data = read_digits()
     images = (data.images[..., None] / 16).astype(np.float32)
     train, test = slice(0, 1536), slice(1536, None)
 
@@ -52,11 +52,11 @@ def main():
     rng = np.random.default_rng(0)
     for epoch in range(EPOCHS):
         for batch in rng.permutation(1536).reshape(-1, 64):
-            loss = train_step(model, optimizer, images[train][batch], data.target[train][batch])
+            loss = train_step(model, optimizer, images[train][batch], data.labels[train][batch])
         print(f"epoch {epoch + 1}  loss {loss:.3f}")
 
     model.eval()  # batch norm now takes its running statistics
-    right = model(images[test]).argmax(axis=-1) == data.target[test]
+    right = model(images[test]).argmax(axis=-1) == data.labels[test]
     print(f"{sc.count_params(model):,} parameters, top-1 of the test images {right.mean():.1%}")
 
 

@@ -1,4 +1,4 @@
-"""What `python -m slimconv_jax benchmark` shows: tables, ratios, JSON and a chart."""
+"""What `slimconv benchmark` shows: tables, ratios, JSON and a chart."""
 
 import json
 import sys

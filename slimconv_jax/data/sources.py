@@ -10,13 +10,13 @@ import re
 import threading
 import types
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import numpy as np
 from etils import epath
 from PIL import Image
 
+from slimconv_jax.data.digits import read_digits
 from slimconv_jax.data.image_files import list_images, suffixes, warn_of_others
 from slimconv_jax.data.transforms import MOST_IMAGE_BYTES, MOST_SIDE, ImageError
 from slimconv_jax.errors import LIBRARY_ERRORS, InputError, require_integer
@@ -74,23 +74,16 @@ class ArraySource:
 
 
 def digits(split: str) -> ArraySource:
-    """1797 handwritten digits as 32x32 RGB: 1437 to train on, 360 to test.
-
-    They are the test set of "Optical Recognition of Handwritten Digits" (E. Alpaydin and C. Kaynak,
-    UCI Machine Learning Repository, CC BY 4.0), which scikit-learn has as well. The split is that
-    of its `train_test_split` with `test_size=360`, stratified, `random_state` 0. The 8x8 originals
-    have 17 levels of grey; they are resized with Pillow's bilinear filter.
-    """
+    """The digits of `read_digits` as 32x32 RGB, resized with Pillow's bilinear filter."""
     _check_split("digits", split, ("train", "test"))
-    with np.load(Path(__file__).with_name("digits.npz")) as file:
-        chosen = file["is_test"] == (split == "test")
-        pixels, labels = file["pixels"][chosen], file["labels"][chosen].astype(int)
-    grey = np.round(pixels * (255 / 16)).astype(np.uint8)
+    pixels, labels, is_test = read_digits()
+    chosen = is_test == (split == "test")
+    grey = np.round(pixels[chosen] * (255 / 16)).astype(np.uint8)
     large = [
         np.asarray(Image.fromarray(g).resize((32, 32), Image.Resampling.BILINEAR)) for g in grey
     ]
     images = np.repeat(np.stack(large)[..., None], 3, axis=-1)
-    return ArraySource(images, labels, map(str, range(10)), "digits")
+    return ArraySource(images, labels[chosen], map(str, range(10)), "digits")
 
 
 class TfdsSource:
