@@ -13,8 +13,9 @@ import jax.numpy as jnp
 from etils import epath
 
 from slimconv_jax.console import Progress
+from slimconv_jax.data.datasets import load_source, with_classes
 from slimconv_jax.data.loader import round_up
-from slimconv_jax.data.sources import Source, load_source, with_classes
+from slimconv_jax.data.sources import Source
 from slimconv_jax.data.transforms import MOST_PIXELS
 from slimconv_jax.devices import batch_sharded, data_mesh, replicated
 from slimconv_jax.errors import InputError, require_integer

@@ -23,9 +23,9 @@ from absl import flags
 from ml_collections import config_dict, config_flags
 
 import slimconv_jax
+from slimconv_jax.data.datasets import load_source, load_splits
 from slimconv_jax.data.loader import load_dataset
 from slimconv_jax.data.preprocessing import normalize
-from slimconv_jax.data.sources import load_source, load_splits
 from slimconv_jax.data.transforms import Transform
 from slimconv_jax.errors import LIBRARY_ERRORS, InputError, require_integer, require_number
 from slimconv_jax.models.zoo import create_model

@@ -11,9 +11,10 @@ import ml_collections
 import optax
 from flax import nnx
 
+from slimconv_jax.data.datasets import load_splits
 from slimconv_jax.data.loader import ResidentDataset, StreamedDataset, load_dataset
 from slimconv_jax.data.preprocessing import normalize
-from slimconv_jax.data.sources import Source, load_splits
+from slimconv_jax.data.sources import Source
 from slimconv_jax.data.transforms import MOST_SIDE, Transform
 from slimconv_jax.devices import batch_sharded
 from slimconv_jax.errors import InputError

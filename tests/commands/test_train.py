@@ -178,7 +178,7 @@ def test_a_start_imports_nothing_that_it_does_not_need():
         "import sys\n"
         "import slimconv_jax.training.loop\n"
         "from slimconv_jax.training.config import read_config\n"
-        "from slimconv_jax.data.sources import load_splits\n"
+        "from slimconv_jax.data.datasets import load_splits\n"
         "load_splits(**read_config('digits').dataset)\n"
         "heavy = {'torch', 'tensorflow', 'tensorflow_datasets', 'matplotlib', 'sklearn'}\n"
         "assert not heavy & sys.modules.keys(), heavy & sys.modules.keys()\n"

@@ -9,8 +9,9 @@ import pytest
 from image_files import encode, smooth
 from PIL import Image
 
+from slimconv_jax.data.datasets import load_source
 from slimconv_jax.data.image_files import find_images, list_images, suffixes
-from slimconv_jax.data.sources import ImageFolder, load_source
+from slimconv_jax.data.sources import ImageFolder
 from slimconv_jax.data.transforms import Transform
 from slimconv_jax.files import absolute, read_bytes
 from slimconv_jax.torch_interop.file_formats import checkpoint_files

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from image_files import encode, smooth, write_folder, write_tfds
 
+from slimconv_jax.data.datasets import load_source
 from slimconv_jax.data.loader import ResidentDataset, StreamedDataset, load_dataset
-from slimconv_jax.data.sources import ArraySource, ImageFolder, load_source
+from slimconv_jax.data.sources import ArraySource, ImageFolder
 from slimconv_jax.data.transforms import Transform
 from slimconv_jax.devices import batch_sharded, data_mesh
 
@@ -212,7 +213,7 @@ if int(count) > 1:
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.distributed.initialize(address, int(count), int(index))
 from slimconv_jax.data.loader import load_dataset
-from slimconv_jax.data.sources import load_source
+from slimconv_jax.data.datasets import load_source
 from slimconv_jax.data.transforms import Transform
 from slimconv_jax.devices import batch_sharded, data_mesh
 

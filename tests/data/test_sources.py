@@ -8,13 +8,8 @@ import numpy as np
 import pytest
 from image_files import encode, write_folder, write_tfds
 
-from slimconv_jax.data.sources import (
-    ArraySource,
-    ImageFolder,
-    load_source,
-    load_splits,
-    with_classes,
-)
+from slimconv_jax.data.datasets import load_source, load_splits, with_classes
+from slimconv_jax.data.sources import ArraySource, ImageFolder
 
 DATA = os.environ.get("SLIMCONV_TEST_DATA")
 needs_data = pytest.mark.skipif(not DATA, reason="SLIMCONV_TEST_DATA is not set")
@@ -281,7 +276,7 @@ def test_array_sources_describe_their_images():
 def test_reading_tfds_imports_no_tensorflow(tmp_path):
     write_tfds(tmp_path, {"train": [(PICTURE, 1)]})
     code = (
-        "import sys; from slimconv_jax.data.sources import load_source\n"
+        "import sys; from slimconv_jax.data.datasets import load_source\n"
         f"source = load_source('tfds/animals', 'train', data_dir={str(tmp_path)!r}); source[0]\n"
         "assert 'tensorflow_datasets' in sys.modules and 'tensorflow' not in sys.modules"
     )

@@ -18,7 +18,7 @@ from flax import nnx
 from image_files import encode, smooth, write_folder
 from randomize import randomized
 
-from slimconv_jax.data.sources import load_source
+from slimconv_jax.data.datasets import load_source
 from slimconv_jax.inference.evaluate import evaluate
 from slimconv_jax.inference.saved import open_model
 from slimconv_jax.models import zoo
