@@ -23,6 +23,7 @@ import numpy as np
 from etils import epath
 from flax.typing import Dtype
 
+from slimconv_jax import __version__
 from slimconv_jax.devices import find_devices
 from slimconv_jax.errors import LIBRARY_ERRORS, InputError, import_extra
 from slimconv_jax.files import (
@@ -110,8 +111,11 @@ def describe(model: ResNet, format: str, info: Mapping[str, Any] | None) -> dict
 
 def versions() -> dict[str, str]:
     """Of this package, and of those on which depends what it computes and saves."""
-    packages = ("slimconv_jax", "jax", "flax", "orbax-checkpoint")
-    return {package: importlib.metadata.version(package) for package in packages}
+    packages = ("jax", "flax", "orbax-checkpoint")
+    # Its own from the source: a clone that is on the path, but not installed, has no metadata.
+    return {"slimconv_jax": __version__} | {
+        package: importlib.metadata.version(package) for package in packages
+    }
 
 
 def read_info(path: epath.PathLike) -> dict[str, Any]:

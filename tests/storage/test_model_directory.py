@@ -1,3 +1,4 @@
+import importlib.metadata
 import json
 import os
 import subprocess
@@ -10,9 +11,11 @@ import pytest
 from flax import nnx
 from randomize import randomized
 
+import slimconv_jax as sc
 from slimconv_jax import load_model, save_model
 from slimconv_jax.models.resnet import ResNetConfig
 from slimconv_jax.models.zoo import abstract_resnet
+from slimconv_jax.storage import model_directory
 from slimconv_jax.storage.model_directory import _WEIGHTS, FORMATS, check_destination
 
 CONFIG = ResNetConfig(
@@ -59,6 +62,18 @@ def test_a_model_on_many_devices_is_saved_as_one_on_one(tmp_path, model):
     back = load_model(tmp_path / "model")
     same(model, back)
     assert len(back.stem.conv.kernel[...].devices()) == 1
+
+
+def test_a_clone_that_is_not_installed_knows_its_version(monkeypatch):
+    version = importlib.metadata.version
+
+    def installed(name):
+        if name == "slimconv_jax":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return version(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", installed)
+    assert model_directory.versions()["slimconv_jax"] == sc.__version__
 
 
 def test_nothing_is_overwritten_unless_asked(tmp_path, model):
