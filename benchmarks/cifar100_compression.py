@@ -208,7 +208,7 @@ class Trainer:
         return process.returncode, said
 
     def stop(self) -> None:
-        """Tells all that are under way to save and stop."""
+        """Asks every training that is running to save and stop."""
         with self._lock:
             self._stopping = True
             for process in self._processes:

@@ -73,7 +73,7 @@ def work(args: argparse.Namespace) -> None:
 
 
 def measure(count: int, vmap: bool) -> float:
-    """Images a second of so many processes together."""
+    """Measures the images a second of `count` processes together."""
     command = [sys.executable, *sys.argv, "--worker", *(["--vmap"] if vmap else [])]
     environment = os.environ | ({"XLA_PYTHON_CLIENT_PREALLOCATE": "false"} if count > 1 else {})
     workers = []

@@ -17,7 +17,7 @@ COMMANDS = (
 """Each is a module in `commands`, with `HELP`, `add_arguments(parser)` and `run(args)`."""
 
 _GO_ON_UNREAD = ("train", "convert")
-"""The commands that are for what they write, not for what they print."""
+"""The commands whose purpose is what they write, not what they print."""
 
 
 def main(argv: Sequence[str] | None = None, *, command: str | None = None) -> int:
@@ -25,25 +25,21 @@ def main(argv: Sequence[str] | None = None, *, command: str | None = None) -> in
 
     Args:
       argv: the arguments; None for those of the process.
-      command: the one that a script is for; else the first argument names it.
+      command: the command of a script; None if the first argument names it.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     prepare_console(needs_stdout=(command or next(iter(argv), "")) not in _GO_ON_UNREAD)
     prog = os.path.basename(sys.argv[0]) if command else "slimconv"
-    parser = argparse.ArgumentParser(
-        prog=prog, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    style = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
+    parser = argparse.ArgumentParser(prog=prog, **style)
     if command:
         _add_command(parser, command)
     else:
         parser.description = importlib.import_module("slimconv_jax").__doc__
         parsers = parser.add_subparsers(required=True, metavar="COMMAND")
         for name in COMMANDS:
-            module = importlib.import_module(f"slimconv_jax.commands.{name}")
-            options = {"help": module.HELP, "description": module.HELP, "allow_abbrev": False}
-            _add_command(
-                parsers.add_parser(name, formatter_class=parser.formatter_class, **options), name
-            )
+            about = importlib.import_module(f"slimconv_jax.commands.{name}").HELP
+            _add_command(parsers.add_parser(name, help=about, description=about, **style), name)
     try:
         argv = expand_flag_files(argv)
     except InputError as error:
@@ -57,7 +53,7 @@ def main(argv: Sequence[str] | None = None, *, command: str | None = None) -> in
 
 
 def _run(args: argparse.Namespace) -> int | None:
-    with ctrl_c_held_back():  # which JAX does not survive while it is imported
+    with ctrl_c_held_back():  # JAX does not survive Ctrl-C while it is imported
         importlib.import_module("jax")
     return args.run(args)
 

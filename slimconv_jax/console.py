@@ -1,4 +1,4 @@
-"""What a person sees: lines, and progress bars where there is a terminal."""
+"""Prints what a user sees: lines, and progress bars on a terminal."""
 
 import contextlib
 import io
@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 
 import rich.console
 import rich.progress
+import rich.status
 
 from slimconv_jax.errors import InputError, InputWarning, exhausted, missing, printable
 
@@ -22,43 +23,46 @@ _SECONDS_BETWEEN_LINES = 10
 
 
 def prepare_console(*, needs_stdout: bool = False) -> None:
-    """Lets a command print whatever names there are, warn in one line, and go on unread.
+    """Lets a command print any name, warn in one line, and go on if nobody reads its output.
 
     A name that is not UTF-8, or that the terminal has no characters for, is printed with escapes.
-    Where standard output or standard error is closed, or can take no more (a reader that has gone,
-    a full disk), what is printed from then on is dropped, and the command goes on.
+    If standard output or standard error is closed, or cannot be written (the reader is gone, the
+    disk is full), further output is dropped, and the command goes on.
 
     Args:
-      needs_stdout: whether the command is for what it prints, so that it ends when that cannot be
-        printed: with a BrokenPipeError if the reader has gone, else with a ValueError.
+      needs_stdout: whether the output is the purpose of the command, so that it ends when that
+        cannot be written: with a BrokenPipeError if the reader is gone, else with a ValueError.
     """
-    for descriptor in range(3):  # a closed one would be given to the next file that is opened
-        try:
-            os.fstat(descriptor)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)  # it gets the lowest number that is free
+    # Opens those of 0, 1 and 2 that are closed, which the next files would get otherwise.
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) < 3:
+        pass
+    os.close(descriptor)
     for name, needed in (("stdout", needs_stdout), ("stderr", False)):
         stream = getattr(sys, name)
         if stream is None:  # it was closed when Python started
             setattr(sys, name, io.TextIOWrapper(io.FileIO(os.devnull, "w")))
         elif stream is getattr(sys, f"__{name}__") and _has_descriptor(stream):
             stream.flush()
-            setattr(sys, name, _unbreakable(stream, needed=needed))
-        elif hasattr(stream, "reconfigure"):  # those of tests have it not
+            output = io.BufferedWriter(_Output(stream.fileno(), needed=needed))
+            # An unbuffered stream (python -u) becomes line-buffered, which is soon enough.
+            options = {"line_buffering": stream.line_buffering or stream.write_through}
+            output = io.TextIOWrapper(output, stream.encoding, "backslashreplace", **options)
+            setattr(sys, name, output)
+        elif hasattr(stream, "reconfigure"):  # the streams of tests do not have it
             stream.reconfigure(errors="backslashreplace")
     warnings.formatwarning = _format_warning
     sys.unraisablehook = _report_unraisable
 
 
 def _report_unraisable(unraisable) -> None:
-    """What Python does with an exception that nothing can catch, of a callback for one."""
+    """Handles an exception that nothing can catch, such as one in a callback."""
     if isinstance(unraisable.exc_value, KeyboardInterrupt):
-        # Ctrl-C came within a callback of the garbage collector, say, and would be lost: again.
+        # Ctrl-C in a callback, say of the garbage collector, would be lost: sends it again.
         is_ctrl_c = type(unraisable.exc_value) is KeyboardInterrupt
         number = signal.SIGINT if is_ctrl_c else signal.SIGTERM
-        main = threading.main_thread().ident
-        threading.Timer(0.05, signal.pthread_kill, [main, number]).start()
-    # When a checkpoint cannot be written, which Orbax raises, what it has under way says this too.
+        arguments = [threading.main_thread().ident, number]
+        threading.Timer(0.05, signal.pthread_kill, arguments).start()
+    # When Orbax cannot write a checkpoint, it raises that error, and its event loops add this one.
     elif str(unraisable.exc_value) != "Event loop is closed":
         sys.__unraisablehook__(unraisable)
 
@@ -71,23 +75,12 @@ def _has_descriptor(stream: io.TextIOWrapper) -> bool:
     return True
 
 
-def _unbreakable(stream: io.TextIOWrapper, *, needed: bool) -> io.TextIOWrapper:
-    """A standard stream that `_Output` writes, otherwise the same."""
-    return io.TextIOWrapper(
-        io.BufferedWriter(_Output(stream.fileno(), needed=needed)),
-        stream.encoding,
-        "backslashreplace",
-        # Without a buffer (python -u) line by line, which is soon enough.
-        line_buffering=stream.line_buffering or stream.write_through,
-    )
-
-
 class _Output(io.FileIO):
-    """A standard stream that is given up, for nowhere, when it can take no more.
+    """A standard stream that is redirected to os.devnull when it cannot be written.
 
     Args:
       descriptor: 1 or 2.
-      needed: whether giving it up is an error, once.
+      needed: whether the write that fails is an error.
     """
 
     def __init__(self, descriptor: int, *, needed: bool):
@@ -98,10 +91,8 @@ class _Output(io.FileIO):
         try:
             return super().write(data)
         except OSError as error:
-            with contextlib.suppress(OSError):
-                nowhere = os.open(os.devnull, os.O_WRONLY)
-                os.dup2(nowhere, self.fileno())
-                os.close(nowhere)
+            with contextlib.suppress(OSError), open(os.devnull, "wb") as nowhere:
+                os.dup2(nowhere.fileno(), self.fileno())
             if not self._needed:
                 return len(data)
             if isinstance(error, BrokenPipeError):
@@ -110,44 +101,41 @@ class _Output(io.FileIO):
 
 
 def exit_status(command: Callable[[], int | None], *, interrupted: str = "interrupted") -> int:
-    """Runs a command to its end, or to a sentence on standard error; returns its exit status.
+    """Runs a command, prints an error as one sentence on standard error; returns the exit status.
 
-    That is what the command returns, or 0; 1 after bad input, a lack of memory or when the reader
-    of standard output has gone, as in `COMMAND | head`; 130 after Ctrl-C.
+    The status is that of the command, or 0; 1 after bad input, a lack of memory, or if the reader
+    of standard output is gone, as in `COMMAND | head`; 130 after Ctrl-C.
 
     Args:
-      command: what to run.
-      interrupted: the sentence about Ctrl-C.
+      command: the function to run.
+      interrupted: the sentence after Ctrl-C.
     """
     try:
         try:
-            status = command() or 0
+            return command() or 0
         finally:
             sys.stdout.flush()
     except InputError as error:
-        message, status = f"error: {error}", 1
+        message = str(error)
     except (MemoryError, RecursionError, RuntimeError) as error:
-        if (reason := exhausted(error)) is None:
+        if (message := exhausted(error)) is None:
             raise
-        message, status = f"error: {reason}", 1
-    except ModuleNotFoundError as error:  # of what only some commands need
+    except ModuleNotFoundError as error:  # a package that only some commands need
         if (error.name or "").partition(".")[0] == "slimconv_jax":
             raise
-        message = f"error: {missing(error.name or str(error), extra='train')}"
-        status = 1
+        message = missing(error.name or str(error), extra="train")
     except BrokenPipeError:
         return 1
     except KeyboardInterrupt:
-        message, status = interrupted, 130
-    else:
-        return status
-    print(message, file=sys.stderr)
-    return status
+        print(interrupted, file=sys.stderr)
+        return 130
+    print(f"error: {message}", file=sys.stderr)
+    return 1
 
 
 @contextlib.contextmanager
 def ctrl_c_held_back() -> Iterator[None]:
-    """Lets Ctrl-C wait for the end of the block, where it would do harm within."""
+    """Delays Ctrl-C until the end of a block in which it would do harm."""
     received = []
     is_main = threading.current_thread() is threading.main_thread()
     before = signal.signal(signal.SIGINT, lambda *_: received.append(True)) if is_main else None
@@ -161,7 +149,7 @@ def ctrl_c_held_back() -> Iterator[None]:
 
 
 def run_script(main: Callable[[], None]) -> None:
-    """Runs a script that is for what it prints; see `exit_status`."""
+    """Runs a script whose purpose is its output; see `exit_status`."""
     prepare_console(needs_stdout=True)
     if status := exit_status(main):
         sys.exit(status)
@@ -177,7 +165,7 @@ def _format_warning(message: Warning | str, category: type[Warning], *where) -> 
 
 
 def say(text: str) -> None:
-    """Prints a line to the person who watches, above the progress bar if there is one."""
+    """Prints a line on standard output, above the progress bar if there is one."""
     _print(console, text)
 
 
@@ -185,48 +173,44 @@ def _print(to: rich.console.Console, text: str) -> None:
     to.print(printable(text), highlight=False, markup=False, soft_wrap=True)
 
 
-class Status:
-    """What is under way, on standard error: a line that changes, on a plain log several lines.
+class Status(rich.status.Status):
+    """Shows the current activity on standard error: one changing line, or lines on a plain log.
 
     Use as a context manager.
+
+    Attributes:
+      is_terminal: whether the line can change.
     """
 
     def __init__(self):
-        self._status = _stderr_console.status("")
+        super().__init__("", console=_stderr_console)
+        self.is_terminal = _stderr_console.is_terminal
 
-    @property
-    def is_terminal(self) -> bool:
-        """Whether the line can change."""
-        return _stderr_console.is_terminal
-
-    def __enter__(self) -> "Status":
+    def start(self) -> None:
+        """Starts the line that changes, on a terminal."""
         if self.is_terminal:
-            self._status.start()
-        return self
-
-    def __exit__(self, *_) -> None:
-        self._status.stop()
+            super().start()
 
     def update(self, text: str) -> None:
-        """Tells what is under way from now on."""
+        """Shows a new activity."""
         if self.is_terminal:
-            self._status.update(text)
+            super().update(text)
         else:
             _print(_stderr_console, text)
 
 
 class Progress:
-    """A bar that goes away when it is done; on a plain log, a line every ten seconds.
+    """A progress bar that disappears at the end; on a plain log, a line every ten seconds.
 
     Use as a context manager.
 
     Args:
-      what: is done, such as "decoding".
-      total: how many images there are to do.
-      stderr: whether to show it on standard error, for the sake of what is printed meanwhile.
+      what: the activity, such as "decoding".
+      total: the number of images.
+      stderr: whether to use standard error, because the command prints results meanwhile.
 
     Attributes:
-      done: how many are done.
+      done: the number of images that are done.
     """
 
     def __init__(self, what: str, total: int, *, stderr: bool = False):
@@ -243,7 +227,7 @@ class Progress:
             disable=not self._console.is_terminal,
         )
         self._task = self._bar.add_task(what, total=total)
-        self._last_line = time.monotonic() - _SECONDS_BETWEEN_LINES + 2  # first after 2 s
+        self._next_line = time.monotonic() + 2
 
     def __enter__(self) -> "Progress":
         self._bar.start()
@@ -253,11 +237,10 @@ class Progress:
         self._bar.stop()
 
     def advance(self, images: int) -> None:
-        """Takes notice that more images are done."""
+        """Counts more images as done."""
         self.done += images
         self._bar.advance(self._task, images)
-        now = time.monotonic()
-        due = now - self._last_line >= _SECONDS_BETWEEN_LINES
-        if not self._console.is_terminal and due and self.done < self._total:
-            self._last_line = now
+        is_due = not self._console.is_terminal and time.monotonic() >= self._next_line
+        if is_due and self.done < self._total:
+            self._next_line = time.monotonic() + _SECONDS_BETWEEN_LINES
             _print(self._console, f"{self._what}: {self.done} of {self._total} images")

@@ -1,4 +1,4 @@
-"""What JAX runs on, how arrays lie on it, and where it keeps what it compiled."""
+"""Finds devices, shards arrays over them, and sets up the compilation cache."""
 
 import logging
 import os
@@ -12,28 +12,26 @@ from slimconv_jax.errors import InputError
 
 
 def find_devices() -> list[jax.Device]:
-    """`jax.devices()`, all devices of all processes.
+    """Returns `jax.devices()`, all devices of all processes.
 
     Raises:
-      ValueError: if there are none of the platform that JAX was told to use.
+      ValueError: if there are none, or none of the platform that JAX is set to use.
     """
     logger, records = logging.getLogger("jax._src.xla_bridge"), []
-    # What JAX tells of libraries that it cannot load, with tracebacks, is kept if it finds devices.
+    # JAX logs tracebacks of libraries that it cannot load; they are shown only if it finds devices.
     logger.addFilter(records.append)
     try:
         devices = jax.devices()
     except (AssertionError, RuntimeError) as error:
         reason = f"JAX finds no devices: {str(error).partition(' (set JAX_PLATFORMS')[0]}"
-        for name, platforms in (
-            ("JAX_PLATFORMS", jax.config.jax_platforms),
-            ("JAX_PLATFORM_NAME", os.environ.get("JAX_PLATFORM_NAME")),
-        ):
-            if platforms:
-                reason = (
-                    f"JAX is told to use {platforms!r} ({name}), and finds no such device; without "
-                    f"{name} it uses what is there"
-                )
-                break
+        name, platforms = "JAX_PLATFORMS", jax.config.jax_platforms
+        if not platforms:
+            name, platforms = "JAX_PLATFORM_NAME", os.environ.get("JAX_PLATFORM_NAME")
+        if platforms:
+            reason = (
+                f"JAX is set to use {platforms!r} ({name}), and finds no such device; without "
+                f"{name} it uses the devices that exist"
+            )
         raise InputError(reason) from None
     finally:
         logger.removeFilter(records.append)
@@ -43,9 +41,9 @@ def find_devices() -> list[jax.Device]:
 
 
 def data_mesh(devices: list[jax.Device] | None = None) -> jax.sharding.Mesh:
-    """A mesh with one axis, "data", over the given devices or all there are.
+    """Builds a mesh with one axis, "data", over the given devices or all devices.
 
-    Those of one process are neighbours, so that its share of a batch is one piece.
+    The devices of a process are neighbours, so that its share of a batch is contiguous.
     """
     devices = find_devices() if devices is None else devices
     devices = sorted(devices, key=lambda device: (device.process_index, device.id))
@@ -53,26 +51,25 @@ def data_mesh(devices: list[jax.Device] | None = None) -> jax.sharding.Mesh:
 
 
 def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
-    """The sharding of the state: the whole of it on every device."""
+    """Returns the sharding of the state: a full copy on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def batch_sharded(mesh: jax.sharding.Mesh) -> NamedSharding:
-    """The sharding of a batch: its first axis split over the devices."""
+    """Returns the sharding of a batch: its first axis is split over the devices."""
     return NamedSharding(mesh, PartitionSpec("data"))
 
 
 def enable_compilation_cache() -> None:
-    """Keeps compiled programs for the next start, unless JAX is told another place already.
+    """Keeps compiled programs for the next start, unless JAX has a cache directory already.
 
     They go to `$XDG_CACHE_HOME/slimconv_jax`, by default `~/.cache/slimconv_jax`. To choose
-    another directory set `JAX_COMPILATION_CACHE_DIR`; to keep nothing, set
+    another directory, set `JAX_COMPILATION_CACHE_DIR`; to keep nothing, set
     `JAX_ENABLE_COMPILATION_CACHE=false`.
     """
     if jax.config.jax_compilation_cache_dir is None:
         cache_home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        directory = Path(cache_home) / "slimconv_jax"
-        jax.config.update("jax_compilation_cache_dir", str(directory))
+        jax.config.update("jax_compilation_cache_dir", str(Path(cache_home, "slimconv_jax")))
     # JAX's default of one second leaves out the many small programs of an initialisation.
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

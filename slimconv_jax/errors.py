@@ -1,6 +1,7 @@
-"""The one exception that means "the input is wrong, not the program", and checks that raise it.
+"""Defines the exception for wrong input, and the checks that raise it.
 
-And the one warning that means "part of the input was not used".
+`InputError` means that the input is wrong, not the program; `InputWarning`, that part of the input
+was not used.
 """
 
 import importlib
@@ -17,15 +18,14 @@ LIBRARY_ERRORS = (
     *(MemoryError, OSError, RuntimeError, SyntaxError, TypeError, ValueError),
     *(pickle.PickleError, struct.error, zipfile.BadZipFile, zlib.error),
 )
-"""What libraries raise for input that they trust and should not: damaged files, say."""
+"""What libraries raise for input that they trust but should not, such as damaged files."""
 
 
 class InputError(ValueError):
-    """Input that cannot be used; the message is one sentence for the user.
+    """Input cannot be used; the message is one sentence for the user.
 
-    It says what is wrong, where, and what is allowed. The command lines print it
-    without a traceback and exit with status 1; in library code it is an ordinary
-    `ValueError`.
+    It says what is wrong, where, and what is allowed. The commands print it without a traceback
+    and exit with status 1; in library code it is an ordinary `ValueError`.
     """
 
     def __str__(self) -> str:
@@ -33,13 +33,13 @@ class InputError(ValueError):
 
 
 class InputWarning(UserWarning):
-    """Input that is used in part, or may not be what is meant; the message is for the user."""
+    """Part of the input is not used, or it may not be what the user meant."""
 
 
 def printable(text: str) -> str:
-    """A text with escapes for what would move the cursor of a terminal or colour it.
+    """Escapes the characters of a text that would move the cursor of a terminal or colour it.
 
-    The names of files and classes may hold such characters. Line ends and tabs stay.
+    The names of files and classes may hold such characters. Newlines and tabs stay.
     """
     return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda match: repr(match[0])[1:-1], text)
 
@@ -47,8 +47,8 @@ def printable(text: str) -> str:
 def require_integer(name: str, value: object, least: int, most: int = 2**20) -> None:
     """Raises an InputError unless `value` is an integer, of Python or NumPy, in a range.
 
-    The default of `most` is beyond all sense for sizes, so that what would hang or fill the memory
-    is told at once.
+    The default of `most` is beyond any sensible size, so that a value that would hang or fill the
+    memory is refused at once.
     """
     if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
         raise InputError(f"{name}={value!r} must be an integer >= {least}")
@@ -59,18 +59,18 @@ def require_integer(name: str, value: object, least: int, most: int = 2**20) -> 
 def require_number(name: str, value: object, *, least: float, below: float = 1e6) -> None:
     """Raises an InputError unless `value` is a number >= `least` and < `below`."""
     is_number = isinstance(value, Real) and not isinstance(value, bool)
-    if not is_number or not least <= value < below:  # which NaN is not either
+    if not is_number or not least <= value < below:  # also refuses NaN
         limit = "" if below == 1e6 and is_number and not value >= below else f" and < {below:g}"
         raise InputError(f"{name}={value!r} must be a number >= {least}{limit}")
 
 
 def import_extra(module: str, *, extra: str, package: str | None = None) -> types.ModuleType:
-    """A module of an optional dependency.
+    """Imports a module of an optional dependency.
 
     Args:
-      module: what is imported.
-      extra: which of this package's extras has it.
-      package: what people call it, if not by the name of the module.
+      module: its name.
+      extra: the extra of this package that installs it.
+      package: its name in messages, if that is not the name of the module.
 
     Raises:
       ValueError: if it is not installed; the message has the command that installs it.
@@ -82,7 +82,7 @@ def import_extra(module: str, *, extra: str, package: str | None = None) -> type
 
 
 def missing(package: str, *, extra: str) -> str:
-    """The sentence about a package that is not installed, with the command that installs it."""
+    """Returns the sentence about a missing package, with the command that installs it."""
     return (
         f"this needs {package}, which is not installed: pip install 'slimconv_jax[{extra}]', or, "
         f"in a clone, pip install -e '.[{extra}]'"
@@ -90,7 +90,7 @@ def missing(package: str, *, extra: str) -> str:
 
 
 def exhausted(error: Exception) -> str | None:
-    """What to tell of an error that means that memory or the stack ran out; None of others."""
+    """Returns the sentence about an error if memory or the stack ran out, else None."""
     if isinstance(error, RecursionError):
         return f"the input is nested too deeply: {error}"
     reason = str(error).strip().partition("\n")[0]

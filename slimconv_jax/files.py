@@ -1,4 +1,4 @@
-"""Files and directories on disk or in an object store: written whole, listed, and summed."""
+"""Reads, lists, verifies and atomically writes files on disk or in an object store."""
 
 import contextlib
 import errno
@@ -17,24 +17,24 @@ from etils import epath
 from slimconv_jax.errors import InputError
 
 MOST_BYTES = 2**30
-"""The bytes of the longest file that is read whole into memory."""
+"""The size limit, in bytes, of a file that is read into memory."""
 
 MOST_TEXT = 2**24
-"""The bytes of the longest text file that is read."""
+"""The size limit, in bytes, of a text file."""
 
 DEEPEST = 32
 """How deeply the containers of a JSON file may be nested."""
 
 
 class MissingFileError(InputError):
-    """A file that is not there, where others might be damaged or unreadable."""
+    """A file does not exist; other errors mean that it is damaged or unreadable."""
 
 
 def locate(path: epath.PathLike) -> epath.Path:
-    """A path, local or in an object store.
+    """Returns a path, local or in an object store.
 
     Raises:
-      ValueError: if nothing reads such addresses, or what does is not installed.
+      ValueError: if such an address is not supported, or its package is not installed.
     """
     try:
         path = epath.Path(path)
@@ -56,12 +56,12 @@ def locate(path: epath.PathLike) -> epath.Path:
 
 
 def is_address(path: epath.PathLike) -> bool:
-    """Whether a path is in an object store, such as gs://bucket/photos."""
+    """Returns whether a path is in an object store, such as gs://bucket/photos."""
     return "://" in os.fspath(path)
 
 
 def absolute(path: epath.PathLike) -> epath.Path:
-    """A path that does not depend on the working directory, as Orbax needs it.
+    """Returns a path that does not depend on the working directory, as Orbax needs it.
 
     Raises:
       ValueError: as `locate`.
@@ -69,10 +69,7 @@ def absolute(path: epath.PathLike) -> epath.Path:
     path = locate(path)
     try:
         return path if is_address(path) else path.resolve()
-    except (
-        OSError,
-        RuntimeError,
-    ):  # until Python 3.13 the latter, of links that lead to themselves
+    except (OSError, RuntimeError):  # of a loop of links; the latter until Python 3.13
         raise InputError(f"cannot read {path}: {os.strerror(errno.ELOOP)}") from None
 
 
@@ -80,17 +77,17 @@ def open_file(file: epath.PathLike) -> BinaryIO:
     """Opens a file for reading, local or in an object store.
 
     Raises:
-      OSError: if it cannot be read, or is what one could wait for or read without end: a pipe, a
-        socket or a device.
+      OSError: if it cannot be read, or is a pipe, a socket or a device, which might block or never
+        end.
       ValueError: as `locate`.
     """
     if is_address(file):
         return _from_store(file, lambda path: path.open("rb"))
-    # Files are read whole, mostly, so without Python's buffer in between.
+    # Most files are read whole, so Python's buffer would only cost a copy.
     stream = open(file, "rb", buffering=0, opener=_open_at_once)  # noqa: SIM115
     kind = os.fstat(stream.fileno()).st_mode
     if stat.S_ISFIFO(kind) and os.fspath(file).startswith(("/dev/fd/", "/proc/self/fd/")):
-        os.set_blocking(stream.fileno(), True)  # one that a shell has opened, as for <(...)
+        os.set_blocking(stream.fileno(), True)  # opened by a shell, as for <(...)
         return io.BufferedReader(stream)
     if not stat.S_ISREG(kind):
         stream.close()
@@ -102,19 +99,19 @@ def _from_store(file: epath.PathLike, read: Callable[[epath.Path], Any]) -> Any:
     try:
         return read(epath.Path(file))
     except (ImportError, KeyError, ValueError):
-        locate(file)  # says what is wrong with the address
+        locate(file)  # raises a sentence about the address
         raise
 
 
 def _open_at_once(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_NONBLOCK)  # without it, a pipe waits for its other end
+    return os.open(path, flags | os.O_NONBLOCK)  # else a pipe waits for its other end
 
 
 def read_bytes(file: epath.PathLike, most: int = MOST_BYTES) -> bytes:
-    """The content of a file.
+    """Reads a file.
 
     Raises:
-      OSError: as `open_file`, or if it is longer than `most`.
+      OSError: as `open_file`, or if it has more than `most` bytes.
     """
     if is_address(file):
         return _from_store(file, lambda path: path.read_bytes())
@@ -127,22 +124,22 @@ def read_bytes(file: epath.PathLike, most: int = MOST_BYTES) -> bytes:
 
 
 def read_text(file: epath.PathLike) -> str:
-    """The text of a file in UTF-8, with or without a byte-order mark.
+    """Reads a text file in UTF-8, with or without a byte-order mark.
 
     Raises:
-      OSError: as `open_file`, or if it is longer than `MOST_TEXT`.
+      OSError: as `open_file`, or if it has more than `MOST_TEXT` bytes.
       UnicodeDecodeError: if it is not UTF-8.
     """
     return read_bytes(file, MOST_TEXT).decode("utf-8-sig")
 
 
 def read_json(file: epath.PathLike) -> Any:
-    """What a JSON file holds; every one of ours is read here.
+    """Reads a JSON file; every JSON file of this package is read here.
 
     Raises:
-      MissingFileError: if there is none.
-      ValueError: if it cannot be read, is longer than `MOST_TEXT`, or no JSON, or its containers
-        are nested more deeply than `DEEPEST`.
+      MissingFileError: if it does not exist.
+      ValueError: if it cannot be read, has more than `MOST_TEXT` bytes, is not JSON, or nests
+        containers more deeply than `DEEPEST`.
     """
     try:
         return parse_json(read_text(file))
@@ -157,46 +154,41 @@ def read_json(file: epath.PathLike) -> Any:
 
 
 def parse_json(text: str | bytes) -> Any:
-    """What a JSON text holds.
+    """Parses a JSON text.
 
     Raises:
-      ValueError: if it is none, or its containers are nested more deeply than `DEEPEST`.
+      ValueError: if it is not JSON, or nests containers more deeply than `DEEPEST`.
     """
     too_deep = f"it is nested more than {DEEPEST} deep"
     try:
         content = json.loads(text)
     except RecursionError:
         raise ValueError(too_deep) from None
-    layer = [content]
-    for _ in range(DEEPEST + 1):
-        containers = [value for value in layer if isinstance(value, dict | list)]
-        if not containers:
-            return content
-        layer = [
-            inner
-            for container in containers
-            for inner in (container.values() if isinstance(container, dict) else container)
-        ]
-    raise ValueError(too_deep)
+    values = [content]
+    for _ in range(DEEPEST):
+        containers = [value for value in values if isinstance(value, dict | list)]
+        values = [inner for c in containers for inner in (c.values() if isinstance(c, dict) else c)]
+    if any(isinstance(value, dict | list) for value in values):
+        raise ValueError(too_deep)
+    return content
 
 
 @contextlib.contextmanager
 def new_file(path: os.PathLike | str, *, overwrite: bool) -> Iterator[Path]:
-    """A file that gets its name when it is complete, and is deleted if that fails.
+    """Yields a file that gets its name when the block ends, and is deleted if the block fails.
 
     Raises:
-      ValueError: if there is one already (that is not to be overwritten), or it cannot be
-        written.
+      ValueError: if the file exists and `overwrite` is False, or it cannot be written.
     """
     if os.fspath(path).endswith("/"):
-        raise InputError(f"{path} is the name of a directory, and a file is to be written")
+        raise InputError(f"{path} must be the name of a file, not of a directory")
     path = Path(path)
     if path.is_dir() or (path.exists() and not overwrite):
         what = "it is a directory" if path.is_dir() else "--overwrite (overwrite=True) replaces it"
         raise InputError(f"{path} exists already; {what}")
     part = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
-        part.touch()  # tells before long work whether it can be
+        part.touch()  # raises before long work
         yield part
         part.replace(path)
     except OSError as error:
@@ -207,16 +199,16 @@ def new_file(path: os.PathLike | str, *, overwrite: bool) -> Iterator[Path]:
 
 
 def replace_file(file: epath.Path, content: bytes) -> None:
-    """Writes a file that is never there in part."""
+    """Writes a file atomically."""
     part = file.with_name(f"{file.name}.part")
     if not is_address(file):
-        part.unlink(missing_ok=True)  # of a run that was killed; a link would be followed
+        part.unlink(missing_ok=True)  # left by a run that was killed; a link would be followed
     part.write_bytes(content)
     part.replace(file)
 
 
 def list_files(directory: epath.Path, parent: str = "") -> dict[str, epath.Path]:
-    """Every file in a directory and below, by relative path; links to directories are files."""
+    """Returns all files below a directory by relative path; links to directories are files."""
     files = {}
     for path in sorted(directory.iterdir()):
         if path.is_dir() and not os.path.islink(path):
@@ -227,7 +219,7 @@ def list_files(directory: epath.Path, parent: str = "") -> dict[str, epath.Path]
 
 
 def checksum(file: epath.PathLike) -> str:
-    """The SHA-256 of a file, in hexadecimal.
+    """Returns the SHA-256 of a file, in hexadecimal.
 
     Raises:
       OSError: as `open_file`.
@@ -239,20 +231,20 @@ def checksum(file: epath.PathLike) -> str:
 def verify_files(
     directory: epath.Path, checksums: Mapping[str, str], *, of: Iterable[epath.Path] = ()
 ) -> None:
-    """Makes sure that the files in a directory are as they were written.
+    """Checks that the files in a directory are as they were written.
 
     Args:
       directory: what the names are relative to.
-      checksums: by name, which may be that of a file in a directory below.
-      of: what in it must hold no other files.
+      checksums: SHA-256 by name; the name of a file in a subdirectory has slashes.
+      of: the files and subdirectories that must not have files without a checksum.
 
     Raises:
-      ValueError: if a file is not, or a name leads out of the directory.
+      ValueError: if a file differs or has no checksum, or a name leads out of the directory.
     """
     for name, expected in checksums.items():
         parts = name.split("/")
         if not name.isprintable() or not {"", ".", ".."}.isdisjoint(parts):
-            raise InputError(f"{directory} names {name!r} among its files, which is none in it")
+            raise InputError(f"{directory} lists {name!r}, which is not the name of a file in it")
         try:
             intact = checksum(directory / name) == expected
         except OSError as error:

@@ -1,4 +1,4 @@
-"""Functions as the description of their options: names, defaults, types and meanings.
+"""Reads options off functions: their names, defaults, types and meanings.
 
 A keyword-only argument of a function is a key of a config, and so are an argument called `name`,
 which chooses among several, and the fields of a class.
@@ -13,7 +13,7 @@ from typing import Any
 
 
 def keys_of(function: Callable) -> dict[str, inspect.Parameter]:
-    """The arguments of a function that are keys."""
+    """Returns the arguments of a function that are keys."""
     parameters = inspect.signature(function).parameters
     return {
         name: parameter
@@ -23,13 +23,12 @@ def keys_of(function: Callable) -> dict[str, inspect.Parameter]:
 
 
 def select(options: Mapping[str, Any], function: Callable) -> dict[str, Any]:
-    """Those of some options that are arguments of a function."""
-    names = inspect.signature(function).parameters
-    return {name: value for name, value in options.items() if name in names}
+    """Selects the options that are keys of a function."""
+    return {name: options[name] for name in keys_of(function) if name in options}
 
 
 def type_of(parameter: inspect.Parameter) -> type:
-    """What a value is, where it is not None: bool, int, float, tuple, or str for all else."""
+    """Returns the type of a value that is not None: bool, int, float, tuple, or str otherwise."""
     annotation = parameter.annotation
     choices = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else ()
     known = [c for c in choices or (annotation,) if c in (bool, int, float, str)]
@@ -39,7 +38,7 @@ def type_of(parameter: inspect.Parameter) -> type:
 
 
 def meanings(function: Callable) -> dict[str, str]:
-    """What the docstring of a function or class says of each argument, each in one line."""
+    """Returns the description of each argument in the docstring of a function or class."""
     text = inspect.getdoc(function) or ""
     section = re.search(r"^(?:Args|Attributes):\n((?:  .*\n|\n)+)", text + "\n", re.MULTILINE)
     entries = re.findall(r"^  (\w+): ((?:.|\n(?!  \w))*)", section[1] if section else "", re.M)

@@ -45,11 +45,11 @@ def test_a_platform_that_is_not_there_is_a_sentence(platform):
         capture_output=True,
         text=True,
     )
-    message = f"JAX is told to use '{platform}' (JAX_PLATFORMS), and finds no such device"
+    message = f"JAX is set to use '{platform}' (JAX_PLATFORMS), and finds no such device"
     assert (
         own_errors(done.stderr)
         .splitlines()[-1]
-        .endswith(f"InputError: {message}; without JAX_PLATFORMS it uses what is there")
+        .endswith(f"InputError: {message}; without JAX_PLATFORMS it uses the devices that exist")
     )
 
 
@@ -67,5 +67,5 @@ def test_saved_weights_are_not_blamed_for_a_missing_platform(tmp_path):
     )
     assert done.returncode == 1
     last = own_errors(done.stderr).splitlines()[-1]
-    assert last.startswith("error: JAX is told to use 'tpu' (JAX_PLATFORMS), and finds no")
+    assert last.startswith("error: JAX is set to use 'tpu' (JAX_PLATFORMS), and finds no")
     assert "Traceback" not in done.stderr and "weights" not in done.stderr

@@ -1,10 +1,12 @@
-"""What a compiled program does, read off its text: operations, parts, collectives."""
+"""What a compiled program does, read off its text: operations, parts, collectives; its memory."""
 
 import collections
 import math
 import re
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
+
+import jax
 
 PARTS = {
     "optimiser": {"optimizer"},
@@ -19,9 +21,9 @@ PARTS = {
     "3x3": {"conv2"},
     "head": {"head"},
 }
-"""The parts of a step, by the named scopes that its operations have: the first that fits counts.
+"""The parts of a step and the named scopes of their operations; the first match counts.
 
-An operation that XLA has fused from several belongs to the part of its last one.
+A fusion belongs to the part of its last operation.
 """
 
 REST = "sums and rest"
@@ -32,8 +34,8 @@ class Operation(NamedTuple):
 
     Attributes:
       scopes: the words of its name, such as {"transpose", "jvp", "conv2", "upper"}.
-      bytes: of its operands and results in the main memory.
-      cycles: the compiler's estimate; 0 where there is none.
+      bytes: of its operands and results in main memory.
+      cycles: the compiler's estimate; 0 if it has none.
     """
 
     scopes: set[str]
@@ -41,26 +43,24 @@ class Operation(NamedTuple):
     cycles: int
 
 
-_SIZES = {"pred": 1, "bf16": 2, "f16": 2}
 _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all"}
 
 
 def _type_bytes(text: str) -> int:
-    """The bytes of the arrays of an HLO type, such as "(f32[3,4]{1,0}, bf16[5])".
+    """Counts the bytes of the arrays of an HLO type, such as "(f32[3,4]{1,0}, bf16[5])".
 
-    Without those that a TPU keeps on the chip, whose layouts say S(1).
+    Arrays that a TPU keeps on the chip, whose layouts say S(1), do not count.
     """
     total = 0
     for dtype, dims, layout in re.findall(r"\b(pred|bf16|[fsuc]\d+)\[([\d,]*)\](\{[^}]*\})?", text):
-        if "S(1)" in layout:
-            continue
-        size = _SIZES.get(dtype) or int(re.sub(r"\D", "", dtype)) // 8
-        total += size * math.prod(int(dim) for dim in dims.split(",") if dim)
+        if "S(1)" not in layout:
+            size = 1 if dtype == "pred" else int(re.sub(r"\D", "", dtype)) // 8
+            total += size * math.prod(int(dim) for dim in dims.split(",") if dim)
     return total
 
 
 def _computations(text: str) -> tuple[dict[str, list[str]], str]:
-    """The lines of each computation of a compiled program, and the name of the first to run."""
+    """Returns the lines of each computation of a compiled program, and the name of the entry."""
     lines: dict[str, list[str]] = {}
     entry = name = ""
     for line in text.splitlines():
@@ -74,19 +74,18 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
 
 
 def _calls(line: str, lines: dict[str, list[str]]) -> Iterator[tuple[str, int]]:
-    """The computations that an operation runs, and how many times: the body of a loop, often."""
+    """Yields the computations that an operation runs, and how often: a loop repeats its body."""
     count = re.search(r'"known_trip_count":\{"n":"(\d+)"', line)
     if not count and (condition := re.search(r"\bcondition=%?([\w.\-]+)", line)):
-        # Of a scan, on TPUs: whether a counter from 0 is less than this.
+        # On TPUs, a scan compares a counter from 0 with this.
         count = re.search(r" s32\[\]\S* constant\((\d+)\)", "\n".join(lines[condition[1]]))
     for name in re.findall(r"\b(?:body|calls|to_apply)=%?([\w.\-]+)", line):
         yield name, int(count[1]) if count else 1
 
 
 def operations_of(text: str) -> Iterator[Operation]:
-    """What a device does one after the other, read off the text of a compiled program."""
-    lines, entry = _computations(text)
-    yield from _operations(lines, entry)
+    """Yields the operations that a device executes in order, from a compiled program's text."""
+    yield from _operations(*_computations(text))
 
 
 def _operations(lines: dict[str, list[str]], computation: str) -> Iterator[Operation]:
@@ -96,7 +95,7 @@ def _operations(lines: dict[str, list[str]], computation: str) -> Iterator[Opera
         if not match:
             continue
         name, result, kind, rest = match.groups()
-        if kind == "custom-call":  # the scratch memory of a library is not traffic
+        if kind == "custom-call":  # a library's scratch memory is not traffic
             result = re.sub(r"\b[su]8\[\d+\]", "", result)
         types[name] = result
         if kind in ("while", "call"):
@@ -107,23 +106,19 @@ def _operations(lines: dict[str, list[str]], computation: str) -> Iterator[Opera
             continue
         operands = dict.fromkeys(re.findall(r"%([\w.\-]+)", rest.split("), ")[0]))
         read = sum(_type_bytes(types.get(operand, "")) for operand in operands)
-        if kind.endswith("-start"):  # the result has the operand in it, too
+        if kind.endswith("-start"):  # the result contains the operand, too
             first, *others = re.findall(r"\w+\[[\d,]*\](?:\{[^}]*\})?", result)
             result = others[0] if kind == "slice-start" else first
         if "slice-start" in kind or kind == "slice" or name.startswith("wrapped_slice"):
-            read = _type_bytes(result.replace("S(1)", ""))  # no more than it takes
-        size = _type_bytes(result) + read
+            read = _type_bytes(result.replace("S(1)", ""))  # only the slice
         cycles = re.search(r'"estimated_cycles":"(\d+)"', line)
-        scopes = re.search(r'op_name="([^"]*)"', line)
-        yield Operation(
-            set(re.findall(r"\w+", scopes[1])) if scopes else set(),
-            size,
-            int(cycles[1]) if cycles else 0,
-        )
+        names = re.search(r'op_name="([^"]*)"', line)
+        scopes = set(re.findall(r"\w+", names[1])) if names else set()
+        yield Operation(scopes, _type_bytes(result) + read, int(cycles[1]) if cycles else 0)
 
 
 def parts_of(operations: Iterable[Operation], clock: float) -> dict[str, dict[str, float]]:
-    """Of each of the `PARTS`, its bytes and the estimate in seconds."""
+    """Sums the bytes and the estimated seconds of each of the `PARTS`."""
     totals = {part: collections.Counter() for part in [*PARTS, REST]}
     for operation in operations:
         part = next((part for part, names in PARTS.items() if names & operation.scopes), REST)
@@ -132,14 +127,21 @@ def parts_of(operations: Iterable[Operation], clock: float) -> dict[str, dict[st
 
 
 def collectives_of(text: str) -> Iterator[tuple[str, int]]:
-    """The kind of each collective of a program, and the bytes of its results."""
+    """Yields the kind of each collective of a program, and the bytes of its results."""
     lines, entry = _computations(text)
     times = collections.Counter({entry: 1})
     kinds = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
-    for computation in reversed(lines):  # those that it runs come before it
+    for computation in reversed(lines):  # callees come before their callers
         for line in lines[computation]:
             for inner, count in _calls(line, lines):
                 times[inner] += count * times[computation]
             if match := re.search(rf" = (.*?) ({kinds})(?:-start)?\(", line):
                 size = _type_bytes(match[1].replace("S(1)", ""))  # on the chip or not
                 yield from times[computation] * [(match[2], size)]
+
+
+def peak_bytes(compiled: jax.stages.Compiled) -> int:
+    """Returns the bytes that a compiled program needs at once: arguments, results, temporaries."""
+    memory = compiled.memory_analysis()
+    needed = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
+    return needed - memory.alias_size_in_bytes

@@ -1,4 +1,4 @@
-"""How fast the models are, here and in PyTorch, measured in turns on the device at hand.
+"""Measures how fast the models run, here and in PyTorch, on the device at hand.
 
 On a machine whose speed varies, two programs can be compared only if they take turns: every
 comparison is one call of `take_turns`.
@@ -21,14 +21,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import flax
 import jax
 import jax.numpy as jnp
-import jaxlib
 import numpy as np
 import optax
 from flax import nnx
 
+from slimconv_jax.benchmark.compiled_program import peak_bytes
 from slimconv_jax.data.preprocessing import Preprocessing
 from slimconv_jax.devices import data_mesh
 from slimconv_jax.errors import InputError, exhausted, import_extra, require_integer
@@ -43,32 +42,32 @@ from slimconv_jax.training.optimizer import create_optimizer
 from slimconv_jax.training.step import create_state, make_train_step
 
 Rounds = Callable[[int], None]
-"""Does something so many times, and waits for the last."""
+"""Runs something the given number of times, and waits for the last result."""
 
 
 class Program(NamedTuple):
-    """Something to be timed.
+    """A program to time.
 
     Attributes:
-      run: does that many rounds and waits for the last.
+      run: runs the given number of rounds and waits for the last.
       compile_seconds: None if nothing was compiled.
-      memory: bytes that it needs at once, or None if that is not known.
+      memory: bytes that it needs at once, or None if unknown.
     """
 
     run: Rounds
-    compile_seconds: float | None
-    memory: int | None
+    compile_seconds: float | None = None
+    memory: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """What is to be measured.
+    """A program to measure, as its user describes it.
 
     Attributes:
       model: NAME or NAME@K, such as "sc_resnet50@8/3".
-      mode: "inference": evaluation mode, here with batch norm folded. "train": forward, backward,
+      mode: "inference": evaluation mode, in JAX with batch norm folded. "train": forward, backward,
         and SGD with Nesterov momentum and weight decay.
-      batch_size: images at once.
+      batch_size: images per batch.
       image_size: their height and width.
       dtype: "float32" or "bfloat16", of the computation; parameters are float32.
       implementation: "jax", "torch", "torch.compile", or "onnxruntime" for what `export` writes.
@@ -87,68 +86,46 @@ def _model_options(model: str) -> dict:
 
 
 def _images(case: Case) -> tuple[np.ndarray, np.ndarray]:
-    """Random images (N, H, W, 3), float32, and labels."""
+    """Returns random images (N, H, W, 3), float32, and labels."""
     rng = np.random.default_rng(0)
     shape = (case.batch_size, case.image_size, case.image_size, 3)
     return rng.standard_normal(shape, np.float32), rng.integers(1000, size=case.batch_size)
 
 
-def onnxruntime_obstacle(modes: Sequence[str], dtypes: Sequence[str]) -> str | None:
-    """Why onnxruntime cannot be compared with here, or None if it can."""
+def require_onnxruntime(modes: Sequence[str], dtypes: Sequence[str]) -> None:
+    """Raises an InputError if onnxruntime cannot be measured here."""
     if jax.default_backend() != "cpu":
-        return "onnxruntime is compared with on CPUs only"
+        raise InputError("onnxruntime is measured on CPUs only")
     if "train" in modes or set(dtypes) != {"float32"}:
-        return "onnxruntime is for --mode inference and --dtype float32"
+        raise InputError("onnxruntime is for --mode inference and --dtype float32")
     for package in ("onnxruntime", "jax2onnx"):
         import_extra(package, extra="export")
-    return None
 
 
-def torch_obstacle() -> str | None:
-    """Why PyTorch cannot be compared with here, or None if it can."""
-    backend = jax.default_backend()
-    try:
-        torch = import_torch()
-    except InputError as error:
-        return str(error)
-    if backend == "cpu" or (backend == "gpu" and torch.cuda.is_available()):
-        return None
-    return f"PyTorch as it is installed here cannot use the {backend.upper()} that JAX uses"
+def require_torch() -> None:
+    """Raises an InputError if PyTorch is not installed, or cannot use the device of JAX."""
+    torch, backend = import_torch(), jax.default_backend()
+    if backend != "cpu" and not (backend == "gpu" and torch.cuda.is_available()):
+        raise InputError(
+            f"PyTorch as it is installed here cannot use the {backend.upper()} that JAX uses"
+        )
 
 
 def build(case: Case) -> Program:
-    """The compiled program of a case, with random weights and images on the device.
+    """Builds and compiles the program of a case, with random weights and images on the device.
 
     Raises:
-      ValueError: if it does not fit into the memory, or `torch.compile` does not work here.
+      ValueError: if it does not fit into memory, or `torch.compile` does not work here.
     """
+    programs = {"jax": _jax_program, "onnxruntime": _onnxruntime_program}
     try:
-        if case.implementation == "jax":
-            program = _jax_program(case)
-        elif case.implementation == "onnxruntime":
-            program = _onnxruntime_program(case)
-        else:
-            from slimconv_jax.torch_interop.timing import torch_program
-
-            program = Program(
-                *torch_program(
-                    abstract_model(**_model_options(case.model)).config,
-                    *_images(case),
-                    mode=case.mode,
-                    dtype=case.dtype,
-                    compiled=case.implementation == "torch.compile",
-                    device="cuda" if jax.default_backend() == "gpu" else "cpu",
-                )
-            )
+        program = programs.get(case.implementation, _torch_program)(case)
         program.run(1)
-    except InputError:
-        raise
     except (MemoryError, OSError, RuntimeError) as error:  # of XLA, CUDA, or torch.compile
-        reason = f"{error}".strip().split("\n")[0]
+        reason = str(error).strip().split("\n")[0]
         if exhausted(error):
             raise InputError(
-                f"{case.model} at batch size {case.batch_size} does not fit into the memory: "
-                f"{reason}"
+                f"{case.model} at batch size {case.batch_size} does not fit into memory: {reason}"
             ) from error
         if case.implementation == "torch.compile":
             raise InputError(f"torch.compile does not work here: {reason}") from error
@@ -165,8 +142,22 @@ def _jax_program(case: Case) -> Program:
     return inference_program(model, images)
 
 
+def _torch_program(case: Case) -> Program:
+    from slimconv_jax.torch_interop.timing import torch_program
+
+    run, compile_seconds, memory = torch_program(
+        abstract_model(**_model_options(case.model)).config,
+        *_images(case),
+        mode=case.mode,
+        dtype=case.dtype,
+        compiled=case.implementation == "torch.compile",
+        device="cuda" if jax.default_backend() == "gpu" else "cpu",
+    )
+    return Program(run, compile_seconds, memory)
+
+
 def _onnxruntime_program(case: Case) -> Program:
-    """The program that `export --format onnx` writes, with the logits of the model."""
+    """Builds the program that `export --format onnx` writes, with the logits of the model."""
     model = create_model(**_model_options(case.model), rngs=nnx.Rngs(0))
     model.eval()
     images, _ = _images(case)
@@ -174,17 +165,11 @@ def _onnxruntime_program(case: Case) -> Program:
         path = Path(directory) / "model.onnx"
         preprocessing = Preprocessing(image_size=case.image_size)
         export_program(model, path, format="onnx", preprocessing=preprocessing)
-        program = read_onnx(path)
-
-    def run(rounds: int) -> None:
-        for _ in range(rounds):
-            program(images)
-
-    return Program(run, None, None)
+        return Program(repeated(read_onnx(path), images))
 
 
 def inference_program(model: ResNet, images: jax.Array) -> Program:
-    """The program that `predict` runs, of a model with its batch norm folded."""
+    """Builds the program that `predict` runs, of a model with its batch norm folded."""
     model.eval()
     graphdef, state = nnx.split(fold_batch_norm(model))
     mesh = data_mesh(jax.devices()[:1])
@@ -198,22 +183,15 @@ def inference_program(model: ResNet, images: jax.Array) -> Program:
 
 
 def _compile(function: Callable, *args) -> tuple[Callable, float, int]:
-    """The program of a jitted function, the seconds it took, and the bytes it needs."""
+    """Compiles a jitted function; returns the program, the seconds taken, and the bytes needed."""
     start = time.perf_counter()
     compiled = function.lower(*args).compile()
     seconds = time.perf_counter() - start
-    memory = compiled.memory_analysis()
-    size = (
-        memory.argument_size_in_bytes
-        + memory.output_size_in_bytes
-        + memory.temp_size_in_bytes
-        - memory.alias_size_in_bytes
-    )
-    return compiled, seconds, size
+    return compiled, seconds, peak_bytes(compiled)
 
 
 def train_program(model: ResNet, images: jax.Array, labels: jax.Array) -> Program:
-    """The program of a training step on float images, always the same ones."""
+    """Builds the program of a training step on float images, always the same ones."""
     schedule = optax.constant_schedule(1e-3)
     optimizer = create_optimizer(
         schedule, name="sgd", momentum=0.9, nesterov=True, weight_decay=1e-4
@@ -228,45 +206,44 @@ def train_program(model: ResNet, images: jax.Array, labels: jax.Array) -> Progra
         key=jax.random.key(0),
         mesh=data_mesh(jax.devices()[:1]),
     )
-    state = [create_state(model, optimizer)]
+    state = create_state(model, optimizer)
     batch = {"image": images, "label": labels}
     key_data, *_ = step.args
-    compiled, seconds, memory = _compile(step.func, key_data, *state, batch)
+    compiled, seconds, memory = _compile(step.func, key_data, state, batch)
 
-    def run(rounds: int) -> None:
-        for _ in range(rounds):
-            state[0], metrics = compiled(key_data, state[0], batch)
-        jax.block_until_ready(metrics)
+    def train_step() -> dict[str, jax.Array]:
+        nonlocal state
+        state, metrics = compiled(key_data, state, batch)
+        return metrics
 
-    return Program(run, seconds, memory)
+    return Program(repeated(train_step), seconds, memory)
 
 
 def take_turns(
     programs: Sequence[Rounds], *, repeats: int, seconds: float = 0.2
 ) -> list[list[float]]:
-    """The seconds that one round of each program takes, `repeats` times, one program after another.
+    """Measures the seconds that a round of each program takes, `repeats` times, in turns.
 
     A turn begins with a round that is not measured: threads of the program before may still spin,
     and caches hold its data. Then come as many rounds as take `seconds`, at least one.
+
+    Returns:
+      The seconds of each turn, for each program.
     """
-    rounds = []
-    for run in programs:
+
+    def timed(run: Rounds, rounds: int) -> float:
         run(1)
         start = time.perf_counter()
-        run(1)
-        rounds.append(max(round(seconds / (time.perf_counter() - start)), 1))
-    times: list[list[float]] = [[] for _ in programs]
-    for _ in range(repeats):
-        for run, count, measured in zip(programs, rounds, times, strict=True):
-            run(1)
-            start = time.perf_counter()
-            run(count)
-            measured.append((time.perf_counter() - start) / count)
-    return times
+        run(rounds)
+        return (time.perf_counter() - start) / rounds
+
+    counts = [max(round(seconds / timed(run, 1)), 1) for run in programs]
+    turns = [list(map(timed, programs, counts)) for _ in range(repeats)]
+    return [list(times) for times in zip(*turns, strict=True)]
 
 
 def repeated(function: Callable, *args) -> Rounds:
-    """The rounds of a compiled function of arrays."""
+    """Returns the rounds of a compiled function of arrays."""
 
     def run(rounds: int) -> None:
         for _ in range(rounds):
@@ -277,9 +254,9 @@ def repeated(function: Callable, *args) -> Rounds:
 
 
 def matmul_rounds(dtype: str) -> tuple[int, Rounds]:
-    """The FLOPs of a large square matrix product, and the product, to take turns with others.
+    """Returns the FLOPs of a large square matrix product and its rounds, to take turns with others.
 
-    At JAX's default precision, which on recent GPUs is TF32 for float32.
+    The product has JAX's default precision, which on recent GPUs is TF32 for float32.
     """
     size = 2048 if jax.default_backend() == "cpu" else 8192
     square = jax.random.normal(jax.random.key(0), (size, size), dtype)
@@ -287,46 +264,31 @@ def matmul_rounds(dtype: str) -> tuple[int, Rounds]:
 
 
 def copy_rounds() -> tuple[int, Rounds]:
-    """The bytes that `x + 1` moves for an array too large for the caches, and the addition.
+    """Returns the bytes that `x + 1` moves for an array too large for the caches, and its rounds.
 
-    The memory of the result is that of the argument before, as within a larger program.
+    The result reuses the memory of the argument, as within a larger program.
     """
     size = 2**26 if jax.default_backend() == "cpu" else 2**29
     add_one = jax.jit(lambda x: x + 1, donate_argnums=0)
-    x = [jnp.zeros(size, jnp.float32)]
+    x = jnp.zeros(size, jnp.float32)
 
-    def run(rounds: int) -> None:
-        for _ in range(rounds):
-            x[0] = add_one(x[0])
-        x[0].block_until_ready()
+    def step() -> jax.Array:
+        nonlocal x
+        x = add_one(x)
+        return x
 
-    return 2 * x[0].nbytes, run
+    return 2 * x.nbytes, repeated(step)
 
 
 def describe_device() -> str:
-    """The device that JAX computes on, in words."""
-    kind = jax.devices()[0].device_kind
+    """Describes the device that JAX computes on, in words."""
     if jax.default_backend() != "cpu":
-        return kind
+        return jax.devices()[0].device_kind
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
     available = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count()))(0)
     return f"{names[0] if names else platform.machine()}, {len(available)} cores"
-
-
-def versions() -> dict[str, str]:
-    """Of Python and the packages that the figures depend on."""
-    found = {
-        "python": platform.python_version(),
-        "jax": jax.__version__,
-        "jaxlib": jaxlib.__version__,
-        "flax": flax.__version__,
-    }
-    for name in ("torch", "onnxruntime", "jax2onnx"):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
-    return found
 
 
 def plan(
@@ -338,10 +300,10 @@ def plan(
     dtypes: Sequence[str],
     implementations: Sequence[str],
 ) -> list[list[Case]]:
-    """The cases, in the groups that take turns: those that differ in nothing but who computes what.
+    """Returns the cases in groups that take turns: only model and implementation differ in a group.
 
     Raises:
-      ValueError: if a model or number is not possible.
+      ValueError: if a model is unknown or a number is too small.
     """
     for name, values in (("batch size", batch_sizes), ("image size", [image_size])):
         for value in values:
@@ -370,14 +332,14 @@ def measure(
     Args:
       cases: of equal mode, batch size and dtype.
       repeats: turns.
-      progress: is told what is under way.
+      progress: called with a description of each step.
 
     Returns:
       For each case its fields, and: `images_per_second` (median), `fastest` and `slowest` turn in
-      images a second, `compile_seconds` (tracing included) and `memory_bytes` (or None),
+      images per second, `compile_seconds` (tracing included) and `memory_bytes` (or None),
       `flops_per_second` (two for each multiply-add, in training three times those of the forward
       pass), `peak`, the FLOP/s of a large matrix product at its fastest turn, and `peak_share`,
-      the share of it.
+      `flops_per_second` as a fraction of `peak`.
     """
     programs = []
     for number, case in enumerate(cases, 1):
@@ -411,22 +373,26 @@ def measure(
 
 
 def environment() -> dict:
-    """When and where something is measured."""
+    """Returns the date, the device, and the versions of the packages that figures depend on."""
     now = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
-    return {"date": now, "device": describe_device(), "versions": versions()}
+    versions = {"python": platform.python_version()}
+    for package in ("jax", "jaxlib", "flax", "torch", "onnxruntime", "jax2onnx"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    return {"date": now, "device": describe_device(), "versions": versions}
 
 
 def core_shares(count: int) -> list[set[int]]:
-    """The CPU cores of this process in so many shares, for processes that run side by side.
+    """Splits the CPU cores of this process into `count` shares, for processes side by side.
 
-    They are empty where there are fewer cores, or where the system does not tell.
+    Shares are empty where there are fewer cores, or where the system does not report them.
     """
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
     return [set(cores[index::count]) for index in range(count)]
 
 
 def environment_apart() -> dict:
-    """What `environment` gives, found in another process: this one leaves the device to others."""
+    """Calls `environment` in another process, so that this one leaves the device to others."""
     code = (
         "import json; from slimconv_jax.benchmark.measure import environment\n"
         "print(json.dumps(environment()))"
@@ -438,6 +404,6 @@ def environment_apart() -> dict:
 
 
 def describe_environment(where: dict) -> str:
-    """One line of what `environment` gives."""
+    """Returns the result of `environment` as one line."""
     packages = ", ".join(f"{name} {version}" for name, version in where["versions"].items())
     return f"{where['date']}; {where['device']}; {packages}"

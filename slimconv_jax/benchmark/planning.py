@@ -1,6 +1,6 @@
-"""What a training run needs on TPUs and GPUs that are not here, as their compilers tell.
+"""What a training run needs on TPUs and GPUs that are not here, according to their compilers.
 
-Both compilers run on an ordinary machine. What they give is counted (bytes, FLOPs, kernels,
+Both compilers run on an ordinary machine. The figures are counted (bytes, FLOPs, kernels,
 collectives) or, on TPUs, estimated (cycles of each operation); nothing here is measured.
 """
 
@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import ml_collections
 from jax.experimental import topologies
 
-from slimconv_jax.benchmark.compiled_program import collectives_of, operations_of, parts_of
+from slimconv_jax.benchmark import compiled_program
 from slimconv_jax.devices import data_mesh
 from slimconv_jax.errors import InputError, import_extra
 from slimconv_jax.inference.eval_step import TOTALS, make_eval_step
@@ -32,14 +32,14 @@ from slimconv_jax.training.step import abstract_state
 
 @dataclasses.dataclass(frozen=True)
 class Device:
-    """A kind of accelerator, as its makers describe it.
+    """A kind of accelerator, as its maker describes it.
 
     Attributes:
-      name: as topologies name it.
+      name: its name in topologies.
       memory: bytes.
-      bandwidth: of the memory, bytes a second.
+      bandwidth: of the memory, bytes per second.
       flops: of matrix products in bfloat16, FLOP/s.
-      clock: Hz. Of TPUs the one at which their units give `flops`.
+      clock: Hz; for TPUs, the clock at which their units reach `flops`.
       source: where the figures are from.
       gpu: fields of XLA's description of a GPU; None for TPUs.
     """
@@ -64,153 +64,130 @@ _GPU_COMMON = {
     "registers_per_core_limit": 65536,
     "registers_per_block_limit": 65536,
 }
+_A100 = _GPU_COMMON | {
+    "shared_memory_per_core": 167936,
+    "shared_memory_per_block_optin": 166912,
+    "core_count": 108,
+    "fpus_per_core": 64,
+    "l2_cache_size": 41_943_040,
+    "cuda_compute_capability": "{ major: 8 minor: 0 }",
+}
+_H100 = _GPU_COMMON | {
+    "shared_memory_per_core": 233472,
+    "shared_memory_per_block_optin": 232448,
+    "core_count": 132,
+    "fpus_per_core": 128,
+    "l2_cache_size": 52_428_800,
+    "cuda_compute_capability": "{ major: 9 feature_extension: ACCELERATED_FEATURES }",
+}
 
-_CLOUD_TPU = "Cloud TPU documentation, system architecture"
+_TPU = "Cloud TPU documentation, system architecture, TPU"
+_SXM = "SXM data sheet; memory and clock as XLA describes it"
 
 DEVICES = {
     device.name: device
     for device in (
-        Device("v5e", 16 * 2**30, 819e9, 197e12, 1.5e9, f"{_CLOUD_TPU}, TPU v5e"),
-        Device("v5p", 95 * 2**30, 2765e9, 459e12, 1.75e9, f"{_CLOUD_TPU}, TPU v5p"),
-        Device("v6e", 32 * 2**30, 1640e9, 918e12, 1.75e9, f"{_CLOUD_TPU}, TPU v6e"),
-        Device(
-            "a100",
-            85_100_068_864,
-            2039e9,
-            312e12,
-            1.41e9,
-            "NVIDIA A100 data sheet, SXM 80 GB; memory and clock as XLA describes it",
-            _GPU_COMMON
-            | {
-                "shared_memory_per_core": 167936,
-                "shared_memory_per_block_optin": 166912,
-                "core_count": 108,
-                "fpus_per_core": 64,
-                "l2_cache_size": 41_943_040,
-                "cuda_compute_capability": "{ major: 8 minor: 0 }",
-            },
-        ),
-        Device(
-            "h100",
-            84_942_979_072,
-            3350e9,
-            989e12,
-            1.98e9,
-            "NVIDIA H100 data sheet, SXM; memory and clock as XLA describes it",
-            _GPU_COMMON
-            | {
-                "shared_memory_per_core": 233472,
-                "shared_memory_per_block_optin": 232448,
-                "core_count": 132,
-                "fpus_per_core": 128,
-                "l2_cache_size": 52_428_800,
-                "cuda_compute_capability": "{ major: 9 feature_extension: ACCELERATED_FEATURES }",
-            },
-        ),
+        Device("v5e", 16 * 2**30, 819e9, 197e12, 1.5e9, f"{_TPU} v5e"),
+        Device("v5p", 95 * 2**30, 2765e9, 459e12, 1.75e9, f"{_TPU} v5p"),
+        Device("v6e", 32 * 2**30, 1640e9, 918e12, 1.75e9, f"{_TPU} v6e"),
+        Device("a100", 85_100_068_864, 2039e9, 312e12, 1.41e9, f"NVIDIA A100 80 GB {_SXM}", _A100),
+        Device("h100", 84_942_979_072, 3350e9, 989e12, 1.98e9, f"NVIDIA H100 {_SXM}", _H100),
     )
 }
 """The accelerators that programs can be compiled for here."""
 
-
-def describe_topologies() -> str:
-    """What may be asked for, in words."""
-    return (
-        "v5e:1 or v5e:4x4 (v6e alike), v5p:1 or v5p:2x2x2 for TPU slices (of whole hosts, that is "
-        "of 2x2 chips each), h100:8 or a100:8 for the GPUs of a host, h100:2x8 for those of two"
-    )
+TOPOLOGIES = (
+    "v5e:1 or v5e:4x4 (v6e alike), v5p:1 or v5p:2x2x2 for TPU slices (of whole hosts, that is "
+    "of 2x2 chips each), h100:8 or a100:8 for the GPUs of a host, h100:2x8 for those of two"
+)
+"""The topologies that can be planned for, in words."""
 
 
 def get_devices(topology: str) -> tuple[Device, list]:
-    """Descriptions of devices that need not be here, for `data_mesh`.
+    """Describes devices that need not be here, for `data_mesh`.
 
     Args:
-      topology: such as "v5e:4x4"; see `describe_topologies`.
+      topology: such as "v5e:4x4"; see `TOPOLOGIES`.
 
     Raises:
       ValueError: if there is no such topology, or its compiler is not installed.
     """
     match = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)", topology)
     if not match or match[1] not in DEVICES:
-        raise InputError(f"there is no topology {topology!r}; there are {describe_topologies()}")
+        raise InputError(f"there is no topology {topology!r}; there are {TOPOLOGIES}")
     device, sizes = DEVICES[match[1]], [int(size) for size in match[2].split("x")]
     if platform.machine().lower() not in ("x86_64", "amd64") or platform.system() != "Linux":
         raise InputError(
             f"the compilers for TPUs and GPUs run on Linux with an x86-64 processor, and this is "
             f"{platform.system()} on {platform.machine()}"
         )
-    # The devices of this machine, if it has some, are left to others.
+    # Leaves the devices of this machine to others.
     jax.config.update("jax_platforms", "cpu")
-    load = _tpu_devices if device.gpu is None else _gpu_devices
+    describe = _describe_tpus if device.gpu is None else _describe_gpus
+    arguments = describe(device, sizes)
     try:
-        return device, load(device, sizes)
-    except InputError:
-        raise
-    except (RuntimeError, ValueError) as error:  # of the compiler, about what it is asked for
+        described = topologies.get_topology_desc(**arguments)
+    except (RuntimeError, ValueError) as error:  # of the compiler, about the topology
         reason = str(error).strip().split("\n")[0]
         raise InputError(
-            f"there is no topology {topology!r} ({reason}); there are {describe_topologies()}"
+            f"there is no topology {topology!r} ({reason}); there are {TOPOLOGIES}"
         ) from None
+    return device, list(described.devices)[: math.prod(sizes)]
 
 
-def _tpu_devices(device: Device, sizes: list[int]) -> list:
-    axes, count = 3 if device.name == "v5p" else 2, math.prod(sizes)
+def _describe_tpus(device: Device, sizes: list[int]) -> dict[str, str]:
+    """Returns the arguments of `get_topology_desc` for a slice with at least these chips."""
+    axes = 3 if device.name == "v5p" else 2
+    name = f"{device.name}:{'x'.join(map(str, sizes))}"
     if len(sizes) not in (1, axes) or (axes == 2 and max(sizes) > 16):
-        raise InputError(
-            f"there is no topology {device.name}:{'x'.join(map(str, sizes))}; there are "
-            f"{describe_topologies()}"
-        )
+        raise InputError(f"there is no topology {name}; there are {TOPOLOGIES}")
     import_extra("libtpu", extra="plan")
-    # So that the library looks neither for a TPU nor for another program that uses one.
-    for name, value in {
+    # Keeps the library from looking for a TPU, or for another program that uses one.
+    for variable, value in {
         "TPU_SKIP_MDS_QUERY": "1",
         "TPU_ACCELERATOR_TYPE": "v5litepod-16",
         "TPU_WORKER_HOSTNAMES": "localhost",
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     }.items():
-        os.environ.setdefault(name, value)
-    if count == 1:  # of the smallest slice that there is a name for
-        sizes = [2, 2, 1][:axes]
-    name = f"{device.name}:{'x'.join(map(str, sizes))}"
-    return list(topologies.get_topology_desc(name, platform="tpu").devices)[:count]
+        os.environ.setdefault(variable, value)
+    if math.prod(sizes) == 1:  # one chip of the smallest slice that has a name
+        name = f"{device.name}:{'2x2' if axes == 2 else '2x2x1'}"
+    return {"topology_name": name, "platform": "tpu"}
 
 
-def _gpu_devices(device: Device, sizes: list[int]) -> list:
+def _describe_gpus(device: Device, sizes: list[int]) -> dict[str, str]:
+    """Returns the arguments of `get_topology_desc` for hosts of GPUs."""
     if len(sizes) > 2 or 0 in sizes:
         raise InputError(
-            f"GPUs are counted by host, or by hosts and GPUs of each, as in {device.name}:2x8"
+            f"give the GPUs of one host, or hosts and the GPUs of each, as in {device.name}:2x8"
         )
     try:
         import_extra("jax_plugins.xla_cuda13", extra="plan")
     except InputError:
         import_extra("jax_plugins.xla_cuda12", extra="plan", package="jax-cuda12-plugin")
-    jax.devices()  # which registers the plugin
+    jax.devices()  # registers the plugin
     hosts, count = sizes if len(sizes) == 2 else (1, *sizes)
     info = device.gpu | {
         "clock_rate_ghz": device.clock / 1e9,
         "memory_bandwidth": int(device.bandwidth),
         "device_memory_size": device.memory,
     }
-    fields = "".join(
-        f"  {name}{'' if isinstance(value, str) else ':'} {value}\n" for name, value in info.items()
-    )
+    fields = "".join(f"  {name}: {value}\n" for name, value in info.items())
     target = (
         f"gpu_device_info {{\n{fields}}}\n"
         'platform_name: "CUDA"\n'
         "dnn_version_info { major: 9 minor: 10 patch: 0 }\n"
         f'device_description_str: "{device.name}"\n'
     )
-    described = topologies.get_topology_desc(
-        "", platform="cuda", target_config=target, topology=f"1x{hosts}x{count}"
-    )
-    return list(described.devices)
+    return {"platform": "cuda", "target_config": target, "topology": f"1x{hosts}x{count}"}
 
 
 GPU_OPTIONS = {"xla_gpu_autotune_level": "0", "xla_gpu_enable_triton_gemm": "False"}
-"""Without a device there is nothing to tune on; Triton's products need tuning."""
+"""Autotuning needs a device, and Triton's matrix products need autotuning."""
 
 
 class Lowered(NamedTuple):
-    """A program to be compiled.
+    """A program to compile.
 
     Attributes:
       lowered: from `jax.jit(...).lower`.
@@ -231,7 +208,7 @@ def lower_steps(
     num_classes: int,
     image_shape: tuple[int, int, int],
 ) -> dict[str, Lowered]:
-    """The `STEPS` of a run, as `train` would run them.
+    """Lowers the `STEPS` of a run, as `train` would run them.
 
     Args:
       config: of the run.
@@ -245,7 +222,7 @@ def lower_steps(
     mesh = data_mesh(devices)
     check_config(config, mesh.size)
     model = abstract_model(num_classes=num_classes, **config.model)
-    # The schedule is a part of the program whose size does not depend on the length of the run.
+    # The length of the run does not change the size of the schedule in the program.
     optimizer, train_step = create_step(
         config, model, steps_per_epoch=100, total_steps=100 * config.num_epochs, mesh=mesh
     )
@@ -272,19 +249,19 @@ def lower_steps(
 
 @dataclasses.dataclass(frozen=True)
 class Account:
-    """What a program needs, per device; nothing of it is measured.
+    """The resources that a program needs, per device; none of them is measured.
 
     Attributes:
-      argument_bytes: of what it is given: state and batch.
-      temporary_bytes: of what it needs meanwhile.
-      peak_bytes: of all that is there at once.
-      device_bytes: of the device.
+      argument_bytes: of its arguments, state and batch.
+      temporary_bytes: of its temporaries.
+      peak_bytes: of everything in memory at once.
+      device_bytes: memory of the device.
       flops: counted in the program: two for each multiply-add.
       bytes_accessed: of the operands and results of all operations, less what stays on the chip.
-      flops_seconds: that the FLOPs need at least.
-      bytes_seconds: that the bytes need at least.
+      flops_seconds: lower bound of the time for the FLOPs.
+      bytes_seconds: lower bound of the time for the bytes.
       estimated_seconds: the compiler's estimate (TPU), or None.
-      kernels: operations that the device is given one after the other.
+      kernels: operations that the device executes in order.
       parts: of each of `compiled_program.PARTS`, its bytes and the estimate (TPU, in seconds).
       collectives: how many of each kind.
       collective_bytes: of their results.
@@ -308,19 +285,19 @@ class Account:
 
     @property
     def fits(self) -> bool:
-        """Whether the device has the memory."""
+        """Whether the program fits into the memory of the device."""
         return self.peak_bytes <= self.device_bytes
 
     @property
     def shares(self) -> dict[str, float]:
-        """Of each part, its share of the estimate (TPU) or of the bytes (GPU)."""
+        """The share of each part in the estimate (TPU) or in the bytes (GPU)."""
         key = "bytes" if self.estimated_seconds is None else "estimated_seconds"
         whole = sum(part[key] for part in self.parts.values()) or 1
         return {name: part[key] / whole for name, part in self.parts.items()}
 
     @property
     def seconds(self) -> float:
-        """The compiler's estimate, or the least that FLOPs and bytes need."""
+        """The compiler's estimate, or the lower bound of the time for FLOPs and bytes."""
         return self.estimated_seconds or max(self.flops_seconds, self.bytes_seconds)
 
 
@@ -329,16 +306,15 @@ class DoesNotFitError(Exception):
 
 
 def compile_account(program: Lowered, device: Device, num_devices: int) -> Account:
-    """Compiles a program and reads off what it needs.
+    """Compiles a program and reads off its needs.
 
     Raises:
-      DoesNotFitError: if the compiler says that it does not fit.
+      DoesNotFitError: if the compiler reports that it does not fit.
     """
+    options = None if device.gpu is None else GPU_OPTIONS
     start = time.perf_counter()
     try:
-        compiled = program.lowered.compile(
-            compiler_options=None if device.gpu is None else GPU_OPTIONS
-        )
+        compiled = program.lowered.compile(compiler_options=options)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -347,28 +323,23 @@ def compile_account(program: Lowered, device: Device, num_devices: int) -> Accou
     seconds = time.perf_counter() - start
     memory = compiled.memory_analysis()
     text = compiled.as_text()
-    operations = list(operations_of(text))
+    operations = list(compiled_program.operations_of(text))
     bytes_accessed = sum(operation.bytes for operation in operations)
-    estimated = None
-    if device.gpu is None:
-        estimated = sum(operation.cycles for operation in operations) / device.clock
-    collectives = list(collectives_of(text))
+    cycles = sum(operation.cycles for operation in operations)
+    collectives = list(compiled_program.collectives_of(text))
     flops = 2 * program.macs / num_devices
     return Account(
         argument_bytes=memory.argument_size_in_bytes,
         temporary_bytes=memory.temp_size_in_bytes,
-        peak_bytes=memory.argument_size_in_bytes
-        + memory.output_size_in_bytes
-        + memory.temp_size_in_bytes
-        - memory.alias_size_in_bytes,
+        peak_bytes=compiled_program.peak_bytes(compiled),
         device_bytes=device.memory,
         flops=flops,
         bytes_accessed=bytes_accessed,
         flops_seconds=flops / device.flops,
         bytes_seconds=bytes_accessed / device.bandwidth,
-        estimated_seconds=estimated,
+        estimated_seconds=cycles / device.clock if device.gpu is None else None,
         kernels=len(operations),
-        parts=parts_of(operations, device.clock),
+        parts=compiled_program.parts_of(operations, device.clock),
         collectives=dict(collections.Counter(kind for kind, _ in collectives)),
         collective_bytes=sum(size for _, size in collectives),
         compile_seconds=seconds,
@@ -380,31 +351,30 @@ def find_fit(
     fits: Callable[[ml_collections.ConfigDict], bool],
     multiple: int,
 ) -> Iterator[tuple[str, bool]]:
-    """What would help a run that does not fit, each tried by itself.
+    """Tries changes that may help a run that does not fit, each by itself.
 
     Args:
       config: of the run.
-      fits: tries a config.
-      multiple: of which the batch has to be one, in each of its parts.
+      fits: returns whether a config fits.
+      multiple: each part of the batch must be a multiple of this.
 
     Yields:
-      A change as the command line has it, and whether the run then fits: blocks computed twice, the
+      A change as a command-line option, and whether the run then fits: blocks computed twice, the
       batch in parts (the fewest that fit), and smaller batches, until the largest that fits is
       known to an eighth of the batch.
     """
 
-    def attempt(section: str, key: str, value: Any) -> tuple[str, bool]:
+    def attempt(name: str, value: Any) -> tuple[str, bool]:
         changed = config.copy_and_resolve_references()
         with changed.unlocked():
-            (changed[section] if section else changed)[key] = value
-        name = f"{section}.{key}" if section else key
+            changed.update_from_flattened_dict({name: value})
         return f"--config.{name}={value}", fits(changed)
 
     if not config.model.get("remat", False):
-        yield attempt("model", "remat", True)
+        yield attempt("model.remat", True)
     parts = 2 * config.step.get("accumulation_steps", 1)
     while config.batch_size % (multiple * parts) == 0:
-        yield (found := attempt("step", "accumulation_steps", parts))
+        yield (found := attempt("step.accumulation_steps", parts))
         if found[1]:
             break
         parts *= 2
@@ -412,5 +382,5 @@ def find_fit(
     fitting, refused = 0, config.batch_size
     while refused - fitting > max(config.batch_size // 8, multiple):
         size = max((fitting + refused) // 2 // multiple, 1) * multiple
-        yield (found := attempt("", "batch_size", size))
+        yield (found := attempt("batch_size", size))
         fitting, refused = (size, refused) if found[1] else (fitting, size)

@@ -1,4 +1,4 @@
-"""What `slimconv benchmark` shows: tables, ratios, JSON and a chart."""
+"""The output of `slimconv benchmark`: tables, ratios, JSON and a chart."""
 
 import json
 import sys
@@ -12,8 +12,8 @@ from slimconv_jax.benchmark.measure import (
     describe_environment,
     environment,
     measure,
-    onnxruntime_obstacle,
-    torch_obstacle,
+    require_onnxruntime,
+    require_torch,
 )
 from slimconv_jax.console import Status
 from slimconv_jax.errors import InputError, require_integer
@@ -27,7 +27,7 @@ HEADER = (
 
 
 def table_rows(rows: Sequence[dict]) -> Iterator[str]:
-    """The measured cases as lines under `HEADER`."""
+    """Yields the measured cases as lines under `HEADER`."""
     for row in rows:
         seconds, memory = row["compile_seconds"], row["memory_bytes"]
         spread = f"{row['slowest']:.1f} - {row['fastest']:.1f}"
@@ -40,7 +40,7 @@ def table_rows(rows: Sequence[dict]) -> Iterator[str]:
 
 
 def ratios(rows: Sequence[dict]) -> Iterator[str]:
-    """What the rows of one group say: each model here against PyTorch, and Sc against plain."""
+    """Yields the ratios of one group: each model here against PyTorch, and Sc against plain."""
     speed = {(row["model"], row["implementation"]): row["images_per_second"] for row in rows}
     macs = {
         row["model"]: row["flops_per_second"] / row["images_per_second"]
@@ -62,20 +62,23 @@ def ratios(rows: Sequence[dict]) -> Iterator[str]:
 def choose_implementations(
     wanted: Sequence[str] | None, *, modes: Sequence[str], dtypes: Sequence[str]
 ) -> Sequence[str]:
-    """What to measure: what is wanted, or JAX and, where it can be compared with, PyTorch.
+    """Returns the implementations to measure: by default JAX, and PyTorch if it works here.
 
     Raises:
-      ValueError: if something is wanted and cannot be compared with here.
+      ValueError: if a wanted one cannot be measured here.
     """
-    if "onnxruntime" in (wanted or ()) and (obstacle := onnxruntime_obstacle(modes, dtypes)):
-        raise InputError(obstacle)
-    needs_torch = {"torch", "torch.compile"} & set(wanted or ["torch"])
-    obstacle = torch_obstacle() if needs_torch else None
-    if obstacle and wanted:
-        raise InputError(obstacle)
-    if obstacle:
-        print(f"nothing is compared with PyTorch: {obstacle}", file=sys.stderr)
-    return wanted or (["jax"] if obstacle else ["jax", "torch"])
+    if not wanted:
+        try:
+            require_torch()
+        except InputError as error:
+            print(f"nothing is compared with PyTorch: {error}", file=sys.stderr)
+            return ["jax"]
+        return ["jax", "torch"]
+    if "onnxruntime" in wanted:
+        require_onnxruntime(modes, dtypes)
+    if not {"torch", "torch.compile"}.isdisjoint(wanted):
+        require_torch()
+    return wanted
 
 
 def run(
@@ -86,12 +89,12 @@ def run(
     json_path: Path | None,
     chart_path: Path | None,
 ) -> None:
-    """Measures groups of cases and prints what comes out, each group when it is done.
+    """Measures groups of cases, and prints the results of each group when it is done.
 
     Args:
       groups: from `plan`.
       repeats: turns of each group.
-      command: what was typed, for the JSON.
+      command: the command line, for the JSON.
       json_path: a file for the figures, written again after each group; None for none.
       chart_path: a file for the chart; None for none.
 
@@ -105,10 +108,7 @@ def run(
     for cases in groups:
         first = cases[0]
         size = f"{first.image_size}x{first.image_size}"
-        print(
-            f"\n{first.mode}, {first.dtype}, batches of {first.batch_size}, {size}",
-            flush=True,
-        )
+        print(f"\n{first.mode}, {first.dtype}, batches of {first.batch_size}, {size}", flush=True)
         with Status() as status:
             rows = measure(cases, repeats=repeats, progress=status.update)
         print("\n".join([HEADER, *table_rows(rows), *ratios(rows)]), flush=True)
@@ -116,21 +116,20 @@ def run(
         if json_path:
             write_json(json_path, report)
     print(
-        f"\nimages/s: medians of {repeats} turns, in which the programs of a group follow each "
-        "other.\nFLOP/s: two for each multiply-add of the architecture, in training three times "
-        "those of\nthe forward pass. Peak: of a large matrix product in the same turns. Compile: "
-        "with\ntracing. Inference: batch norm is folded into the convolutions in JAX, not in "
-        "PyTorch."
+        f"\nimages/s: medians of {repeats} turns, one program of a group after another. FLOP/s:\n"
+        "two for each multiply-add of the architecture, in training three times those of the\n"
+        "forward pass. Peak: of a large matrix product in the same turns. Compile: with tracing.\n"
+        "Inference: JAX folds batch norm into the convolutions, PyTorch does not."
     )
     if chart_path:
         draw_chart(report, chart_path)
 
 
 def check_outputs(*paths: Path | None, chart: Path | None = None) -> None:
-    """Makes sure that files can be written, before anything is measured.
+    """Checks that files can be written, before anything is measured.
 
     Raises:
-      ValueError: if one is a directory, or lies in none, or a chart has no known suffix.
+      ValueError: if one is a directory or has none to lie in, or a chart has an unknown suffix.
     """
     for path in filter(None, paths):
         if path.is_dir():
@@ -142,7 +141,7 @@ def check_outputs(*paths: Path | None, chart: Path | None = None) -> None:
 
 
 def write_json(path: Path, report: Mapping | Sequence) -> None:
-    """Writes figures.
+    """Writes figures as JSON.
 
     Raises:
       ValueError: if the file cannot be written.
@@ -154,7 +153,7 @@ def write_json(path: Path, report: Mapping | Sequence) -> None:
 
 
 def draw_chart(report: dict, path: Path) -> None:
-    """Draws the images a second of all cases as bars, with the slowest and the fastest turn.
+    """Draws the images per second of all cases as bars, with the slowest and the fastest turn.
 
     Raises:
       ValueError: if the file cannot be written.
@@ -166,18 +165,17 @@ def draw_chart(report: dict, path: Path) -> None:
         groups.setdefault((row["mode"], row["dtype"], row["batch_size"]), []).append(row)
     implementations = list(dict.fromkeys(row["implementation"] for row in report["results"]))
     models = list(dict.fromkeys(row["model"] for row in report["results"]))
-    figure = Figure(
-        figsize=(9, 1 + len(groups) * (0.7 + 0.28 * len(models) * len(implementations)))
-    )
+    inches = 0.7 + 0.28 * len(models) * len(implementations)
+    figure = Figure(figsize=(9, 1 + len(groups) * inches))
     axes = figure.subplots(len(groups), 1, squeeze=False)[:, 0]
     for ax, ((mode, dtype, batch_size), rows) in zip(axes, groups.items(), strict=True):
         height = 0.8 / len(implementations)
         for index, implementation in enumerate(implementations):
             mine = [row for row in rows if row["implementation"] == implementation]
-            speed = np.array([row["images_per_second"] for row in mine])
-            low, high = (np.array([row[key] for row in mine]) for key in ("slowest", "fastest"))
-            positions = np.array([models.index(row["model"]) for row in mine])
-            positions = positions + (index - (len(implementations) - 1) / 2) * height
+            keys = ("images_per_second", "slowest", "fastest")
+            speed, low, high = (np.array([row[key] for row in mine]) for key in keys)
+            offset = (index - (len(implementations) - 1) / 2) * height
+            positions = [models.index(row["model"]) + offset for row in mine]
             ax.barh(
                 positions,
                 speed,
@@ -194,7 +192,7 @@ def draw_chart(report: dict, path: Path) -> None:
         ax.spines[["top", "right"]].set_visible(False)
     axes[0].legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 1), ncols=3)
     axes[-1].set_xlabel(
-        f"images a second of {rows[0]['image_size']}x{rows[0]['image_size']} pixels (medians; "
+        f"images per second at {rows[0]['image_size']}x{rows[0]['image_size']} pixels (medians; "
         f"lines from the slowest to the fastest turn)\n{report['device']}"
     )
     figure.tight_layout()

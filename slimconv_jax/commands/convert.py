@@ -1,33 +1,33 @@
-"""`convert`: the weights of a PyTorch checkpoint, and whether the model computes the same."""
+"""`convert`: imports the weights of a PyTorch checkpoint, and compares the model with PyTorch."""
 
 import argparse
 
-HELP = "the weights of a PyTorch checkpoint, compared with PyTorch"
+HELP = "import the weights of a PyTorch checkpoint, and compare with PyTorch"
 
 _DESCRIPTION = """Imports the weights of a PyTorch checkpoint, and checks that the model computes
 the same.
 
 OUTPUT becomes a directory that slimconv_jax.load_model opens. The architecture is read off the
-shapes. What leaves no trace in them is taken to be as published: strides, dilation, activations,
-anti-aliasing, the epsilon of batch norm. The model is compared with the published network in
-PyTorch, with the weights of the file, on the same images; if they differ, nothing is written. It is
-not compared with the network of the file's author, which the file does not hold.
+shapes. Anything that leaves no trace in them is assumed to be as published: strides, dilation,
+activations, anti-aliasing, the epsilon of batch norm. The model is compared with the published
+network in PyTorch, with the weights of the file, on the same images; if they differ, nothing is
+written. The network of the file's author is not in the file, so it is not compared.
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `convert`."""
+    """Adds the options of `convert`."""
     parser.description = _DESCRIPTION
     parser.set_defaults(interrupted="interrupted; nothing was written")
     add = parser.add_argument
     add(
         "checkpoint",
         metavar="CHECKPOINT",
-        help="a file of torch.save, .safetensors, "
-        ".npz, .pkl or .msgpack; of a model in several files the index or one of them",
+        help="a file of torch.save, .safetensors, .npz, .pkl or .msgpack; for a model in several "
+        "files, the index or one of them",
     )
     add("output", metavar="OUTPUT", help="the new directory")
-    add("--overwrite", action="store_true", help="replace a model that is at OUTPUT already")
+    add("--overwrite", action="store_true", help="replace a model that is already at OUTPUT")
     add(
         "--format",
         choices=["orbax", "safetensors"],
@@ -37,11 +37,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--arch",
         metavar="NAME",
-        help="fail unless this is the architecture, at any k; or a JSON file of channels, needed "
-        "for a network of irregular widths",
+        help="fail unless this is the architecture, at any k; or a JSON file of channels, which a "
+        "network of irregular widths needs",
     )
     add("--k", metavar="K", help="fail unless this is the compression ratio, such as 8/3")
-    add("--key", help="where in the file the state dict is, if it is not found: keys, with dots")
+    add("--key", help="path of the state dict in the file, if it is not found: keys with dots")
     add(
         "--rename",
         dest="renames",
@@ -55,13 +55,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--class-names",
         metavar="FILE",
-        help="the name of each class, one a line, for model.json (for ImageNet the sorted WordNet "
-        "IDs, n01440764 and so on); evaluate matches them with those of the data",
+        help="the name of each class, one per line, for model.json (for ImageNet the sorted "
+        "WordNet IDs, n01440764 and so on); evaluate matches them with those of the data",
     )
     group = parser.add_argument_group("comparison with PyTorch")
     add = group.add_argument
-    add("--no-parity", dest="parity", action="store_false", help="leave it out")
-    add("--images", metavar="DIR", help="compare on images from here, not on random numbers")
+    add("--no-parity", dest="parity", action="store_false", help="skip the comparison")
+    add("--images", metavar="DIR", help="compare on images from DIR, not on random numbers")
     add("--num-images", type=int, default=8, metavar="N", help="how many (default: 8)")
     add("--image-size", type=int, metavar="N", help="pixels a side (default: 224; small stem: 32)")
     add(
@@ -69,8 +69,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=1e-4,
         metavar="X",
-        help="allowed error in float32, relative to the largest value of each output; beyond it, a "
-        "ten thousandth of it in float64 decides (default: %(default)s)",
+        help="allowed error in float32, relative to the largest value of each output; beyond it, "
+        "the error in float64 must be within a ten-thousandth of it (default: %(default)s)",
     )
 
 
@@ -91,4 +91,5 @@ def run(args: argparse.Namespace) -> None:
 
     enable_compilation_cache()
     find_devices()
-    convert_checkpoint(**select(vars(args), convert_checkpoint))
+    options = select(vars(args), convert_checkpoint)
+    convert_checkpoint(args.checkpoint, args.output, **options)

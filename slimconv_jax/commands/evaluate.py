@@ -1,48 +1,45 @@
-"""`evaluate`: how good a saved model or a training run is, and how fast."""
+"""`evaluate`: the accuracy and speed of a saved model or a training run."""
 
 import argparse
-import json
 from pathlib import Path
 
 from slimconv_jax.commands.options import add_inference, add_saved_model, open_saved, select
-from slimconv_jax.errors import InputError
 
 HELP = "loss, top-1, top-5 and speed of a saved model or a training run"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `evaluate`."""
+    """Adds the options of `evaluate`."""
     add_saved_model(parser)
     add = parser.add_argument
     add(
         "--data",
         metavar="NAME",
-        help="digits, tfds/NAME, image_folder or synthetic "
-        "(default: what the run in WORKDIR was tested on)",
+        help="digits, tfds/NAME, image_folder or synthetic (default: the test data of WORKDIR)",
     )
     add(
         "--data-dir",
         metavar="DIR",
-        help="image_folder: the directory of the splits; tfds: where TFDS keeps its data sets",
+        help="image_folder: the directory of the splits; tfds: where TFDS stores its data sets",
     )
     add("--split", help="default: that of the run in WORKDIR, else test")
     add_inference(parser)
-    add("--json", metavar="FILE", help="write the figures here too")
+    add("--json", type=Path, metavar="FILE", help="write the figures to FILE")
 
 
 def run(args: argparse.Namespace) -> None:
-    """Prints how good a saved model or a training run is, and how fast."""
+    """Prints the accuracy and speed of a saved model or a training run."""
     # Imported here since they take seconds.
     import jax
 
+    from slimconv_jax.benchmark.report import check_outputs, write_json
     from slimconv_jax.devices import enable_compilation_cache, find_devices
     from slimconv_jax.inference.eval_step import describe, describe_skipped
     from slimconv_jax.inference.evaluate import evaluate, find_data
 
     enable_compilation_cache()
     find_devices()
-    if args.json and (Path(args.json).is_dir() or not Path(args.json).absolute().parent.is_dir()):
-        raise InputError(f"cannot write {args.json}: it is a directory, or lies in none")
+    check_outputs(args.json)
     saved = open_saved(args)
     source, options = find_data(args.model, args.data, split=args.split, data_dir=args.data_dir)
     print(
@@ -62,8 +59,4 @@ def run(args: argparse.Namespace) -> None:
     if result["skipped"]:
         print(describe_skipped(result["skipped"]))
     if args.json:
-        report = {"model": args.model, "data": options, **result}
-        try:
-            Path(args.json).write_text(json.dumps(report, indent=2) + "\n")
-        except OSError as error:
-            raise InputError(f"cannot write {args.json}: {error.strerror}") from None
+        write_json(args.json, {"model": args.model, "data": options, **result})

@@ -1,4 +1,4 @@
-"""`export`: a saved model in a format for other programs."""
+"""`export`: writes a saved model in a format for other programs."""
 
 import argparse
 
@@ -8,7 +8,7 @@ HELP = "a saved model or training run, in another format"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `export`."""
+    """Adds the options of `export`."""
     add_saved_model(parser)
     add = parser.add_argument
     add("output", metavar="OUT", help="the new file or directory")
@@ -23,16 +23,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--input",
         metavar="TYPE",
-        help="what a program takes: float, images as the model takes them, normalised (default); "
-        "uint8, pixels, which it normalises itself",
+        help="input of a program: float, normalised images as the model takes them (default); "
+        "uint8, pixels that the program normalises itself",
     )
     add(
         "--image-size",
         type=int,
         default=argparse.SUPPRESS,
         metavar="N",
-        help="pixels a side of a program's images (default: what the model was trained with, "
-        "else 224)",
+        help="pixels a side of a program's images (default: as in training, else 224)",
     )
     add("--overwrite", action="store_true", help="replace what is at OUT")
 
@@ -43,12 +42,11 @@ def run(args: argparse.Namespace) -> None:
     from slimconv_jax.devices import find_devices
     from slimconv_jax.inference.export import check_format, export
     from slimconv_jax.models.zoo import describe
+    from slimconv_jax.signatures import select
 
     find_devices()
-    check_format(args.format, input=args.input, image_size=getattr(args, "image_size", None))
+    check_format(args.format, **select(vars(args), check_format))
     saved = open_saved(args)
     print(f"{describe(saved.model.config)}: exporting, then reading it back", flush=True)
-    done = export(
-        saved, args.output, format=args.format, input=args.input, overwrite=args.overwrite
-    )
+    done = export(saved, args.output, **select(vars(args), export))
     print(f"wrote {args.output}: {done.what}; in Python:\n  {done.use}")

@@ -1,4 +1,4 @@
-"""`list`: every architecture and its counts, or the published comparison."""
+"""`list`: prints every architecture and its counts, or the published comparison."""
 
 import argparse
 
@@ -6,7 +6,7 @@ HELP = "every architecture: k, parameters, multiply-adds, published figures"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `list`."""
+    """Adds the options of `list`."""
     parser.add_argument(
         "--published",
         action="store_true",
@@ -39,22 +39,21 @@ def print_architectures() -> None:
         for k in ratios:
             model = abstract_model(name, k=k)
             params, macs = count_params(model), count_macs(model)
-            said = ""
+            figures = ""
             if row := published.get((name, k)):
                 flops = f"{row.macs} G" if printed(macs, "macs") == row.macs else f"({row.macs} G)"
-                said = f"{row.params} M, {flops}, top-1 error {row.top1_error} %"
-            print(
-                line.format(name, k or "-", f"{params:,}", f"{macs:,}", said).rstrip(), flush=True
-            )
+                figures = f"{row.params} M, {flops}, top-1 error {row.top1_error} %"
+            cells = line.format(name, k or "-", f"{params:,}", f"{macs:,}", figures)
+            print(cells.rstrip(), flush=True)
     print(
         "\n1000 classes, 224x224 pixels. MACs: multiply-adds of convolutions and matrix "
         "products,\nthe papers' \"FLOPs\". Published: the authors' parameters, MACs and "
-        "ImageNet top-1 error; in\nparentheses a figure that does not follow from the architecture."
+        "ImageNet top-1 error. A figure\nin parentheses does not follow from the architecture."
     )
 
 
 def print_published() -> None:
-    """Prints the published comparison, each row beside what is counted here."""
+    """Prints the published comparison, each row beside the counts of the model here."""
     from slimconv_jax.models.complexity import count_macs, count_params
     from slimconv_jax.models.published import IMAGENET, printed
     from slimconv_jax.models.zoo import abstract_model, parse_model
@@ -77,14 +76,10 @@ def print_published() -> None:
             ]
             if differing:
                 here += f"; differs: {', '.join(differing)}"
-        print(
-            line.format(
-                row.system, row.params, params, row.macs, macs, f"{row.top1_error:.2f}", here
-            ),
-            flush=True,
-        )
+        error = f"{row.top1_error:.2f}"
+        print(line.format(row.system, row.params, params, row.macs, macs, error, here), flush=True)
     print(
         "\nImageNet, 224x224 pixels. FLOPs: multiply-adds of convolutions and matrix products. "
-        "Error: top-1,\nas published; nothing here was trained on ImageNet. What is counted "
-        "agrees to the last digit that is\nprinted, unless the row says that it differs."
+        "Error: top-1,\nas published; nothing here was trained on ImageNet. The counts agree with "
+        "the published figures to the\nlast printed digit, unless the row says that they differ."
     )

@@ -1,4 +1,4 @@
-"""What several commands ask for: which saved model, and how images come to it."""
+"""Options that several commands share: the saved model, and how its images are prepared."""
 
 import argparse
 import re
@@ -15,7 +15,7 @@ _OPENING = ("checkpoint", "ema", "dtype", "image_size", "mean", "std")
 
 
 def add_saved_model(parser: argparse.ArgumentParser) -> None:
-    """The arguments that say which saved weights are meant."""
+    """Adds the arguments that choose the saved weights."""
     add = parser.add_argument
     add(
         "model",
@@ -26,73 +26,71 @@ def add_saved_model(parser: argparse.ArgumentParser) -> None:
         "--checkpoint",
         type=int,
         metavar="STEP",
-        help="of a work directory, the checkpoint of this step (default: the newest)",
+        help="for a work directory, the checkpoint of this step (default: the newest)",
     )
     add(
         "--ema",
         action="store_true",
-        help="of a work directory, the averaged weights (config.step.ema_decay)",
+        help="for a work directory, the averaged weights (config.step.ema_decay)",
     )
 
 
 def add_inference(parser: argparse.ArgumentParser) -> None:
-    """The arguments that say how images come to a model."""
+    """Adds the arguments that say how images are read and prepared for a model."""
     add = parser.add_argument
-    add("--batch-size", type=int, default=64, metavar="N", help="images at once (default: 64)")
+    add("--batch-size", type=int, default=64, metavar="N", help="images per batch (default: 64)")
     add(
         "--image-size",
-        type=_image_size,
+        type=size_or_none,
         default=argparse.SUPPRESS,
         metavar="N",
-        help="pixels a "
-        "side: the central part after the shorter side is resized to 8/7 of that; none: images as "
-        "they are (default: what the model was trained with, else 224)",
+        help="pixels a side: the central part after the shorter side is resized to 8/7 of that; "
+        "none: images as they are (default: what the model was trained with, else 224)",
     )
-    for name, what in (("mean", "subtracted from"), ("std", "that then divides")):
+    for name, what in (("mean", "subtracted from"), ("std", "then divides")):
         add(
             f"--{name}",
             type=float,
             nargs=3,
             default=argparse.SUPPRESS,
             metavar=("R", "G", "B"),
-            help=f"{what} each channel, of values up to 1 (default: what the model was trained "
-            "with, else ImageNet's)",
+            help=f"{what} each channel, for values up to 1 (default: the model's, else ImageNet's)",
         )
     add("--dtype", help="of the computation, such as bfloat16 (default: float32)")
     add(
         "--on-error",
         choices=["raise", "skip"],
         default="raise",
-        help="for images that cannot be "
-        "decoded: stop, or leave them out and say so (default: raise)",
+        help="for images that cannot be decoded: stop, or skip and report them (default: raise)",
     )
     add(
         "--max-pixels",
         type=int,
         default=2**26,
         metavar="N",
-        help="an image file of more pixels is not decoded (default: 2**26, 200 MB as RGB)",
+        help="do not decode image files of more pixels (default: 2**26, 200 MB as RGB)",
     )
 
 
-def _image_size(text: str) -> int | None:
+def size_or_none(text: str) -> int | None:
+    """Parses a number, or "none" as None."""
     return None if text == "none" else int(text)
 
 
 def open_saved(args: argparse.Namespace) -> "SavedModel":
-    """The model that `add_saved_model` and `add_inference` ask for."""
+    """Opens the model that the options of `add_saved_model` and `add_inference` describe."""
     from slimconv_jax.inference.saved import open_model
 
     return open_model(args.model, **select(args, *_OPENING))
 
 
 def select(args: argparse.Namespace, *names: str) -> dict[str, Any]:
-    """Those of some options that are given or have a default."""
+    """Returns the named options that are given or have a default."""
     return {name: getattr(args, name) for name in names if name in args}
 
 
 def expand_flag_files(arguments: Sequence[str]) -> list[str]:
-    """A command line with what is in the files of `--flagfile` in their place.
+    """Replaces each `--flagfile` of a command line with the options in its file.
 
     Raises:
       ValueError: if a file cannot be read.

@@ -1,4 +1,4 @@
-"""`plan`: what a training run needs on devices that are not here."""
+"""`plan`: the needs of a training run on devices that are not here."""
 
 import argparse
 from pathlib import Path
@@ -7,7 +7,7 @@ HELP = "what a training run needs on TPUs or GPUs that are not here, by their co
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `plan`."""
+    """Adds the options of `plan`."""
     parser.usage = "%(prog)s --config FILE --topology NAME [options] [--config.KEY=VALUE ...]"
     parser.set_defaults(takes_overrides=True)
     add = parser.add_argument
@@ -27,29 +27,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--fit",
         action="store_true",
-        help="where it does not fit, compile it with remat, in parts and with smaller batches, too",
+        help="if it does not fit, also compile it with remat, in parts and with smaller batches",
     )
     for name, what in (("num-classes", "classes"), ("image-size", "pixels a side")):
         add(
             f"--{name}",
             type=int,
             metavar="N",
-            help=f"{what}, where the data are not here (default: as in ImageNet)",
+            help=f"{what}, if the data are not here (default: as in ImageNet)",
         )
-    add("--json", type=Path, metavar="FILE", help="write the figures here too")
+    add("--json", dest="json_path", type=Path, metavar="FILE", help="write the figures to FILE")
 
 
 def run(args: argparse.Namespace) -> None:
     """Prints what a training run needs on devices that are not here."""
     # Imported here since they take seconds.
     from slimconv_jax.benchmark import planning_report
+    from slimconv_jax.signatures import select
 
-    planning_report.run(
-        args.config,
-        args.overrides,
-        topology=args.topology,
-        num_classes=args.num_classes,
-        image_size=args.image_size,
-        fit=args.fit,
-        json_path=args.json,
-    )
+    planning_report.run(args.config, args.overrides, **select(vars(args), planning_report.run))

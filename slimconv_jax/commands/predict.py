@@ -1,4 +1,4 @@
-"""`predict`: the likeliest classes of images."""
+"""`predict`: prints the likeliest classes of images."""
 
 import argparse
 import json
@@ -10,16 +10,16 @@ HELP = "the likeliest classes of images"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `predict`."""
+    """Adds the options of `predict`."""
     add_saved_model(parser)
     parser.add_argument(
         "images",
         metavar="IMAGE",
         nargs="+",
-        help="files, directories with all below, and patterns such as 'photos/**/*.jpg'",
+        help="files, directories (with all below them), and patterns such as 'photos/**/*.jpg'",
     )
     add_inference(parser)
-    parser.add_argument("--json", action="store_true", help="print a JSON list, not the table")
+    parser.add_argument("--json", action="store_true", help="print a JSON list instead of a table")
 
 
 def run(args: argparse.Namespace) -> None:

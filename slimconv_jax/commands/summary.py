@@ -1,4 +1,4 @@
-"""`summary`: one architecture, layer by layer."""
+"""`summary`: prints one architecture, layer by layer."""
 
 import argparse
 
@@ -6,9 +6,9 @@ HELP = "one architecture, layer by layer: shapes, parameters, multiply-adds"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `summary`."""
+    """Adds the options of `summary`."""
     add = parser.add_argument
-    add("name", help="an architecture, as `list` names it, or a JSON file of channels")
+    add("name", help="an architecture from `list`, or a JSON file of channels")
     add("--k", help="compression ratio of a Sc model, such as 8/3")
     add("--image-size", type=int, default=224, metavar="N", help="pixels a side (default: 224)")
 
@@ -31,6 +31,6 @@ def run(args: argparse.Namespace) -> None:
         print(row.format(part, layer.type, output, f"{layer.params:,}", f"{layer.macs:,}"))
         enclosing.append(layer.path)
     print(
-        f"\nFor one image of {args.image_size}x{args.image_size} pixels; the figures of a layer "
+        f"\nFor one image of {args.image_size}x{args.image_size} pixels. The figures of a layer "
         "include those of its parts."
     )

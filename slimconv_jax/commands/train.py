@@ -1,4 +1,4 @@
-"""`train`: a model trained as a config says."""
+"""`train`: trains a model as a config says."""
 
 import argparse
 import os
@@ -15,23 +15,22 @@ HELP = "train a model as a config says"
 _DESCRIPTION = """Trains a model as a config says.
 
 The work directory gets config.json, checkpoints/, metrics.jsonl, curves.png and TensorBoard's
-events. Ctrl-C and SIGTERM save the step that is under way and stop; the same command again
-continues.
+events. After Ctrl-C or SIGTERM, it saves the current step and stops; the same command continues.
 
 Every key of the config can be set on the command line, as in --config.optimizer.learning_rate=0.05
-or --config.model.k=8/3; None is none. --help-config lists the keys. --flagfile FILE reads options
-from a file, one a line.
+or --config.model.k=8/3; None unsets a key. --help-config lists the keys. --flagfile FILE reads
+options from a file, one per line.
 
-On several hosts run it on each, with the same work directory. SLURM and TPU pods are detected;
-elsewhere say who is who, with --coordinator_address, --num_processes and --process_id.
+On several hosts, run the command on each, with the same work directory. SLURM and TPU pods are
+detected; elsewhere, use --coordinator_address, --num_processes and --process_id.
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `train`."""
+    """Adds the options of `train`."""
     parser.usage = "%(prog)s --config CONFIG [--workdir DIR] [options] [--config.KEY=VALUE ...]"
     parser.description = _DESCRIPTION
-    parser.set_defaults(takes_overrides=True)
+    parser.set_defaults(takes_overrides=True, interrupted="interrupted; nothing was saved")
     add = parser.add_argument
     add(
         "--config",
@@ -50,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = group.add_argument
     add("--coordinator_address", metavar="HOST:PORT", help="of process 0")
     add("--num_processes", type=int, metavar="N", help="how many processes there are")
-    add("--process_id", type=int, metavar="I", help="which of them this is, from 0")
+    add("--process_id", type=int, metavar="I", help="the number of this process, from 0")
     add(
         "--initialization_timeout",
         type=int,
@@ -76,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _train(args: argparse.Namespace, workdir: str) -> int:
-    # Imported here since they take seconds, in which Ctrl-C is to be a sentence.
+    # Imported here since they take seconds, during which Ctrl-C should print one sentence.
     import absl.logging
     import jax
 
@@ -86,7 +85,7 @@ def _train(args: argparse.Namespace, workdir: str) -> int:
     from slimconv_jax.training.interruption import RunInterruptedError
     from slimconv_jax.training.loop import train
 
-    # Else Orbax tells of every file it touches, and prints tracebacks of what it raises too.
+    # Else Orbax logs every file it touches, and prints tracebacks of errors that it also raises.
     absl.logging.set_verbosity(absl.logging.FATAL)
     config = read_config(args.config, args.overrides)
     if args.help_config:
@@ -106,7 +105,7 @@ def _train(args: argparse.Namespace, workdir: str) -> int:
         message, status = f"error: {error}", 1
     except RunInterruptedError as error:
         if jax.distributed.is_initialized():
-            jax.distributed.shutdown()  # all stop together, and none is to be missed
+            jax.distributed.shutdown()  # all stop together, so none reports another as lost
         message, status = str(error), error.status
     except LIBRARY_ERRORS as error:
         status = 1
@@ -115,20 +114,20 @@ def _train(args: argparse.Namespace, workdir: str) -> int:
         elif is_lost_contact(error):
             reason = str(error).splitlines()[0]
             message = (
-                f"error: lost contact with another process ({reason}); when all are there again, "
-                "the same command continues from the last checkpoint"
+                f"error: lost contact with another process ({reason}); when all are back, the same "
+                "command continues from the last checkpoint"
             )
         else:
             raise
     if status == 1 and not jax.distributed.is_initialized():
         raise InputError(message.removeprefix("error: "))
-    # At an orderly exit, threads of XLA that still compile crash the interpreter, and processes
-    # wait for each other.
+    # An orderly exit would crash in threads of XLA that still compile, and would wait for the
+    # other processes.
     return _leave(message, status)
 
 
 class _Terminated(KeyboardInterrupt):
-    """SIGTERM, as Ctrl-C."""
+    """SIGTERM, treated like Ctrl-C."""
 
 
 def _terminate(*_) -> None:
@@ -136,7 +135,7 @@ def _terminate(*_) -> None:
 
 
 def _leave(message: str, status: int) -> int:
-    """Ends the process with a message, at once; everything is saved and closed."""
+    """Prints a message and ends the process at once; everything is saved and closed by now."""
     print(message, file=sys.stderr, flush=True)
     sys.stdout.flush()
     os._exit(status)

@@ -1,4 +1,4 @@
-"""The data sets by name, and the classes of one matched with those of another.
+"""Loads data sets by name, and matches the classes of one with those of another.
 
 To add a source, write its class in a file of its own and add it to `load_source` and `SOURCES`.
 """
@@ -23,14 +23,14 @@ def load_source(
     num_classes: int = 1000,
     image_size: int = 224,
 ) -> Source:
-    """One split of a data set.
+    """Loads one split of a data set.
 
     Args:
       name: "digits", "tfds/NAME", "image_folder" or "synthetic".
-      split: "train", "test" or whatever the data set has.
+      split: "train", "test" or another split of the data set.
       data_dir: where the data are: for image_folder the directory of the splits, for tfds where
-        TFDS keeps its data sets (None for its default).
-      num_examples: of "synthetic" only, as the last two.
+        TFDS stores its data sets (None for its default).
+      num_examples: how many images; for "synthetic" only, like the last two.
       num_classes: how many classes.
       image_size: pixels a side.
 
@@ -53,18 +53,17 @@ def load_source(
     if name == "digits":
         return digits(split)
     if name == "synthetic":
-        sizes = {"num_examples": num_examples, "num_classes": num_classes, "image_size": image_size}
-        for key, value in sizes.items():
-            most = MOST_SIDE if key == "image_size" else 2**21 if key == "num_examples" else 2**20
-            require_integer(f"synthetic: {key}", value, 1, most)
-        return Synthetic(**sizes)
+        require_integer("synthetic: num_examples", num_examples, 1, 2**21)
+        require_integer("synthetic: num_classes", num_classes, 1, 2**20)
+        require_integer("synthetic: image_size", image_size, 1, MOST_SIDE)
+        return Synthetic(num_examples, num_classes, image_size)
     raise InputError(f"unknown data set {name!r}; there are: {', '.join(SOURCES)}")
 
 
 def load_splits(
     *, train_split: str = "train", test_split: str = "test", **options
 ) -> tuple[Source, Source]:
-    """What to train on and what to test on, with the same classes.
+    """Loads the splits to train on and to test on, with the same classes.
 
     Args:
       train_split: name of the split to train on.
@@ -72,7 +71,7 @@ def load_splits(
       **options: the other arguments of `load_source`.
 
     Raises:
-      ValueError: as `load_source`, and if the test split has other classes.
+      ValueError: as in `load_source`, and if the test split has other classes.
     """
     train = load_source(split=train_split, **options)
     test = load_source(split=test_split, **options)
@@ -80,7 +79,7 @@ def load_splits(
 
 
 class _Relabelled:
-    """A source with the labels of another list of classes."""
+    """A source whose labels index another list of classes."""
 
     def __init__(self, source: Source, labels: Sequence[int], class_names: Sequence[str]):
         self._source, self._labels, self.class_names = source, labels, tuple(class_names)
@@ -97,12 +96,12 @@ class _Relabelled:
 
 
 def with_classes(source: Source, class_names: Sequence[str], *, of: str) -> Source:
-    """A source with its labels as indices into other `class_names`, matched by name.
+    """Turns the labels of a source into indices into other `class_names`, matched by name.
 
     Args:
-      source: some or all of whose classes are among `class_names`.
+      source: a source whose classes should all be among `class_names`.
       class_names: the name of each class.
-      of: whose classes these are, for messages.
+      of: the owner of these classes, for messages.
 
     Raises:
       ValueError: if the source has a class that is not among them.

@@ -12,7 +12,7 @@ class Digits(NamedTuple):
     Attributes:
       images: (1797, 8, 8), uint8, from 0 to 16.
       labels: (1797,), int.
-      is_test: (1797,), bool: 360 of them are to test on.
+      is_test: (1797,), bool: True for the 360 test images.
     """
 
     images: np.ndarray
@@ -21,11 +21,11 @@ class Digits(NamedTuple):
 
 
 def read_digits() -> Digits:
-    """The test set of "Optical Recognition of Handwritten Digits".
+    """Reads the test set of "Optical Recognition of Handwritten Digits".
 
     It is by E. Alpaydin and C. Kaynak, from the UCI Machine Learning Repository, CC BY 4.0.
-    scikit-learn has it as well, in the same order. What is to test on is chosen as by its
-    `train_test_split` with `test_size=360`, stratified, `random_state` 0.
+    scikit-learn has it as well, in the same order. The test images are those that its
+    `train_test_split` chooses with `test_size=360`, stratified, and `random_state=0`.
     """
     with np.load(Path(__file__).with_name("digits.npz")) as file:
         return Digits(file["pixels"], file["labels"].astype(int), file["is_test"])

@@ -1,4 +1,4 @@
-"""Which files are images: by their names in directories, by their bytes when they are read."""
+"""Decides which files are images: by name in directories, by content when they are read."""
 
 import collections
 import functools
@@ -18,36 +18,36 @@ _FORMATS = frozenset(
         *("PNG", "PPM", "QOI", "SGI", "TGA", "TIFF", "WEBP"),
     }
 )
-"""The formats of Pillow that are read. Of the others some run programs, such as Ghostscript."""
+"""The formats of Pillow that are read; some of the others run programs, such as Ghostscript."""
 
 
 DAMAGE = (*LIBRARY_ERRORS, Image.DecompressionBombError, Image.DecompressionBombWarning)
-"""What Pillow's decoders raise for damaged files."""
+"""The errors that Pillow's decoders raise for damaged files."""
 
 
 @functools.cache
 def formats() -> tuple[str, ...]:
-    """The formats that are read with the Pillow that is installed."""
+    """Returns the formats that are read with the installed Pillow."""
     Image.init()
     return tuple(sorted(_FORMATS & Image.OPEN.keys()))
 
 
 @functools.cache
 def suffixes() -> frozenset[str]:
-    """How the names of images end, in lower case."""
+    """Returns the endings of the names of images, in lower case."""
     names = {*formats(), "MPO"}  # which is read as JPEG
     return frozenset(end for end, name in Image.registered_extensions().items() if name in names)
 
 
 def list_images(directory: epath.PathLike, others: set[str] | None = None) -> list[str]:
-    """The image files in a directory and all those below it, sorted; of links too, but once.
+    """Lists the image files in a directory and below it, sorted, each linked directory once.
 
-    Those are files whose names end as images do, and those without an ending that are images. What
-    begins with a dot is ignored. Strings, since there may be millions.
+    An image file has the ending of an image, or no ending and the content of one. Names that begin
+    with a dot are ignored. The files are strings, since there may be millions.
 
     Args:
       directory: local, or an address such as gs://bucket/photos.
-      others: gets the files that are left out.
+      others: a set to which the files that are left out are added.
 
     Raises:
       ValueError: if a directory cannot be read.
@@ -66,7 +66,7 @@ def list_images(directory: epath.PathLike, others: set[str] | None = None) -> li
 
 
 def is_image(file: str) -> bool:
-    """Whether a file is an image by its name, or, if that has no ending, by its content."""
+    """Returns whether a file is an image by its name, or, if it has no ending, by its content."""
     end = os.path.splitext(file)[1].lower()
     return end in suffixes() or (not end and _begins_as_image(file))
 
@@ -81,15 +81,11 @@ def _begins_as_image(file: str) -> bool:
 
 
 def _walk(directory: str) -> Iterator[tuple[str, Sequence[str]]]:
-    """Each directory below, but hidden ones, and the names of the files in it."""
+    """Yields each directory below that is not hidden, and the names of the files in it."""
     if is_address(directory):
-        entries = list(epath.Path(directory).iterdir())
-        is_directory = [entry.is_dir() for entry in entries]
-        yield (
-            directory,
-            [e.name for e, is_one in zip(entries, is_directory, strict=True) if not is_one],
-        )
-        for entry, is_one in zip(entries, is_directory, strict=True):
+        is_directory = {entry: entry.is_dir() for entry in epath.Path(directory).iterdir()}
+        yield directory, [entry.name for entry, is_one in is_directory.items() if not is_one]
+        for entry, is_one in is_directory.items():
             if is_one and entry.name[0] != ".":
                 yield from _walk(os.fspath(entry))
         return
@@ -107,13 +103,13 @@ def _walk(directory: str) -> Iterator[tuple[str, Sequence[str]]]:
 
 
 def find_images(directory: epath.PathLike) -> list[str]:
-    """The files of `list_images`, of which there must be some.
+    """Lists images as `list_images` does, and requires that there are some.
 
     Warns:
       UserWarning: if there are other files.
 
     Raises:
-      ValueError: if there is no such directory, or no image in it.
+      ValueError: if there is no such directory, or there are no images in it.
     """
     if not locate(directory).is_dir():
         raise InputError(f"there is no directory {directory}")
@@ -126,7 +122,7 @@ def find_images(directory: epath.PathLike) -> list[str]:
 
 
 def warn_of_others(others: Collection[str], directory: object) -> None:
-    """Tells how many files were left out, and how their names end."""
+    """Warns of files that were left out: how many there are, and how their names end."""
     if not others:
         return
     ends = collections.Counter(os.path.splitext(file)[1].lower() for file in others)

@@ -1,4 +1,4 @@
-"""From a source to batches on the devices, streamed from the host by Grain or kept there."""
+"""Turns a source into batches on the devices, streamed from the host by Grain or kept there."""
 
 import collections
 import functools
@@ -21,16 +21,16 @@ from slimconv_jax.errors import InputError, require_integer
 Batch = dict[str, jax.Array]
 
 RESIDENT_BYTES = 2**30
-"""Up to how many bytes of uint8 a data set is kept on the devices when a config leaves it open."""
+"""The most bytes of uint8 that a data set may have to be kept on the devices by default."""
 
 BATCHES_AHEAD = 2
-"""How many streamed batches lie on the devices before they are asked for."""
+"""Streamed batches that are on the devices ahead of time."""
 
 CHUNK = 64
-"""How many images at most a thread decodes in one go; what lies ready grows with it."""
+"""The most images that a thread decodes at a time; the memory for decoded images grows with it."""
 
 ENDLESS = 2**40
-"""Steps of a training run that nobody lives to see."""
+"""More steps than any training run has."""
 
 
 def load_dataset(
@@ -43,7 +43,7 @@ def load_dataset(
     on_error: str = "raise",
     num_threads: int | None = None,
 ) -> "ResidentDataset | StreamedDataset":
-    """A source as batches; the keyword-only arguments are the keys of `config.loader`.
+    """Loads a source as batches; the keyword-only arguments are the keys of `config.loader`.
 
     Args:
       source: from `load_source`.
@@ -86,8 +86,8 @@ def load_dataset(
     return streamed
 
 
-def _image_shape(source: Source, transform: Transform, on_error: str) -> tuple[int, int, int]:
-    """Of every image: height and width in pixels, 3."""
+def image_shape(source: Source, transform: Transform, on_error: str) -> tuple[int, int, int]:
+    """Returns the shape of every image: height and width in pixels, 3."""
     if size := transform.image_size:
         return size, size, 3
     for index in range(len(source)):
@@ -111,7 +111,7 @@ def _none_readable(source: Source) -> InputError:
 
 
 def _aligned_zeros(shape: tuple[int, ...]) -> np.ndarray:
-    """A uint8 array at a multiple of 64 bytes, which on CPUs JAX takes over without a copy."""
+    """Returns zeros, uint8, aligned to 64 bytes, so that JAX on a CPU uses them without a copy."""
     size = math.prod(shape)
     memory = np.zeros(size + 64, np.uint8)
     start = -memory.ctypes.data % 64
@@ -119,7 +119,7 @@ def _aligned_zeros(shape: tuple[int, ...]) -> np.ndarray:
 
 
 class StreamedDataset:
-    """Images that Grain's threads decode on the host, as they are needed.
+    """Images that Grain's threads decode on the host as they are needed.
 
     Of each batch, a process decodes only the rows of its own devices.
 
@@ -144,14 +144,14 @@ class StreamedDataset:
         self._on_error = on_error
         self._sharding = sharding
         self._num_threads = num_threads
-        self.image_shape = _image_shape(source, transform, on_error)
+        self.image_shape = image_shape(source, transform, on_error)
         self.skipped: set[str] = set()
 
     def __len__(self) -> int:
         return len(self._source)
 
     def train_batches(self, batch_size: int, *, seed: int, first_step: int) -> Iterator[Batch]:
-        """Endless batches of `image` (B, H, W, 3) uint8 and `label` (B,) int32.
+        """Yields endless batches of `image` (B, H, W, 3) uint8 and `label` (B,) int32.
 
         Each epoch goes once through all examples in an order of its own; a batch may end one
         epoch and begin the next. The batch of a step, with its random crops, depends on the
@@ -165,7 +165,7 @@ class StreamedDataset:
             yield batch
 
     def eval_batches(self, batch_size: int) -> Iterator[Batch]:
-        """Every example once, in order, with `mask` (B,) bool, False where there is none.
+        """Yields every example once, in order, with `mask` (B,) bool, False where there is none.
 
         All batches have one shape: `batch_size`, or the number of examples if there are fewer,
         rounded up to a multiple of the devices.
@@ -175,7 +175,7 @@ class StreamedDataset:
         return self._on_devices(order, batch_size, len(order) // batch_size)
 
     def decode(self) -> tuple[np.ndarray, np.ndarray]:
-        """All images that can be decoded, (N, H, W, 3) uint8, and their labels, (N,) int32.
+        """Returns all images that can be decoded, (N, H, W, 3) uint8, and their labels, (N,) int32.
 
         Raises:
           ValueError: if none can.
@@ -202,7 +202,7 @@ class StreamedDataset:
     def _on_devices(
         self, order: grain.MapDataset, batch_size: int, steps: int, **options
     ) -> Iterator[Batch]:
-        """Global batches; a few are on their way to the devices before they are asked for."""
+        """Yields global batches; sends a few to the devices ahead of time."""
         rows = _local_rows(self._sharding, batch_size)
         threads = self._num_threads
         ahead = collections.deque()
@@ -230,7 +230,7 @@ class StreamedDataset:
         first_step: int = 0,
         seed: int | None = None,
     ) -> Iterator[dict[str, np.ndarray]]:
-        """Some rows of each batch of an order, decoded by threads that run ahead."""
+        """Yields some rows of each batch of an order, decoded by threads that run ahead."""
         size = max(size for size in range(1, CHUNK + 1) if len(rows) % size == 0)
         parts = len(rows) // size
 
@@ -255,7 +255,7 @@ class StreamedDataset:
     def _decode_chunk(
         self, order: grain.MapDataset, positions: range, seed: int | None
     ) -> dict[str, np.ndarray]:
-        """The examples at some positions of an order, counted through all epochs.
+        """Decodes the examples at some positions of an order, counted through all epochs.
 
         They are decoded straight into the arrays of the chunk: batching them one by one would
         copy the images once more. `mask` says where there is one; `skipped` has the index of one
@@ -307,12 +307,12 @@ class StreamedDataset:
 
 
 def round_up(number: int, multiple: int) -> int:
-    """The smallest multiple that is not less than a number."""
+    """Returns the smallest multiple that is not less than a number."""
     return -(-number // multiple) * multiple
 
 
 def _local_rows(sharding: NamedSharding, batch_size: int) -> range:
-    """Which rows of a batch belong to this process; `data_mesh` makes them consecutive."""
+    """Returns the rows of a batch that belong to this process; they are consecutive."""
     rows = [
         rows.indices(batch_size)[:2]
         for (rows,) in sharding.addressable_devices_indices_map((batch_size,)).values()
@@ -321,7 +321,7 @@ def _local_rows(sharding: NamedSharding, batch_size: int) -> range:
 
 
 class ResidentDataset:
-    """Images decoded once and kept on every device, where batches are put together too.
+    """Images decoded once and kept on every device, where batches are put together, too.
 
     Its order is drawn on the devices and is another than that of a `StreamedDataset`.
 
@@ -352,7 +352,7 @@ class ResidentDataset:
         return self._size
 
     def train_batches(self, batch_size: int, *, seed: int, first_step: int) -> Iterator[Batch]:
-        """As those of a `StreamedDataset`, without work for the host.
+        """Yields the batches of a `StreamedDataset`, without work for the host.
 
         `batch_size` must not exceed the number of images.
         """
@@ -373,7 +373,7 @@ class ResidentDataset:
             yield batch
 
     def eval_batches(self, batch_size: int) -> Iterator[Batch]:
-        """As those of a `StreamedDataset`, without work for the host."""
+        """Yields the batches of a `StreamedDataset`, without work for the host."""
         batch_size = round_up(min(batch_size, self._size), self._sharding.mesh.size)
         order = np.arange(round_up(self._size, batch_size), dtype=np.int32)
         order = jax.make_array_from_process_local_data(self._everywhere, order, order.shape)
@@ -383,7 +383,7 @@ class ResidentDataset:
 
 @functools.partial(jax.jit, static_argnames=("size", "sharding"))
 def _shuffled(key: jax.Array, epoch: int, *, size: int, sharding: NamedSharding) -> jax.Array:
-    """The order of an epoch."""
+    """Returns the order of an epoch."""
     order = jax.random.permutation(jax.random.fold_in(key, epoch), size)
     return jax.lax.with_sharding_constraint(order, sharding)
 
@@ -392,7 +392,7 @@ def _shuffled(key: jax.Array, epoch: int, *, size: int, sharding: NamedSharding)
 def _take(
     data: Batch, orders: tuple[jax.Array, ...], start: int, *, size: int, sharding: NamedSharding
 ) -> Batch:
-    """`size` examples from `start` on, in one order after the other.
+    """Takes `size` examples from `start` on, in one order after the other.
 
     `mask` is False where there is none.
     """

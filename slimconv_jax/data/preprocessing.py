@@ -1,22 +1,21 @@
-"""What comes before a model: images of one size, then normalised; the latter on the device."""
+"""Preprocessing for a model: images of one size, then normalised; the latter on the device."""
 
 import dataclasses
 from collections.abc import Sequence
-from numbers import Real
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from slimconv_jax.data.transforms import IMAGENET_MEAN, IMAGENET_STD
+from slimconv_jax.data.transforms import IMAGENET_MEAN, IMAGENET_STD, are_numbers
 from slimconv_jax.errors import InputError
 
 
 def normalize(images: jax.Array, *, mean: Sequence[float], std: Sequence[float]) -> jax.Array:
-    """(x / 255 - mean) / std, per channel; the options are the keys of `config.normalize`.
+    """Computes (x / 255 - mean) / std per channel; the options are the keys of `config.normalize`.
 
     Args:
-      images: (N, H, W, 3), of values up to 255.
+      images: (N, H, W, 3), with values up to 255.
       mean: of red, green and blue, where 1 is the largest value.
       std: likewise.
 
@@ -26,7 +25,7 @@ def normalize(images: jax.Array, *, mean: Sequence[float], std: Sequence[float])
     Raises:
       ValueError: unless `mean` and `std` have three numbers each, those of `std` not near 0.
     """
-    if not (_three_numbers(mean) and _three_numbers(std) and min(std) >= 1e-6):
+    if not (are_numbers(mean, 3, 1e6) and are_numbers(std, 3, 1e6) and min(std) >= 1e-6):
         raise InputError(
             f"normalize: mean={mean!r} and std={std!r} must be three numbers each, one for each of "
             "red, green and blue, and those of std at least 1e-06"
@@ -37,17 +36,9 @@ def normalize(images: jax.Array, *, mean: Sequence[float], std: Sequence[float])
     return (images.astype(jnp.float32) / 255 - mean) / std
 
 
-def _three_numbers(value: object) -> bool:
-    return (
-        isinstance(value, Sequence)
-        and len(value) == 3
-        and all(isinstance(number, Real) and abs(number) < 1e6 for number in value)
-    )
-
-
 @dataclasses.dataclass(frozen=True)
 class Preprocessing:
-    """What comes before a model; the defaults are those of the published ones.
+    """The preprocessing for a model; the defaults are those of the published models.
 
     Attributes:
       image_size: pixels a side; see `Transform`.
@@ -67,12 +58,12 @@ class Preprocessing:
 
 
 def preprocessing_of(info: dict[str, Any], **changes) -> Preprocessing:
-    """The preprocessing that the `info` of a saved model tells, with some changes.
+    """Returns the preprocessing in the `info` of a saved model, with some changes.
 
     Raises:
-      ValueError: if it tells something else.
+      ValueError: if `info` has other fields there.
     """
     try:
         return Preprocessing(**{**info.get("preprocessing", {}), **changes})
     except TypeError:
-        raise InputError("model.json is damaged: its preprocessing is none") from None
+        raise InputError("model.json is damaged: its preprocessing is not valid") from None

@@ -1,7 +1,7 @@
-"""Where examples come from: random-access sources of labelled images, mostly still encoded.
+"""The sources of examples: labelled images with random access, mostly still encoded.
 
 A source has a length and `class_names`; `source[i]` is an `Example`, and `source.describe(i)`
-says in an error message which one that is.
+names it in error messages.
 """
 
 import os
@@ -32,7 +32,7 @@ class Example(NamedTuple):
 
 
 class Source(Protocol):
-    """What every source offers; see the module's docstring."""
+    """The interface of every source; see the module's docstring."""
 
     class_names: Sequence[str]
 
@@ -50,7 +50,7 @@ class ArraySource:
       images: (N, H, W, 3), uint8.
       labels: (N,), indices into `class_names`.
       class_names: the name of each class.
-      name: what the images are called in messages.
+      name: of the images, for messages.
     """
 
     def __init__(
@@ -70,15 +70,13 @@ class ArraySource:
 
 
 def digits(split: str) -> ArraySource:
-    """The digits of `read_digits` as 32x32 RGB, resized with Pillow's bilinear filter."""
+    """Returns the digits of `read_digits` as 32x32 RGB, resized with Pillow's bilinear filter."""
     check_split("digits", split, ("train", "test"))
     pixels, labels, is_test = read_digits()
     chosen = is_test == (split == "test")
-    grey = np.round(pixels[chosen] * (255 / 16)).astype(np.uint8)
-    large = [
-        np.asarray(Image.fromarray(g).resize((32, 32), Image.Resampling.BILINEAR)) for g in grey
-    ]
-    images = np.repeat(np.stack(large)[..., None], 3, axis=-1)
+    grey = map(Image.fromarray, np.round(pixels[chosen] * (255 / 16)).astype(np.uint8))
+    large = np.stack([image.resize((32, 32), Image.Resampling.BILINEAR) for image in grey])
+    images = np.repeat(large[..., None], 3, axis=-1)
     return ArraySource(images, labels[chosen], map(str, range(10)), "digits")
 
 
@@ -117,18 +115,17 @@ class ImageFiles:
 class ImageFolder(ImageFiles):
     """Image files in one directory per class, `ROOT/SPLIT/CLASS/*`; classes sorted by name.
 
-    Files are those whose names end as images do, also in directories below that of the class;
-    what begins with a dot is ignored.
+    The files of a class are those that `list_images` finds in its directory and below.
 
     Args:
       root: the directory of the splits, local or in an object store (gs://...).
-      split: "train", "val", or whatever is there.
+      split: "train", "val", or another directory of `root`.
 
     Warns:
       UserWarning: if there are other files, with their number and endings.
 
     Raises:
-      ValueError: if there is no such directory, or no class, or no image in a class.
+      ValueError: if there is no such directory, if it has no classes, or if a class has no images.
     """
 
     def __init__(self, root: os.PathLike | str, split: str):
@@ -155,10 +152,10 @@ class ImageFolder(ImageFiles):
 
 
 def existing_directory(path: epath.PathLike) -> epath.Path:
-    """A directory of data, local or in an object store.
+    """Returns the path of a directory of data, local or in an object store.
 
     Raises:
-      ValueError: if there is none, or what reads the object store is not installed.
+      ValueError: if there is no such directory, or no package that reads the object store.
     """
     path = locate(path)
     try:
@@ -178,7 +175,7 @@ def _directories(directory: epath.Path) -> list[str]:
 
 
 class Synthetic:
-    """Random noise with labels in turn, for benchmarks: what it costs to train, without data.
+    """Random noise with labels in turn, to measure the cost of training without data.
 
     Args:
       num_examples: how many images there are.
@@ -203,10 +200,10 @@ class Synthetic:
 
 
 def check_split(name: str, split: str, splits: Sequence[str]) -> None:
-    """Makes sure that a data set has a split.
+    """Checks that a data set has a split.
 
     Raises:
-      ValueError: if not; the message lists those that there are.
+      ValueError: if it does not; the message lists the splits that it has.
     """
     if split not in splits:
         raise InputError(f"{name} has no split {split!r}; there are: {', '.join(splits)}")

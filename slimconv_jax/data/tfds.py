@@ -1,4 +1,4 @@
-"""Data sets of TensorFlow Datasets as a source, read without TensorFlow."""
+"""Reads data sets of TensorFlow Datasets as a source, without TensorFlow."""
 
 import contextlib
 import os
@@ -14,19 +14,19 @@ from slimconv_jax.errors import LIBRARY_ERRORS, InputError
 class TfdsSource:
     """A data set that TensorFlow Datasets has prepared, read without TensorFlow.
 
-    Its files run no code: a data set may have TFDS's own kinds of features only, and of its records
-    nothing is decoded but the image and the label.
+    The files of a data set cannot run code: only TFDS's own kinds of features are allowed, and only
+    the image and the label of a record are decoded.
 
     Args:
-      name: as TFDS has it: NAME, NAME/CONFIG, NAME:VERSION.
-      split: "train", "validation", or whatever the data set has; also "train[:1000]" and
+      name: as in TFDS: NAME, NAME/CONFIG, NAME:VERSION.
+      split: "train", "validation", or another split of the data set; also "train[:1000]" and
         "train+test".
-      data_dir: where TFDS keeps its data sets; None for its default, `~/tensorflow_datasets` or
+      data_dir: where TFDS stores its data sets; None for its default, `~/tensorflow_datasets` or
         `$TFDS_DATA_DIR`.
 
     Raises:
-      ValueError: if there is no such data set or split, it is not prepared in a format with
-        random access (array_record), or is not one of images, each with one class.
+      ValueError: if there is no such data set or split, if it is not prepared in a format with
+        random access (array_record), or if it does not consist of images with one class each.
     """
 
     def __init__(self, name: str, split: str, data_dir: os.PathLike | str | None = None):
@@ -43,7 +43,7 @@ class TfdsSource:
         try:
             with _features_of_tfds_alone(tfds):
                 builder = tfds.builder(name, data_dir=data_dir, try_gcs=False)
-        except _tfds_errors() as error:  # some of which end in a list of all data sets
+        except _tfds_errors() as error:  # some messages end in a list of all data sets
             reason = str(error).strip().splitlines()[0]
             where = f" in {data_dir}" if data_dir else ""
             raise InputError(f"TFDS has no data set {name!r}{where}: {reason}") from None
@@ -79,21 +79,17 @@ class TfdsSource:
         self.class_names = tuple(features[label].names)
 
     def _keys(self, tfds, info) -> tuple[str, str]:
-        """Which features are the image and the label."""
+        """Returns the names of the features that are the image and the label."""
         features = info.features
         image, label = info.supervised_keys or ("image", "label")
-        try:
-            if isinstance(features[image], tfds.features.Image) and isinstance(
-                features[label], tfds.features.ClassLabel
-            ):
+        with contextlib.suppress(KeyError, TypeError):
+            is_image = isinstance(features[image], tfds.features.Image)
+            if is_image and isinstance(features[label], tfds.features.ClassLabel):
                 return image, label
-        except (KeyError, TypeError):
-            pass
+        there = [f"{key} ({type(feature).__name__})" for key, feature in sorted(features.items())]
         raise InputError(
             f"{self._name} is not an image classification data set: its features are "
-            + ", ".join(
-                f"{key} ({type(feature).__name__})" for key, feature in sorted(features.items())
-            )
+            f"{', '.join(there)}"
         )
 
     def __len__(self) -> int:
@@ -119,7 +115,7 @@ class TfdsSource:
 
 
 _TFDS_NAME = re.compile(r"\w+(/[^/\\,:=]+)?(:[\d.*]+)?")
-"""Without the namespaces of others' code, and without arguments, for which TFDS runs code too."""
+"""Excludes namespaces of others' code, and arguments, for which TFDS also runs code."""
 
 _tfds_lock = threading.Lock()
 
@@ -133,8 +129,8 @@ def _features_of_tfds_alone(tfds: types.ModuleType) -> Iterator[None]:
     def class_of_tfds(cls, name: str) -> type:
         if not name.startswith("tensorflow_datasets."):
             raise InputError(
-                f"its features.json names the class {name!r}, whose module is not imported; the "
-                "classes of tensorflow_datasets alone are"
+                f"its features.json names the class {name!r}, whose module is not imported; only "
+                "classes of tensorflow_datasets are allowed"
             )
         return original.__get__(None, cls)(name)
 
@@ -147,7 +143,7 @@ def _features_of_tfds_alone(tfds: types.ModuleType) -> Iterator[None]:
 
 
 def _tfds_errors() -> tuple[type[Exception], ...]:
-    """What TFDS raises for damaged or unknown data sets."""
+    """Returns the errors that TFDS raises for damaged or unknown data sets."""
     from google.protobuf import json_format, message
 
     return (*LIBRARY_ERRORS, json_format.Error, message.Error)

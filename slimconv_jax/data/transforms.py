@@ -1,7 +1,8 @@
-"""From encoded images to uint8 arrays of one size, on the host.
+"""Turns encoded images into uint8 arrays of one size, on the host.
 
-Evaluation does exactly what torchvision does, with Pillow. For training, JPEGs are decoded only as
-far down and as finely as the crop needs, and resized by OpenCV, several times as fast as Pillow.
+Evaluation does exactly what torchvision does, with Pillow. For training, only the rows that the
+crop needs are decoded, at the resolution that it needs, and resized by OpenCV, several times as
+fast as Pillow.
 """
 
 import dataclasses
@@ -10,6 +11,7 @@ import math
 import os
 from collections.abc import Sequence
 from numbers import Real
+from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -24,16 +26,16 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 MOST_SIDE = 2**13
-"""The pixels a side of the largest images that a model is given."""
+"""The pixels a side of the largest images for a model."""
 
 MOST_PIXELS = 2**26
-"""The pixels of the largest image file that is decoded, by default: as RGB they take 200 MB."""
+"""The default limit of the pixels of an image file that is decoded: as RGB they take 200 MB."""
 
 MOST_IMAGE_BYTES = 2**28
 """The bytes of the largest image file that is read."""
 
 LONGEST_RATIO = 500
-"""Longer images would fill the memory when their shorter side is resized."""
+"""The largest ratio of the sides of an image; resizing longer ones would fill the memory."""
 
 cv2.setNumThreads(0)  # the loader has threads of its own
 
@@ -43,14 +45,14 @@ class ImageError(InputError):
 
 
 def decode_image(data: bytes | np.ndarray, name: str, max_pixels: int = MOST_PIXELS) -> Image.Image:
-    """An image as RGB, of any format in `slimconv_jax.data.image_files`.
+    """Decodes an image as RGB, from any format in `slimconv_jax.data.image_files`.
 
-    Greyscale, palette, RGBA, CMYK and 16-bit images become what torchvision's ImageFolder makes
-    of them, and as there an orientation in the EXIF data is ignored.
+    Converts greyscale, palette, RGBA, CMYK and 16-bit images as torchvision's ImageFolder does, and
+    like it ignores an orientation in the EXIF data.
 
     Args:
       data: the bytes of an image file, or pixels: (H, W, 3), uint8.
-      name: what the image is called in messages.
+      name: of the image, for messages.
       max_pixels: of the largest image that is decoded, since a small file can hold a huge one.
 
     Raises:
@@ -68,27 +70,29 @@ def decode_image(data: bytes | np.ndarray, name: str, max_pixels: int = MOST_PIX
         reason = f"it is in none of the formats {', '.join(formats())}"
     except DAMAGE as error:
         reason = str(error) or type(error).__name__
-    raise ImageError(f"cannot read the image {name}: {reason}")
+    raise _unreadable(name, reason)
+
+
+def _unreadable(name: object, reason: str) -> ImageError:
+    return ImageError(f"cannot read the image {name}: {reason}")
 
 
 def _require_pixels(width: int, height: int, name: str, max_pixels: int) -> None:
     if width * height > max_pixels:
-        raise ImageError(
-            f"cannot read the image {name}: it has {width}x{height} pixels, more than "
-            f"max_pixels={max_pixels}"
-        )
+        reason = f"it has {width}x{height} pixels, more than max_pixels={max_pixels}"
+        raise _unreadable(name, reason)
 
 
 def _require_ratio(width: int, height: int, name: str) -> None:
     if max(width, height) > LONGEST_RATIO * min(width, height):
-        raise ImageError(
-            f"cannot read the image {name}: of {width}x{height} pixels, it is more than "
-            f"{LONGEST_RATIO} times as long as wide"
+        reason = (
+            f"at {width}x{height} pixels, it is more than {LONGEST_RATIO} times as long as wide"
         )
+        raise _unreadable(name, reason)
 
 
 def read_image(path: os.PathLike | str) -> Image.Image:
-    """An image file as RGB; see `decode_image`.
+    """Reads an image file as RGB; see `decode_image`.
 
     Raises:
       ValueError: if it cannot be read as an image.
@@ -96,15 +100,15 @@ def read_image(path: os.PathLike | str) -> Image.Image:
     try:
         data = read_bytes(path, MOST_IMAGE_BYTES)
     except OSError as error:
-        raise ImageError(f"cannot read the image {path}: {error.strerror}") from None
+        raise _unreadable(path, error.strerror) from None
     return decode_image(data, str(path))
 
 
 def resize_and_crop(image: Image.Image, size: int) -> np.ndarray:
-    """What the published networks are evaluated on: (size, size, 3), uint8.
+    """Prepares an image as for the evaluation of the published networks: (size, size, 3), uint8.
 
-    The shorter side is resized to 256 pixels where `size` is 224, in proportion for other
-    sizes, by Pillow's antialiased bilinear filter; then comes the central square.
+    Resizes the shorter side to 256 pixels for a `size` of 224, in proportion for other sizes, with
+    Pillow's antialiased bilinear filter; then takes the central square.
     """
     shorter = round(size * 256 / 224)
     # The longer side is rounded down, as torchvision does.
@@ -121,7 +125,7 @@ def sample_crop(
     scale: Sequence[float],
     ratio: Sequence[float],
 ) -> tuple[int, int, int, int]:
-    """A random part of an image, as torchvision's RandomResizedCrop chooses it.
+    """Samples a part of an image, as torchvision's RandomResizedCrop does.
 
     Args:
       rng: source of randomness.
@@ -155,17 +159,17 @@ def random_resized_crop(
     ratio: Sequence[float],
     max_pixels: int = MOST_PIXELS,
 ) -> np.ndarray:
-    """A random part of an image, resized: (size, size, 3), uint8.
+    """Decodes and resizes a random part of an image: (size, size, 3), uint8.
 
-    Bilinearly, without antialiasing unless the part is twice as large or more; the part of a
-    JPEG so large is decoded at a half, a quarter or an eighth of its size, and its edges lie at
+    Resizes bilinearly, without antialiasing unless the part is at least twice as large; such a
+    part of a JPEG is decoded at a half, a quarter or an eighth of its size, and its edges lie at
     multiples of 2, 4 or 8 pixels.
 
     Args:
-      data: as in `decode_image`, as is `name`.
+      data: see `decode_image`, also for `name`.
       rng: source of randomness; see `sample_crop` for what is drawn.
       size: pixels a side of the result.
-      scale: see `sample_crop`, as for `ratio`.
+      scale: see `sample_crop`, also for `ratio`.
       max_pixels: see `decode_image`.
 
     Raises:
@@ -179,41 +183,37 @@ def random_resized_crop(
         _require_pixels(header.width, header.height, name, max_pixels)
         _require_ratio(header.width, header.height, name)
         top, left, height, width = sample_crop(rng, header.height, header.width, scale, ratio)
-        # At half size, a quarter or an eighth, where that leaves enough: this costs the decoder
-        # less, and antialiases.
+        # Decoding at a half, a quarter or an eighth of the size, where that leaves enough pixels,
+        # costs less and antialiases.
         factor = next((f for f in (8, 4, 2) if min(height, width) >= f * size), 1)
         try:
             pixels = _decode_jpeg(data, header, rows=top + height, factor=factor)
-        except ValueError:  # damaged, or with colours sampled unusually: Pillow can tell
+        except ValueError:  # damaged, or with unusual colour sampling: Pillow knows which
             factor, pixels = 1, np.asarray(decode_image(data, name, max_pixels))
         bottom, right = -(-(top + height) // factor), -(-(left + width) // factor)
         top, left = top // factor, left // factor
         height, width = bottom - top, right - left
     part = pixels[top : top + height, left : left + width]
-    # Beyond a half, bilinear interpolation would leave out pixels.
+    # Shrinking by more than half, bilinear interpolation would skip pixels.
     shrinks = min(part.shape[:2]) >= 2 * size
     interpolation = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
     return cv2.resize(part, (size, size), interpolation=interpolation)
 
 
-@dataclasses.dataclass(frozen=True)
-class _JpegHeader:
-    """Attributes: height and width in pixels, and where in the file the height is written."""
+class _JpegHeader(NamedTuple):
+    """Attributes: height and width in pixels, and the offset of the height in the file."""
 
     height: int
     width: int
     offset: int
 
 
-_END_OF_IMAGE = b"\xff\xd9"
-
-
 def _jpeg_header(data: bytes | np.ndarray) -> _JpegHeader | None:
-    """What `_decode_jpeg` needs; None for all but complete sequential JPEGs, grey or in colour."""
+    """Reads the header of a complete sequential JPEG, grey or in colour; else returns None."""
     if isinstance(data, np.ndarray) or data[:2] != b"\xff\xd8":
         return None
-    # A file that was cut off is left to Pillow, which says so.
-    if not data[-64:].rstrip(b"\0").endswith(_END_OF_IMAGE):
+    # A truncated file, without the end-of-image marker, is left to Pillow, which reports it.
+    if not data[-64:].rstrip(b"\0").endswith(b"\xff\xd9"):
         return None
     position = 2
     while data[position : position + 1] == b"\xff" and position + 10 <= len(data):
@@ -226,26 +226,25 @@ def _jpeg_header(data: bytes | np.ndarray) -> _JpegHeader | None:
             return _JpegHeader(height, width, position + 5)
         if (0xC2 <= marker <= 0xCF and marker != 0xC4) or marker == 0xDA:  # other kinds of frame
             return None
-        padding = marker == 0xFF
-        position += 1 if padding else 2 + int.from_bytes(data[position + 2 : position + 4])
+        is_padding = marker == 0xFF
+        position += 1 if is_padding else 2 + int.from_bytes(data[position + 2 : position + 4])
     return None
 
 
 def _decode_jpeg(data: bytes, header: _JpegHeader, *, rows: int, factor: int) -> np.ndarray:
-    """The first rows of a JPEG, (ceil(rows / factor), ceil(width / factor), 3), uint8.
+    """Decodes the first rows of a JPEG: (ceil(rows / factor), ceil(width / factor), 3), uint8.
 
-    At full size they are what Pillow has there, but for the fast cosine transform, which is off
-    by about 1 of 255 on average.
+    At full size, the rows are those of Pillow but for the fast cosine transform, which is off by
+    about 1 of 255 on average.
 
-    The decoder is told that the image ends a little below those rows, so that it leaves out the
-    rest. It would complain about what follows then, so it may not be strict: damage in the
-    middle of a file, which Pillow notices at times, passes.
+    The header given to the decoder says that the image ends a little below those rows, so that it
+    skips the rest. A strict decoder would reject the data that follow, so this one is not: damage
+    in the middle of a file, which Pillow sometimes notices, passes.
     """
-    at = header.offset
     # Colours of half the resolution are interpolated between rows.
     decoded_rows = min(rows + 2 * factor, header.height)
     if decoded_rows < header.height:
-        data = data[:at] + decoded_rows.to_bytes(2) + data[at + 2 :]
+        data = data[: header.offset] + decoded_rows.to_bytes(2) + data[header.offset + 2 :]
     pixels = simplejpeg.decode_jpeg(
         data,
         fastdct=True,
@@ -257,9 +256,18 @@ def _decode_jpeg(data: bytes, header: _JpegHeader, *, rows: int, factor: int) ->
     return pixels[: -(-rows // factor)]
 
 
+def are_numbers(value: object, count: int, below: float = math.inf) -> bool:
+    """Returns whether a value is a sequence of `count` numbers with magnitudes below a limit."""
+    return (
+        isinstance(value, Sequence)
+        and len(value) == count
+        and all(isinstance(number, Real) and abs(number) < below for number in value)
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class Transform:
-    """How images come to one size; its fields are the keys of `config.transform`.
+    """Brings images to one size; its fields are the keys of `config.transform`.
 
     Attributes:
       image_size: pixels a side; None leaves images as they are, which must all have one size.
@@ -268,7 +276,7 @@ class Transform:
       max_pixels: of the largest image that is decoded; see `decode_image`.
 
     Raises:
-      ValueError: if a range is none, or a number too small or too large.
+      ValueError: if a range is not valid, or a number is too small or too large.
     """
 
     image_size: int | None = None
@@ -282,13 +290,7 @@ class Transform:
         require_integer("transform: max_pixels", self.max_pixels, 1, 178_956_970)  # Pillow's own
         for name, highest in (("scale", 1), ("ratio", math.inf)):
             value = getattr(self, name)
-            if not (
-                isinstance(value, Sequence)
-                and len(value) == 2
-                and all(isinstance(bound, Real) for bound in value)
-                and 0 < value[0] <= value[1] <= highest
-                and value[1] < math.inf
-            ):
+            if not (are_numbers(value, 2) and 0 < value[0] <= value[1] <= highest):
                 limits = "0 < low <= high" + ("" if highest == math.inf else f" <= {highest}")
                 raise InputError(
                     f"transform: {name}={value!r} must be two numbers, low and high, {limits}"
@@ -296,13 +298,13 @@ class Transform:
 
     @property
     def is_random(self) -> bool:
-        """Whether an image is another one each time it is trained on."""
+        """Whether an image is cropped anew each time it is trained on."""
         return self.image_size is not None
 
     def for_training(
         self, data: bytes | np.ndarray, name: str, rng: np.random.Generator
     ) -> np.ndarray:
-        """A random resized crop, unless images are left as they are; see `random_resized_crop`."""
+        """Crops an image at random, unless images stay as they are; see `random_resized_crop`."""
         if not self.is_random:
             return self.for_evaluation(data, name)
         return random_resized_crop(
@@ -316,7 +318,7 @@ class Transform:
         )
 
     def for_evaluation(self, data: bytes | np.ndarray, name: str) -> np.ndarray:
-        """The central part; see `decode_image` and `resize_and_crop`."""
+        """Takes the central part of an image; see `decode_image` and `resize_and_crop`."""
         image = decode_image(data, name, self.max_pixels)
         if self.image_size is None:
             return np.asarray(image)

@@ -1,1 +1,1 @@
-"""What is done with a saved model: evaluated, asked for predictions, exported."""
+"""Evaluation, prediction and export of saved models."""

@@ -21,7 +21,7 @@ TOTALS = {
     "top5": jnp.int32,
     "examples": jnp.int32,
 }
-"""What an evaluation adds up; `loss_rest` is what rounding took from `loss`."""
+"""The sums of an evaluation; `loss_rest` is what rounding took from `loss`."""
 
 
 def make_evaluate(
@@ -30,7 +30,7 @@ def make_evaluate(
     normalize: Callable[[jax.Array], jax.Array],
     mesh: jax.sharding.Mesh,
 ) -> Callable[..., Totals]:
-    """An evaluation that hands all its work to the devices and waits for none of it.
+    """Builds an evaluation that dispatches all its work to the devices without waiting.
 
     Args:
       model: gives the structure of the computation; its arrays are not used.
@@ -46,16 +46,13 @@ def make_evaluate(
     """
     add_batch = make_eval_step(model, normalize=normalize, mesh=mesh)
 
-    def new_totals() -> Totals:
-        zeros = {name: jnp.zeros((), dtype) for name, dtype in TOTALS.items()}
-        return jax.device_put(zeros, replicated(mesh))
-
     def evaluate(
         variables: dict[str, PyTree],
         batches: Iterable[dict[str, jax.Array]],
         latencies: list[float] | None = None,
     ) -> Totals:
-        totals = new_totals()
+        zeros = {name: jnp.zeros((), dtype) for name, dtype in TOTALS.items()}
+        totals = jax.device_put(zeros, replicated(mesh))
         for batch in batches:
             start = time.perf_counter()
             totals = add_batch(totals, variables, batch)
@@ -74,21 +71,21 @@ def make_eval_step(
     normalize: Callable[[jax.Array], jax.Array],
     mesh: jax.sharding.Mesh,
 ) -> Callable[[Totals, dict[str, PyTree], dict[str, jax.Array]], Totals]:
-    """The jitted step of an evaluation: adds the sums over a batch to those before it.
+    """Builds the jitted step of an evaluation, which adds the sums over a batch to the totals.
 
-    Arguments are those of `make_evaluate`. `totals = step(totals, variables, batch)`, with the
+    The arguments are those of `make_evaluate`. `totals = step(totals, variables, batch)`, with the
     names and dtypes of `TOTALS`.
     """
     graphdef = nnx.graphdef(nnx.view(model, use_running_average=True))
 
     def add_batch(totals: Totals, variables: dict[str, PyTree], batch) -> Totals:
         model = merge(graphdef, variables)
-        logits = in_pieces(lambda x: model(normalize(x)), batch["image"], mesh=mesh)
+        logits = in_pieces(model, batch["image"], prepare=normalize, mesh=mesh)
         label, mask = batch["label"], batch["mask"]
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, label)
         _, best = jax.lax.top_k(logits, min(5, logits.shape[-1]))
         right = best == label[:, None]
-        # Thousands of batches are added up: float32 would lose digits without its remainder.
+        # Sums over thousands of batches lose digits in float32, unless the remainder is kept.
         loss, rest = _add(totals["loss"], losses.sum(where=mask))
         return {
             "loss": loss,
@@ -108,38 +105,32 @@ def make_eval_step(
 
 
 def summarize(totals: dict[str, float]) -> dict[str, float]:
-    """What is reported of an evaluation's totals, as Python numbers.
+    """Computes the metrics that are reported, from the totals of an evaluation.
 
     Returns:
       `loss` (mean), `top1` and `top5` (fractions), `correct` and `correct_top5` (counts) and
       `examples`.
     """
-    examples = totals["examples"]
-    return {
-        "loss": totals["loss"] / max(examples, 1),
-        "top1": totals["top1"] / max(examples, 1),
-        "top5": totals["top5"] / max(examples, 1),
-        "correct": totals["top1"],
-        "correct_top5": totals["top5"],
-        "examples": examples,
-    }
+    examples, correct, correct_top5 = (totals[name] for name in ("examples", "top1", "top5"))
+    means = {name: totals[name] / max(examples, 1) for name in ("loss", "top1", "top5")}
+    return means | {"correct": correct, "correct_top5": correct_top5, "examples": examples}
 
 
 def describe(result: dict) -> str:
-    """An evaluation, as `summarize` gives it, in a few words."""
+    """Describes the result of an evaluation, from `summarize`, in a few words."""
     words = "top-1 {top1:.2%} ({correct} of {examples} images), top-5 {top5:.2%}, loss {loss:.4f}"
     return words.format(**result)
 
 
 def describe_skipped(skipped: Collection[str]) -> str:
-    """Which images could not be decoded, at most ten by name."""
+    """Lists the images that could not be decoded, at most ten by name."""
     some = sorted(skipped)[:10]
     more = f" and {len(skipped) - len(some)} more" if len(skipped) > len(some) else ""
     return f"left out, since they cannot be decoded: {', '.join(some)}{more}"
 
 
 def _add(total: jax.Array, term: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """A sum, and what rounding took from it (Knuth's two-sum)."""
+    """Returns a sum, and what rounding took from it (Knuth's two-sum)."""
     result = total + term
     part = result - total
     return result, (total - (result - part)) + (term - part)

@@ -1,11 +1,10 @@
-"""A saved model, of a training run or converted, on a data set."""
+"""Evaluates saved models, of training runs or converted, on data sets."""
 
 import functools
 import inspect
 import shlex
 import statistics
 import time
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -39,8 +38,8 @@ def evaluate(
 
     Args:
       model: a directory that `load_model` takes, or from `open_model`.
-      data: a source, or its name; see `find_data`. Its classes are matched with those of the model
-        by name, if it has names.
+      data: a source, or its name; see `find_data`. Its classes are matched by name with those of
+        the model, if they have names.
       split: see `find_data`.
       data_dir: see `find_data`.
       batch_size: images at once, if there are as many.
@@ -48,7 +47,7 @@ def evaluate(
       max_pixels: see `Transform`.
 
     Returns:
-      What `summarize` gives, and: `skipped`, descriptions of what could not be decoded;
+      What `summarize` returns, and: `skipped`, descriptions of what could not be decoded;
       `images_per_second`, from files to results, without compilation; `batch_size` as it was
       used, a multiple of the devices; `batches`, how many there were; `latency_seconds`, the
       median time of the devices for a batch, and `latency_seconds_max`, the longest.
@@ -67,8 +66,16 @@ def evaluate(
     run = make_evaluate(saved.model, normalize=saved.normalize, mesh=mesh)
     weights = jax.device_put(variables(saved.model), replicated(mesh))
     batch_size = round_up(min(batch_size, len(source)), mesh.size)
-    empty = _empty_batch(batch_size, dataset.image_shape, mesh)
-    run(weights, [empty, empty])  # compiles
+
+    @functools.partial(jax.jit, out_shardings=batch_sharded(mesh))
+    def empty_batch():
+        return {
+            "image": jnp.zeros((batch_size, *dataset.image_shape), jnp.uint8),
+            "label": jnp.zeros(batch_size, jnp.int32),
+            "mask": jnp.zeros(batch_size, bool),
+        }
+
+    run(weights, [empty_batch()] * 2)  # compiles
 
     latencies = []
     start = time.perf_counter()
@@ -94,20 +101,6 @@ def evaluate(
     }
 
 
-def _empty_batch(
-    batch_size: int, image_shape: Sequence[int], mesh: jax.sharding.Mesh
-) -> dict[str, jax.Array]:
-    @functools.partial(jax.jit, out_shardings=batch_sharded(mesh))
-    def zeros():
-        return {
-            "image": jnp.zeros((batch_size, *image_shape), jnp.uint8),
-            "label": jnp.zeros(batch_size, jnp.int32),
-            "mask": jnp.zeros(batch_size, bool),
-        }
-
-    return zeros()
-
-
 def find_data(
     model: epath.PathLike,
     name: str | None = None,
@@ -115,18 +108,21 @@ def find_data(
     split: str | None = None,
     data_dir: epath.PathLike | None = None,
 ) -> tuple[Source, dict[str, Any]]:
-    """What a saved model is evaluated on, and the arguments of `load_source` for it.
+    """Loads the data to evaluate a saved model on.
 
     Args:
       model: a directory that `load_model` takes.
       name: "digits", "tfds/NAME", "image_folder" or "synthetic"; None for what a training run was
         tested on.
       split: None for that of the run, else "test".
-      data_dir: see `load_source`. A run whose config.json names one has to be told, since the file
+      data_dir: see `load_source`. Needed even if config.json of a run names one, since that file
         may be a stranger's.
 
+    Returns:
+      The data, and the arguments of `load_source` for them.
+
     Raises:
-      ValueError: if there are no such data, or none are known.
+      ValueError: if there is no such data set, or the model does not say which it was trained on.
     """
     options = {"name": name, "split": split or "test"}
     if name is None:
@@ -136,7 +132,7 @@ def find_data(
         there = options.get("data_dir")
         if there is not None and data_dir is None:
             raise InputError(
-                f"{model}/config.json says that its data lie in {there}; to read them from there, "
+                f"{model}/config.json says that its data are in {there}; to read them from there, "
                 f"add --data-dir {shlex.quote(str(there))}"
             )
         options["split"] = split or options.get("test_split", "test")
@@ -151,7 +147,7 @@ def find_data(
 
 
 def _match_classes(source: Source, saved: SavedModel) -> Source:
-    """A source with the labels of a model."""
+    """Returns a source with the labels of a model."""
     num_classes = saved.model.config.num_classes
     if not num_classes:
         raise InputError("the model has no classifier, so there is nothing to evaluate")

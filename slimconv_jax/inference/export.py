@@ -1,7 +1,7 @@
-"""Saved models in other formats: as programs that run without this package, or as weights.
+"""Exports saved models: as programs that run without this package, or as weights.
 
-In programs batch norm is folded, and the batch size is symbolic. A file is there only once it has
-been run and found to give the logits of the model.
+In programs batch norm is folded, and the batch size is symbolic. A file appears only once it has
+been run and gives the logits of the model.
 """
 
 import dataclasses
@@ -30,13 +30,13 @@ from slimconv_jax.storage.model_directory import FORMATS as DIRECTORY_FORMATS
 from slimconv_jax.storage.model_directory import save_model, verify_weights
 
 INPUTS = {"float": jnp.float32, "uint8": jnp.uint8}
-"""What an exported program takes: normalised images, or pixels, which it normalises itself."""
+"""The inputs of exported programs: normalised images, or pixels, which they normalise."""
 
 BATCH_SIZES = (1, 5)
-"""At which an exported program is compared with the model."""
+"""The batch sizes at which an exported program is compared with the model."""
 
 TOLERANCE = 1e-4
-"""By how much logits may differ, as a fraction of the largest of them."""
+"""How much logits may differ, as a fraction of the largest of them."""
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 
@@ -44,11 +44,11 @@ Program = Callable[[jax.Array], jax.Array]
 
 
 class Exported(NamedTuple):
-    """What was written.
+    """A description of what was written.
 
     Attributes:
-      what: it is, and how it was checked, in words.
-      use: of it, in Python.
+      what: what it is, and how it was checked, in words.
+      use: how to use it, in Python.
     """
 
     what: str
@@ -73,11 +73,11 @@ def export(
         a directory for `load_model`.
       input: of a program: "float" for normalised images, (batch, H, W, 3), float32, or "uint8" for
         pixels, which it normalises itself. None for "float".
-      overwrite: whether what is there already is replaced.
+      overwrite: whether to replace what is there already.
 
     Raises:
       ValueError: if an argument is wrong, a package is missing, the output cannot be written, or
-        is not the same as the model, in which case there is none.
+        differs from the model, in which case nothing is written.
     """
     check_format(format, input=input)
     saved = model if isinstance(model, SavedModel) else open_model(model)
@@ -85,7 +85,7 @@ def export(
 
 
 def check_format(format: str, *, input: str | None = None, image_size: int | None = None) -> None:
-    """Makes sure that there is a format and that it takes these options, before long work.
+    """Checks that a format exists and takes these options, before long work.
 
     Raises:
       ValueError: if not.
@@ -94,8 +94,7 @@ def check_format(format: str, *, input: str | None = None, image_size: int | Non
         raise InputError(f"format={format!r} must be one of {', '.join(map(repr, FORMATS))}")
     if format not in PROGRAMS and (input is not None or image_size is not None):
         raise InputError(
-            f"--input and --image-size are for {' and '.join(PROGRAMS)}; {format} takes the "
-            "weights alone"
+            f"--input and --image-size are for {' and '.join(PROGRAMS)}; {format} has only weights"
         )
     if input not in (None, *INPUTS):
         raise InputError(f"input={input!r} must be one of {', '.join(map(repr, INPUTS))}")
@@ -106,16 +105,10 @@ def _export_program(
 ) -> Exported:
     preprocessing = saved.preprocessing
     height, width, _ = saved.info.get("image_shape", (None, None, 3))
-    if preprocessing.image_size is None and height == width:  # those of the training
+    if preprocessing.image_size is None and height == width:  # as in training
         preprocessing = dataclasses.replace(preprocessing, image_size=height)
-    error = export_program(
-        saved.model,
-        output,
-        format=format,
-        preprocessing=preprocessing,
-        input=input,
-        overwrite=overwrite,
-    )
+    options = {"format": format, "input": input, "overwrite": overwrite}
+    error = export_program(saved.model, output, preprocessing=preprocessing, **options)
     size, images = preprocessing.image_size, "normalised float32" if input == "float" else input
     name = output_name(saved.model)
     return Exported(
@@ -163,14 +156,14 @@ def export_program(
       preprocessing: gives the size of the images, and the normalisation of "uint8" input.
       input: "float" for normalised images (batch, H, W, 3), float32, or "uint8" for
         pixels.
-      overwrite: whether a file that is there already is replaced.
+      overwrite: whether to replace a file that is there already.
 
     Returns:
       The largest difference from the logits of the model, as `TOLERANCE` measures it.
 
     Raises:
       ValueError: if an argument is wrong, a package is missing, the file cannot be written, or
-        the program does not give the logits of the model, in which case there is no file.
+        the program does not give the logits of the model, in which case no file is written.
     """
     require_resnet(model, "export")
     check_format(format, input=input)
@@ -213,43 +206,43 @@ def _write_onnx(model: ResNet, prepare: Program, images: jax.ShapeDtypeStruct, p
     def program(images: jax.Array) -> jax.Array:
         x = nnx.relu(model.stem(prepare(images)))
         if model.config.stem == "imagenet":
-            # jax2onnx leaves out the padding of a pool. After ReLU, 0 is as good as its -infinity.
+            # jax2onnx ignores the padding of a pool. After ReLU, 0 does what -infinity does.
             x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
             x = nnx.max_pool(x, window_shape=(3, 3), strides=(2, 2), padding="VALID")
         return model.head(model.stage_outputs(x)[-1])
 
     jax2onnx, _ = (import_extra(name, extra="export") for name in ("jax2onnx", "onnxruntime"))
-    logging.getLogger("onnx_ir").setLevel(logging.ERROR)  # it warns of shapes in the middle
+    logging.getLogger("onnx_ir").setLevel(logging.ERROR)  # it warns about intermediate shapes
     names = {"input_names": ["images"], "output_names": [output_name(model)]}
-    # It lags behind JAX and Flax: what it uses is deprecated, and functions within functions fail
-    # with the newest.
+    # jax2onnx lags behind JAX and Flax: it uses deprecated functions, and nested jitted functions
+    # fail with the newest versions.
     with warnings.catch_warnings(), jax.disable_jit():
         warnings.simplefilter("ignore")
         try:
             proto = jax2onnx.to_onnx(program, [images], model_name="slimconv_jax", **names)
-        except LIBRARY_ERRORS as error:  # of jax2onnx, which knows not everything in JAX
+        except LIBRARY_ERRORS as error:  # of jax2onnx, which does not support all of JAX
             reason = str(error).strip().split("\n")[0]
             raise InputError(f"jax2onnx cannot convert the model: {reason}") from error
-    # Whole, where jax2onnx itself would write large weights to a second file.
+    # One file, where jax2onnx itself would write large weights to a second one.
     path.write_bytes(proto.SerializeToString())
 
 
 def read_onnx(path: Path) -> Program:
-    """An exported program, run by onnxruntime on the CPU."""
+    """Reads an exported program, to be run by onnxruntime on the CPU."""
     onnxruntime = import_extra("onnxruntime", extra="export")
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     return lambda images: session.run(None, {"images": np.asarray(images)})[0]
 
 
 def output_name(model: ResNet) -> str:
-    """What a model gives."""
+    """Returns what the output of a model is called."""
     return "logits" if model.config.num_classes else "features"
 
 
 def _verify(
     program: Program, model: ResNet, prepare: Program, images: jax.ShapeDtypeStruct
 ) -> float:
-    """How far a program is from a model on random images.
+    """Measures how far a program is from a model on random images, as `TOLERANCE` does.
 
     Raises:
       ValueError: if it is too far, or the logits are not finite.
@@ -261,7 +254,7 @@ def _verify(
     else:
         inputs = rng.normal(size=shape).astype(np.float32)
     graphdef, state = nnx.split(nnx.view(model, use_running_average=True))
-    # Where float32 is float32: accelerators round the factors of products, unless told otherwise.
+    # CPUs compute in float32 throughout; accelerators round factors to fewer bits by default.
     cpu = jax.local_devices(backend="cpu")[0]
     state = jax.device_put(state, cpu)
     with jax.default_device(cpu):
@@ -270,9 +263,9 @@ def _verify(
         if not np.isfinite(expected).all():
             raise InputError("logits of random images are infinite or NaN, so nothing is written")
         differences = [np.asarray(program(inputs[:n])) - expected[:n] for n in BATCH_SIZES]
-    largest = np.abs(expected).max() or 1.0  # if all are 0
+    largest = np.abs(expected).max() or 1.0  # 1 if all are 0
     error = max(np.abs(difference).max() for difference in differences) / largest
-    if not error <= TOLERANCE:  # which NaN is not, either
+    if not error <= TOLERANCE:  # NaN is not
         raise InputError(
             f"the exported program is off by {error:.1e} of the largest logit, more than "
             f"{TOLERANCE:.0e}, so nothing is written"
@@ -298,11 +291,11 @@ PROGRAMS = {
         'onnxruntime.InferenceSession("{}").run(["{}"], {{"images": images}})[0]',
     ),
 }
-"""The formats that are programs: how they are written, read back, and run in Python."""
+"""The formats that are programs: how to write them, read them back, and run them in Python."""
 
 FORMATS = {
     **dict.fromkeys(PROGRAMS, _export_program),
     "torch": _export_state_dict,
     **dict.fromkeys(DIRECTORY_FORMATS, _export_directory),
 }
-"""The formats, and what writes each."""
+"""The formats, and the function that writes each."""

@@ -1,4 +1,4 @@
-"""What a saved model sees in image files."""
+"""Classifies image files with saved models."""
 
 import functools
 import glob
@@ -40,7 +40,7 @@ class Guess(NamedTuple):
 
 
 class Prediction(NamedTuple):
-    """The likeliest classes of one image; without any if it was left out.
+    """The likeliest classes of one image; none if it was left out.
 
     Attributes:
       image: the file.
@@ -52,12 +52,12 @@ class Prediction(NamedTuple):
 
 
 def expand_paths(paths: Sequence[str]) -> list[str]:
-    """The image files that are meant by files, folders and patterns such as "photos/**/*.jpg".
+    """Lists the image files of files, folders and patterns such as "photos/**/*.jpg".
 
-    Of folders, and of what a pattern matches, the files whose names end as images do.
+    In folders and matches of patterns, only files with the endings of images count.
 
     Raises:
-      ValueError: if one of them is not there, or has no images.
+      ValueError: if one of them does not exist, or has no images.
     """
     files = []
     for path in paths:
@@ -119,7 +119,7 @@ def predict(
         shapes = ("{1}x{0}".format(*shape) for shape in (trained_on, dataset.image_shape))
         raise InputError(
             "the model was trained on images of {} pixels and takes them as they are, and these "
-            "have {}; --image-size N (image_size) brings them to a size".format(*shapes)
+            "have {}; --image-size N (image_size) resizes them".format(*shapes)
         )
     jax.eval_shape(saved.normalize, jax.ShapeDtypeStruct((1, *dataset.image_shape), jnp.uint8))
     return _predictions(saved, files, dataset, mesh, batch_size)
@@ -140,16 +140,15 @@ def _predictions(
     @functools.partial(jax.jit, out_shardings=replicated(mesh))
     def guess(state: nnx.State, images: jax.Array) -> tuple[jax.Array, jax.Array]:
         model = nnx.merge(graphdef, state)
-        logits = in_pieces(lambda x: model(prepare(x)), images, mesh=mesh)
+        logits = in_pieces(model, images, prepare=prepare, mesh=mesh)
         return jax.lax.top_k(jax.nn.softmax(logits), min(5, num_classes))
 
     batch_size = round_up(min(batch_size, len(files)), mesh.size)
     remaining = iter(files)
     with Progress("predicting", len(files), stderr=True) as progress:
         for batch in dataset.eval_batches(batch_size):
-            rows = zip(
-                *map(np.asarray, (*guess(state, batch["image"]), batch["mask"])), strict=True
-            )
+            arrays = (*guess(state, batch["image"]), batch["mask"])
+            rows = zip(*map(np.asarray, arrays), strict=True)
             # The rows after the last image are padding.
             for (probabilities, classes, is_there), image in zip(rows, remaining, strict=False):
                 best = zip(classes.tolist(), probabilities.tolist(), strict=True)

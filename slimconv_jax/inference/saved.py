@@ -1,4 +1,4 @@
-"""A saved model with all that comes with it: what evaluation, prediction and export begin with."""
+"""Opens saved models with their preprocessing and classes, for evaluation, prediction, export."""
 
 import dataclasses
 import functools
@@ -24,11 +24,11 @@ class SavedModel:
     """A model that was opened, in evaluation mode.
 
     Attributes:
-      path: where it is from.
+      path: of the directory.
       model: the model.
-      preprocessing: what comes before it.
-      info: what else its model.json says.
-      class_names: the name of each class, None if they have none.
+      preprocessing: what comes before the model.
+      info: the rest of model.json.
+      class_names: the name of each class, None if they do not have names.
     """
 
     path: epath.PathLike
@@ -39,7 +39,7 @@ class SavedModel:
 
     @property
     def normalize(self) -> Callable[[jax.Array], jax.Array]:
-        """From pixels to what the model takes, on the device."""
+        """The function from pixels to what the model takes, on the device."""
         return functools.partial(
             normalize, mean=self.preprocessing.mean, std=self.preprocessing.std
         )
@@ -47,7 +47,7 @@ class SavedModel:
     def dataset(
         self, source: Source, mesh: jax.sharding.Mesh, *, on_error: str, max_pixels: int
     ) -> ResidentDataset | StreamedDataset:
-        """The images of a source as the model takes them, but for their normalisation.
+        """Loads the images of a source as the model takes them, except for normalisation.
 
         Raises:
           ValueError: as `Transform` and `load_dataset`.
@@ -75,8 +75,8 @@ def open_model(
     Args:
       path: the directory; of a training run, the work directory.
       dtype: dtype of the computation.
-      checkpoint: of a training run, the step whose checkpoint is taken; None for the newest.
-      ema: of a training run, whether to take the averaged weights.
+      checkpoint: of a training run, the step whose checkpoint to load; None for the newest.
+      ema: of a training run, whether to load the averaged weights.
       **changes: of the preprocessing: `image_size`, `mean`, `std`.
 
     Raises:
@@ -85,7 +85,7 @@ def open_model(
     info = read_info(path)
     preprocessing = preprocessing_of(info, **changes)
     model = load_model(path, dtype=dtype, checkpoint=checkpoint, ema=ema)
-    names, num_classes = info.get("class_names"), model.config.num_classes
-    if names is not None and len(names) != num_classes:
-        raise InputError(f"model.json is damaged: it names {len(names)} classes of {num_classes}")
+    names, count = info.get("class_names"), model.config.num_classes
+    if names is not None and len(names) != count:
+        raise InputError(f"model.json is damaged: it names {len(names)} classes, not {count}")
     return SavedModel(path, model, preprocessing, info, names)

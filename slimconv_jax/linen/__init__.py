@@ -5,9 +5,9 @@
     logits = model.apply(variables, images)
     logits, updates = model.apply(variables, images, train=True, mutable=["batch_stats"])
 
-The modules compute what those of NNX compute, with variables of the same names, so that
-`variables(nnx_model)` are theirs. `SlimmedConv` stands where `nn.Conv` stood, and `slimify` puts
-SlimConv into a whole network.
+The modules compute the same as those of NNX, with variables of the same names, so that they take
+`variables(nnx_model)`. `SlimmedConv` replaces `nn.Conv`, and `slimify` puts SlimConv into a whole
+network.
 """
 
 from slimconv_jax.linen.bridge import variables

@@ -1,4 +1,4 @@
-"""SlimConv for Linen, alone and where a convolution stood."""
+"""SlimConv for Linen, alone and as a replacement for a convolution."""
 
 import dataclasses
 import functools
@@ -23,15 +23,15 @@ from slimconv_jax.models.zoo import abstract
 class SlimConv(nn.Module):
     """`slimconv_jax.SlimConv` for Linen: the same unit, arguments and names.
 
-    The channels C of the input are those that it is called with; it returns C // r + C // 2r.
+    It takes the channels C from its input, and returns C // r + C // 2r channels.
     No activation: apply ReLU next.
 
     Attributes:
       k: see `slimconv_jax.SlimConv`, as for all others. A `kernel_init` of
-        `nn.with_partitioning` is that of the three convolutions, too.
+        `nn.with_partitioning` applies to the three convolutions, too.
       train: whether batch norm uses and records the statistics of this batch, for which
-        "batch_stats" must be mutable; to be given here or in the call, as the mode of
-        `nn.BatchNorm`, but for `init`.
+        "batch_stats" must be mutable. Set it here or in the call, as the mode of `nn.BatchNorm`;
+        `init` does not need it.
     """
 
     k: CompressionRatio | None = None
@@ -70,33 +70,27 @@ class SlimConv(nn.Module):
         }
         options["kernel_init"] = unboxed(self.kernel_init)
         build = functools.partial(slimconv.SlimConv, x.shape[-1], **options)
-        return run_module(
-            self,
-            build,
-            lambda: abstract(build),
-            lambda unit: unit(x),
-            mode_of(self, train),
-            boxes_of(kernel=self.kernel_init),
-        )
+        mode, boxes = mode_of(self, train), boxes_of(kernel=self.kernel_init)
+        return run_module(self, build, abstract(build), lambda unit: unit(x), mode, boxes)
 
 
 class SlimmedConv(nn.Conv):
-    """`nn.Conv` with SlimConv inside: stands where a network takes a class of convolutions.
+    """`nn.Conv` with SlimConv inside, for networks that take the class of their convolutions.
 
         norm = functools.partial(nn.BatchNorm, use_running_average=not train)
         conv = functools.partial(slimconv_jax.linen.SlimmedConv, k="4/3", train=train)
 
-    A convolution of 3x3 becomes SlimConv, ReLU and a 1x1 convolution that restores the width. It
-    stays a convolution, and so does every other one, where SlimConv cannot be or would be larger.
+    A 3x3 convolution becomes SlimConv, ReLU and a 1x1 convolution that restores the width. It stays
+    a convolution if SlimConv is not possible or would be larger; so do all other convolutions.
 
     Attributes:
-      features: see `nn.Conv`, as for all others but these. In a SlimConv, the bias and its
-        initialiser are those of the 1x1 convolution, and so is a `kernel_init` that is given.
-      k: compression ratio, as the next ones see `slimconv_jax.SlimConv`.
+      features: see `nn.Conv`, as for all others except these. With SlimConv, the bias, its
+        initialiser and any `kernel_init` are those of the 1x1 convolution.
+      k: compression ratio; for this and the next ones see `slimconv_jax.SlimConv`.
       momentum: of the batch norms.
       epsilon: of the batch norms.
       axis_name: of the batch norms.
-      train: see `SlimConv`; in a network of `slimify`, the mode that the network is told.
+      train: see `SlimConv`; in a network of `slimify`, the mode that the network is called with.
     """
 
     k: CompressionRatio = "4/3"
@@ -109,12 +103,12 @@ class SlimmedConv(nn.Conv):
         """Maps (..., H, W, C) to (..., H', W', features).
 
         Args:
-          inputs: as of `nn.Conv`.
+          inputs: as in `nn.Conv`.
           train: see the attribute.
 
         Raises:
-          ValueError: if k is none, or `train` is not given, or the variables are not those that
-            there should be.
+          ValueError: if k is not a compression ratio, or `train` is not given, or the variables
+            are not those of the layer.
         """
         reduction = reduction_from_k(self.k)
         if is_3x3(self):
@@ -128,7 +122,7 @@ class SlimmedConv(nn.Conv):
 
 
 def norm_settings(module: nn.Module) -> dict[str, Any]:
-    """The settings of the batch norms that a module makes."""
+    """Returns the batch norm settings among the fields of a module."""
     return {name: getattr(module, name) for name in ("momentum", "epsilon", "axis_name")}
 
 
@@ -139,10 +133,10 @@ def is_3x3(conv: nn.Conv) -> bool:
 def replacement_of(
     conv: nn.Conv, inputs: jax.Array, reduction: int, norm: dict[str, Any]
 ) -> tuple[Callable[..., ProjectedSlimConv], ProjectedSlimConv]:
-    """What takes the place of a convolution: the function that makes it, and its outline.
+    """Returns the function that builds the replacement for a convolution, and its outline.
 
     Raises:
-      ValueError: if there is nothing; the message says why.
+      ValueError: if no replacement exists; the message says why.
     """
     options = {"bias_init": unboxed(conv.bias_init), **norm}
     if conv.kernel_init is not linear.default_kernel_init:
@@ -160,6 +154,6 @@ def run_replacement(
     inputs: jax.Array,
     train: bool,
 ) -> jax.Array:
-    """The output of what takes the place of a convolution."""
+    """Returns the output of the replacement for a convolution."""
     boxes = boxes_of(kernel=conv.kernel_init, bias=conv.bias_init)
-    return run_module(conv, build, lambda: outline, lambda m: m(inputs), train, boxes)
+    return run_module(conv, build, outline, lambda m: m(inputs), train, boxes)

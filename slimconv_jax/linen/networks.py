@@ -15,12 +15,12 @@ from slimconv_jax.models.zoo import abstract_resnet, resnet_config
 
 
 class ResNet(nn.Module):
-    """`slimconv_jax`'s ResNet for Linen; `create_model` makes the named ones.
+    """`slimconv_jax`'s ResNet for Linen; `create_model` builds the named ones.
 
     Attributes:
       config: the architecture.
       zero_init_residual: whether the last batch norm of each residual branch starts at scale 0.
-      remat: whether training recomputes the insides of the blocks to save memory.
+      remat: whether training recomputes the inside of the blocks to save memory.
       dtype: dtype of the computation; parameters, batch statistics and logits are float32.
     """
 
@@ -30,9 +30,9 @@ class ResNet(nn.Module):
     dtype: Dtype | None = None
 
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-        """Logits (N, num_classes) of images (N, H, W, 3), float and normalised.
+        """Maps images (N, H, W, 3), float and normalised, to logits (N, num_classes).
 
-        Without classes, the pooled features (N, C).
+        Without classes, to pooled features (N, C).
 
         Args:
           x: the images.
@@ -45,7 +45,9 @@ class ResNet(nn.Module):
         return self._run(lambda model: model(x), train)
 
     def features(self, x: jax.Array, train: bool = False) -> list[jax.Array]:
-        """The four feature maps of images: `model.apply(variables, x, method="features")`.
+        """Returns the four feature maps of images.
+
+            model.apply(variables, x, method="features")
 
         Arguments and errors are those of a call.
         """
@@ -56,9 +58,7 @@ class ResNet(nn.Module):
         build = functools.partial(
             resnet.ResNet, self.config, zero_init_residual=self.zero_init_residual, **options
         )
-        return run_module(
-            self, build, lambda: abstract_resnet(self.config, **options), forward, train
-        )
+        return run_module(self, build, abstract_resnet(self.config, **options), forward, train)
 
 
 def create_model(
@@ -73,10 +73,10 @@ def create_model(
     remat: bool = False,
     dtype: Dtype | None = None,
 ) -> ResNet:
-    """A Linen module of a named architecture.
+    """Builds a Linen module of a named architecture.
 
-    Arguments and errors are those of `slimconv_jax.create_model`, but for `rngs`: `init` takes
-    the key. It is `init`, too, that notices where a SlimConv of the architecture cannot exist.
+    Arguments and errors are those of `slimconv_jax.create_model`, except `rngs`: `init` takes the
+    key. It is also `init` that raises if a SlimConv of the architecture cannot exist.
     """
     config = resnet_config(
         name, k=k, num_classes=num_classes, stem=stem, width=width, dilation=dilation

@@ -1,10 +1,10 @@
-"""ResNets of irregular widths, such as a pruning search finds, from a small JSON file.
+"""Reads ResNets of irregular widths, such as a pruning search finds, from a small JSON file.
 
     {"stem": 60,
      "stages": [[[40, 52, 232], [64, 64, 232], [64, 60, 232]], [...], [...], [...]]}
 
-A row for each block of each of the four stages: the channels that its 1x1, 3x3 and 1x1 convolutions
-give. The last is the same in a stage, since the outputs of its blocks are added up.
+Each block of each of the four stages has a row: the output channels of its 1x1, 3x3 and 1x1
+convolutions. The last is the same within a stage, since the outputs of its blocks are added up.
 """
 
 from etils import epath
@@ -15,10 +15,10 @@ from slimconv_jax.models.resnet import ResNetConfig
 
 
 def read_channels(path: epath.PathLike) -> ResNetConfig:
-    """The architecture in a JSON file.
+    """Reads an architecture from a JSON file.
 
     Raises:
-      ValueError: if there is no such file, or it is no such architecture.
+      ValueError: if the file does not exist or does not describe such an architecture.
     """
     content = read_json(path)
     try:

@@ -1,4 +1,4 @@
-"""Parameters and multiply-adds, counted on the model itself."""
+"""Counts of parameters and multiply-adds, taken from the model itself."""
 
 import collections
 import dataclasses
@@ -24,11 +24,11 @@ class Layer:
     Attributes:
       path: attribute names and indices from the model to the module.
       type: name of the module's class.
-      shape: shape of its output, for a batch of one; None if it returns no single array.
+      shape: shape of its output, for a batch of one; None if the output is not a single array.
       params: trainable parameters in it.
       macs: multiply-adds of the convolutions and matrix products in it, for one image.
-      told: what a call tells a batch norm or dropout: whether to use running averages; of other
-        modules, what the modules around are told. None is nothing.
+      told: whether the call of a batch norm or dropout says to use running averages; for other
+        modules, whether the calls of the modules around it say so. None if they do not say.
     """
 
     path: tuple[str | int, ...]
@@ -40,39 +40,39 @@ class Layer:
 
 
 def count_params(model: nnx.Module) -> int:
-    """The number of trainable parameters; batch statistics are not among them."""
+    """Counts the trainable parameters, without batch statistics."""
     return sum(math.prod(p.shape) for p in jax.tree.leaves(nnx.state(model, nnx.Param)))
 
 
 def count_macs(model: nnx.Module, image_size: int | Sequence[int] = 224) -> int:
-    """Multiply-adds of one image through the model, in evaluation mode.
+    """Counts the multiply-adds of one image through the model, in evaluation mode.
 
-    Counted are the convolutions and matrix products (the papers' "FLOPs"), padding
-    included, in the program that JAX traces from the model: of a `while_loop` one turn, of a
-    `cond` all branches. Nothing is computed, and the model stays as it is.
+    Counts the convolutions and matrix products (the papers' "FLOPs"), including padding, in the
+    program that JAX traces from the model: one iteration of a `while_loop`, all branches of a
+    `cond`. Computes nothing and does not change the model.
 
     Args:
       model: maps images (N, H, W, C) to anything.
       image_size: pixels a side of an image of three channels, or (H, W, C).
 
     Raises:
-      ValueError: if the image size is neither, or the model takes no such image.
+      ValueError: if the image size is neither, or the model does not take such an image.
     """
-    return sum(macs for _, macs in _products(_trace(model, image_size).jaxpr))
+    return count_program_macs(_trace(model, image_size).jaxpr)
 
 
 def count_program_macs(jaxpr: Jaxpr) -> int:
-    """Multiply-adds of the convolutions and matrix products of any traced program.
+    """Counts the multiply-adds of the convolutions and matrix products of any traced program.
 
-    The zeros that the gradient of a strided convolution puts between its inputs are not counted.
+    Leaves out the zeros that the gradient of a strided convolution puts between its inputs.
     """
     return sum(macs for _, macs in _products(jaxpr))
 
 
 def layers(model: nnx.Module, image_size: int | Sequence[int] = 224) -> list[Layer]:
-    """The modules that a forward pass calls, in the order of the calls, whole before parts.
+    """Lists the modules that a forward pass calls, in call order, each before its parts.
 
-    The figures of a module include those of its parts. The first is the model itself,
+    The counts of a module include those of its parts. The first row is the model itself,
     with path (). Arguments and errors are those of `count_macs`.
     """
     rows: list[Layer] = []
@@ -84,7 +84,7 @@ def layers(model: nnx.Module, image_size: int | Sequence[int] = 224) -> list[Lay
 
 
 def as_image_shape(image_size: int | Sequence[int]) -> tuple[int, int, int]:
-    """(H, W, C) of an image size as `count_macs` takes it.
+    """Returns the (H, W, C) of an image size as `count_macs` takes it.
 
     Raises:
       ValueError: if it is neither an integer nor three of them, or not positive.
@@ -99,12 +99,16 @@ def as_image_shape(image_size: int | Sequence[int]) -> tuple[int, int, int]:
     return tuple(image_size)
 
 
+def _call(model: nnx.Module, x: jax.Array) -> Any:
+    return model(x, **arguments_for(type(model).__call__, training=False))
+
+
 def _trace(
     model: nnx.Module,
     image_size: int | Sequence[int],
-    forward: Callable[[nnx.Module, jax.Array], Any] = lambda model, x: _call(model, x),
+    forward: Callable[[nnx.Module, jax.Array], Any] = _call,
 ) -> ClosedJaxpr:
-    """The program of a forward pass of one image, in evaluation mode."""
+    """Traces a forward pass of one image, in evaluation mode."""
     image_shape = as_image_shape(image_size)
     graphdef, state = nnx.split(model)
 
@@ -116,21 +120,17 @@ def _trace(
     image = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
     try:
         return jax.make_jaxpr(run)(state, image)
-    except (*LIBRARY_ERRORS, FlaxError) as error:  # of the model, which may be anyone's
+    except (*LIBRARY_ERRORS, FlaxError) as error:  # from any code, since it is the user's model
         reason = str(error).strip().split("\n")[0]
         raise InputError(
-            f"the model takes no image of {'x'.join(map(str, image_shape))}: {reason}"
+            f"the model does not take an image of {'x'.join(map(str, image_shape))}: {reason}"
         ) from error
-
-
-def _call(model: nnx.Module, x: jax.Array) -> Any:
-    return model(x, **arguments_for(type(model).__call__, training=False))
 
 
 def _products(
     jaxpr: Jaxpr, repeats: int = 1, outer: tuple[str, ...] = ()
 ) -> Iterator[tuple[tuple[str, ...], int]]:
-    """Each convolution and matrix product of a program: its named scopes, its multiply-adds."""
+    """Yields the named scopes and multiply-adds of each convolution and matrix product."""
     for eqn in jaxpr.eqns:
         scopes = (*outer, *str(eqn.source_info.name_stack).split("/"))
         shapes = [getattr(v.aval, "shape", ()) for v in (*eqn.invars, *eqn.outvars)]
@@ -146,10 +146,10 @@ def _products(
             yield scopes, repeats * math.prod(output) * math.prod(lhs[i] for i in contracted)
         else:
             inner_repeats = repeats * eqn.params.get("length", 1)  # of a scan
-            if eqn.primitive.name == "shard_map":  # whose program is that of each device
+            if eqn.primitive.name == "shard_map":  # its program is that of one device
                 inner_repeats *= eqn.params["mesh"].size
             params = dict(eqn.params)
-            if params.get("branches_platforms"):  # one of which runs, and all compute the same
+            if params.get("branches_platforms"):  # one of them runs, and all compute the same
                 params["branches"] = params["branches"][-1:]
             for inner in jax.tree.leaves(list(params.values()), is_leaf=_is_jaxpr):
                 if _is_jaxpr(inner):
@@ -162,24 +162,23 @@ def _is_jaxpr(x: Any) -> bool:
 
 
 def _scope(index: int) -> str:
-    """The named scope in which the module of row `index` runs; no model has such a name."""
+    """Returns the scope in which the module of row `index` runs, a name that no model uses."""
     return f"<row {index}>"
 
 
 def _call_recorded(model: nnx.Module, x: jax.Array, rows: list[Layer]) -> Any:
-    """Calls a model with a row appended, and a named scope opened, for every module called.
+    """Calls a model, and appends a row and opens a named scope for every module called.
 
-    Modules are called through their class, so for the time of the call `__call__` of the
-    classes concerned is replaced.
+    Python looks up `__call__` on the class, so this replaces `__call__` of the classes involved
+    for the duration of the call.
     """
     paths = {id(module): path for path, module in nnx.iter_modules(model)}
-    classes = {
-        base
+    originals = {
+        base: vars(base)["__call__"]
         for _, module in nnx.iter_modules(model)
         for base in type(module).__mro__
         if "__call__" in vars(base)
     }
-    originals = {base: vars(base)["__call__"] for base in classes}
     active = []
 
     def recorded(original: Callable) -> Callable:
@@ -187,21 +186,11 @@ def _call_recorded(model: nnx.Module, x: jax.Array, rows: list[Layer]) -> Any:
         def call(module: nnx.Module, *args, **kwargs):
             if id(module) not in paths or (active and active[-1] is module):
                 return original(module, *args, **kwargs)  # not of this model, or super().__call__
-            index = len(rows)
-            rows.append(
-                Layer(
-                    path=paths[id(module)],
-                    type=type(module).__name__,
-                    shape=None,
-                    params=count_params(module),
-                    macs=0,
-                    told=(
-                        uses_running_average(original, (module, *args), kwargs)
-                        if isinstance(module, nnx.BatchNorm | nnx.Dropout)
-                        else told.value
-                    ),
-                )
-            )
+            index, mode = len(rows), told.value
+            if isinstance(module, nnx.BatchNorm | nnx.Dropout):
+                mode = uses_running_average(original, (module, *args), kwargs)
+            path, name, params = paths[id(module)], type(module).__name__, count_params(module)
+            rows.append(Layer(path, name, None, params, macs=0, told=mode))
             active.append(module)
             try:
                 with jax.named_scope(_scope(index)):

@@ -10,11 +10,11 @@ from slimconv_jax.models.layers import ConvBN
 
 
 class GhostConvBN(nnx.Module):
-    """A convolution and batch norm of which half the outputs are computed from the other half.
+    """A convolution and batch norm that compute half of the outputs from the other half.
 
     A primary convolution to half of the channels, then batch norm; a 3x3 depthwise convolution of
-    that, then batch norm; the two side by side (s=2, d=3 in the paper). It takes the place of
-    `ConvBN`, and like it has no activation, also not between the two.
+    that, then batch norm; the two concatenated (s=2, d=3 in the paper). It replaces `ConvBN`, and
+    like it has no activation, not even between the two.
 
     Args:
       in_features: channels of the input.

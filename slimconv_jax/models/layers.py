@@ -1,4 +1,4 @@
-"""The pieces that SlimConv and the ResNets share: initialisers, convolution, batch norm."""
+"""Parts that SlimConv and the ResNets share: initialisers, convolution, batch norm."""
 
 import functools
 import itertools
@@ -21,13 +21,13 @@ kaiming_normal = nnx.initializers.variance_scaling(2.0, "fan_out", "normal")
 
 
 def at_least_float32(dtype: Dtype) -> jnp.dtype:
-    """A floating-point dtype, or float32 instead of a shorter one."""
-    # Not `jnp.promote_types`, which refuses where users have strict promotion switched on.
+    """Returns a floating-point dtype, or float32 for a shorter one."""
+    # Not `jnp.promote_types`, which raises if the user has switched on strict promotion.
     return jnp.dtype(dtype if jnp.finfo(dtype).bits >= 32 else jnp.float32)
 
 
 def uniform_fan_in(fan_in: int) -> Initializer:
-    """Uniform in +-1/sqrt(fan_in), PyTorch's default for linear layers and biases."""
+    """Returns a uniform initialiser in +-1/sqrt(fan_in), PyTorch's default for linear layers."""
     bound = fan_in**-0.5
 
     def init(key: jax.Array, shape: Sequence[int], dtype: Dtype = jnp.float32) -> jax.Array:
@@ -37,55 +37,34 @@ def uniform_fan_in(fan_in: int) -> Initializer:
 
 
 class BatchNorm(nnx.BatchNorm):
-    """Batch norm as everywhere in the paper: epsilon 1e-5, running average kept at 0.9.
+    """Batch norm with the paper's settings: momentum 0.9, epsilon 1e-5.
 
-    It differs from its base class in three ways. With a `dtype`, only the input and the output
-    have it: statistics, scale and bias enter the arithmetic in float32, in evaluation too. Both
-    statistics come from one pass over the input, in which the running mean is subtracted first, so
-    that the variance does not cancel once the running mean is about right; until then it is that
-    of the base class, E[x^2] - E[x]^2. (Of a map of one pixel, such as the gates see, the mean
-    itself is subtracted, as in PyTorch: their inputs are so few that a second pass is free.) And
-    the running statistics are replaced as a whole:
-    with jax 0.10 and flax 0.12.8 the base class's `mean[...] = ` looks for the sharding of a
-    tracer, for which JAX walks the whole program traced so far, so that tracing takes time
-    quadratic in the depth (sc_resnet101: 25 s instead of 1 s).
+    It differs from its base class in three ways:
+
+    - With a `dtype`, only the input and the output have it: statistics, scale and bias enter the
+      arithmetic in float32, in evaluation too.
+    - One pass over the input computes both statistics. It subtracts the running mean first, so that
+      the variance does not cancel once the running mean is about right; until then it is as
+      accurate as that of the base class, E[x^2] - E[x]^2. (On a map of one pixel, as in the gates,
+      it subtracts the mean itself, as PyTorch does: for so few inputs a second pass is free.)
+    - It replaces the running statistics as a whole. With jax 0.10 and flax 0.12.8 the base class's
+      `mean[...] = ` looks for the sharding of a tracer, for which JAX walks the whole program
+      traced so far, so that tracing takes time quadratic in the depth (sc_resnet101: 25 s instead
+      of 1 s).
 
     Args:
       features: channels, the last axis of the input.
-      momentum: share of the running average that each batch leaves.
+      momentum: share of the running average that each batch keeps.
       epsilon: added to the variance.
-      scale_init: initialiser of the scale.
-      axis_name: of the devices whose inputs are one batch, under `jax.shard_map` and the like.
-      axis_index_groups: groups of those devices; each group's inputs are one batch.
-      dtype: dtype of the output; inferred from input and parameters if None.
-      param_dtype: dtype of scale and bias; the statistics are float32.
-      rngs: source of the initial parameters.
+      **options: as in `nnx.BatchNorm`. `scale_init` is the initialiser of the scale. `axis_name`
+        is that of the devices whose inputs are one batch, under `jax.shard_map` and the like, and
+        `axis_index_groups` makes the inputs of each group of devices one batch. `dtype` is that of
+        the output, inferred from input and parameters if None, and `param_dtype` that of scale and
+        bias; the statistics are float32. `rngs` is the source of the initial parameters.
     """
 
-    def __init__(
-        self,
-        features: int,
-        *,
-        momentum: float = 0.9,
-        epsilon: float = 1e-5,
-        scale_init: Initializer = jax.nn.initializers.ones,
-        axis_name: str | None = None,
-        axis_index_groups: Sequence[Sequence[int]] | None = None,
-        dtype: Dtype | None = None,
-        param_dtype: Dtype = jnp.float32,
-        rngs: nnx.Rngs,
-    ):
-        super().__init__(
-            features,
-            momentum=momentum,
-            epsilon=epsilon,
-            scale_init=scale_init,
-            axis_name=axis_name,
-            axis_index_groups=axis_index_groups,
-            dtype=dtype,
-            param_dtype=param_dtype,
-            rngs=rngs,
-        )
+    def __init__(self, features: int, *, momentum: float = 0.9, epsilon: float = 1e-5, **options):
+        super().__init__(features, momentum=momentum, epsilon=epsilon, **options)
 
     def __call__(self, x: jax.Array, use_running_average: bool | None = None) -> jax.Array:
         """Normalises (..., features), over the whole batch in training mode."""
@@ -98,12 +77,12 @@ def normalize(
     parts: Sequence[jax.Array],
     use_running_average: bool | None = None,
 ) -> jax.Array:
-    """What the norms make of their inputs, concatenated, in one pass over all of them.
+    """Normalises the inputs of several batch norms in one pass, and concatenates the results.
 
     Args:
-      norms: of the same settings (`mergeable`).
+      norms: batch norms of the same settings (see `mergeable`).
       parts: the input of each, (..., features).
-      use_running_average: instead of their own.
+      use_running_average: overrides that of the norms, unless None.
     """
     norm = norms[0]
     use_running_average = _mode(norm, use_running_average)
@@ -129,32 +108,32 @@ def normalize(
     shift, offset = mean, 0.0
     if not use_running_average and x.size == x.shape[0] * x.shape[-1]:
         shift = over_devices(x.astype(wide).mean(axes))
-    shift = jax.lax.stop_gradient(shift)  # whatever is subtracted, the results are the same
+    shift = jax.lax.stop_gradient(shift)  # the results do not depend on the shift
     if not use_running_average:
-        # Of each part by itself: what computes it can add it up, too.
+        # For each part by itself, so that XLA can fuse the sums into what computes the part.
         shifted = [
             part.astype(wide) - along_channels(s)
             for part, s in zip(parts, split(shift), strict=True)
         ]
         moments = [jnp.stack([part.mean(axes), jnp.square(part).mean(axes)]) for part in shifted]
-        # All of them together: one collective.
+        # For all of them together, in one collective.
         offset, mean_square = over_devices(jnp.concatenate(moments, axis=-1))
         batch_mean, batch_var = shift + offset, jnp.maximum(mean_square - jnp.square(offset), 0)
         running_mean = norm.momentum * mean + (1 - norm.momentum) * batch_mean
         running_var = norm.momentum * var + (1 - norm.momentum) * batch_var
         for each, m, v in zip(norms, split(running_mean), split(running_var), strict=True):
-            # In their own dtype, whatever that of the input is: what a loop carries may not change.
+            # In their own dtype, whatever that of the input: the carry of a loop must not change.
             each.mean.set_value(m.astype(each.mean.dtype))
             each.var.set_value(v.astype(each.var.dtype))
         var = batch_var
-    # One product and one sum, of which the backward pass needs two sums over the input.
+    # One product and one sum, for which the backward pass needs two sums over the input.
     factor = jax.lax.rsqrt(var + norm.epsilon) * scale
     centred = x.astype(wide) - along_channels(shift)
     return (centred * along_channels(factor) + along_channels(bias - offset * factor)).astype(dtype)
 
 
 def _mode(norm: nnx.BatchNorm, use_running_average: bool | None) -> bool:
-    """The mode of a call, else of the unit that it is in, else that of the norm."""
+    """Returns the mode of the call, else of the SlimConv around it, else of the norm itself."""
     for mode in (use_running_average, running_average.value, norm.use_running_average):
         if mode is not None:
             return mode
@@ -162,14 +141,14 @@ def _mode(norm: nnx.BatchNorm, use_running_average: bool | None) -> bool:
 
 
 def leave_devices(model: nnx.Module) -> None:
-    """Lets each batch norm of a model take its input for the whole batch, without other devices."""
+    """Makes each batch norm of a model use its own input only, not that of other devices."""
     for _, module in nnx.iter_modules(model):
         if isinstance(module, nnx.BatchNorm):
             module.axis_name = None
 
 
 def mergeable(norms: Sequence[nnx.Module]) -> bool:
-    """Whether `normalize` can treat the norms together, in training mode."""
+    """Returns whether the norms are in training mode and `normalize` can take them together."""
     if not all(type(norm) is BatchNorm and not _mode(norm, None) for norm in norms):
         return False
     settings = ("momentum", "epsilon", "dtype", "axis_name", "axis_index_groups")
@@ -187,7 +166,7 @@ class ConvBN(nnx.Module):
       kernel_size: side of the kernel, odd.
       strides: one stride, or one for each of height and width.
       kernel_dilation: one dilation, or one for each of height and width.
-      padding: as `nnx.Conv` has it. None is symmetric, `kernel_dilation * (kernel_size - 1) / 2`
+      padding: as in `nnx.Conv`. None is symmetric, `kernel_dilation * (kernel_size - 1) / 2`
         on each side, as in PyTorch; XLA's "SAME" pads unevenly at stride 2.
       feature_group_count: groups; must divide both channel counts.
       kernel_init: initialiser of the kernel.

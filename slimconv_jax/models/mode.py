@@ -1,8 +1,9 @@
-"""Training or evaluation, as the caller of a model tells it.
+"""The mode of a model, training or evaluation, as its caller sets it.
 
 Flax has two ways: `model.train()` and `model.eval()` set attributes of the batch norms, or the
-model takes the mode as an argument (`training`, `deterministic`, ...) and hands it to its own batch
-norms. Layers that were put into a model later get no such argument. They hear it through a context.
+model takes the mode as an argument (`training`, `deterministic`, ...) and passes it to its own
+batch norms. Layers that were put into a model later do not get the argument; a context passes it on
+to them.
 """
 
 import copyreg
@@ -26,19 +27,19 @@ _MEANS_TRAINING = {
     **dict.fromkeys(("inference", "is_inference", "inference_mode"), False),
     **_OF_DROPOUT,
 }
-"""The names that arguments for the mode have, and whether True means training.
+"""The names of mode arguments, and whether True means training.
 
-Where there are several, the first one here counts, and those of dropout do not.
+If a function has several, the first one here counts, and those of dropout do not.
 """
 
 running_average = jax.make_user_context(None)
-"""Whether the batch norms of this package use their running averages; None: as each is set.
+"""Whether the batch norms of this package use their running averages; None for their own settings.
 
-A context of JAX, so that `jax.jit` compiles once for each.
+A context of JAX, so that `jax.jit` compiles once for each value.
 """
 
 told = jax.make_user_context(None)
-"""What the modules around are told of their mode, as `running_average`; None if nothing.
+"""The mode in the calls of the modules around, as in `running_average`; None if they have none.
 
 Only layers that were put into a model follow it.
 """
@@ -46,10 +47,10 @@ Only layers that were put into a model follow it.
 
 @functools.lru_cache(maxsize=4096)
 def mode_arguments(function: Callable) -> tuple[str, ...]:
-    """The arguments of a function or method that tell the mode."""
+    """Returns the names of the mode arguments of a function or method."""
     try:
         parameters = inspect.signature(function).parameters
-    except (TypeError, ValueError):  # of what is not written in Python
+    except (TypeError, ValueError):  # for a function that is not written in Python
         return ()
     return tuple(name for name in _MEANS_TRAINING if name in parameters)
 
@@ -57,12 +58,12 @@ def mode_arguments(function: Callable) -> tuple[str, ...]:
 def uses_running_average(
     function: Callable, args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> bool | None:
-    """The mode that a call tells, as `told` has it; None if it tells none.
+    """Returns the mode in a call, as in `told`; None if the call has none.
 
     Args:
-      function: what is called, unbound.
+      function: the function that is called, unbound.
       args: its positional arguments, the first of which is the module.
-      kwargs: its other arguments.
+      kwargs: its keyword arguments.
 
     Raises:
       ValueError: if the mode is traced.
@@ -72,7 +73,7 @@ def uses_running_average(
     try:
         call = inspect.signature(function).bind(*args, **kwargs)
     except TypeError:
-        return None  # the call itself says what is wrong
+        return None  # the call itself will raise
     given = set(call.arguments)
     call.apply_defaults()
     names = [name for name in names if name not in _OF_DROPOUT] or names
@@ -80,13 +81,13 @@ def uses_running_average(
 
 
 def attribute_mode(module: Any) -> bool | None:
-    """The mode that a Linen module has in its fields, as `told` has it; None if it has none."""
+    """Returns the mode in the fields of a Linen module, as in `told`; None if it has none."""
     fields = type(module).__dataclass_fields__
     return _mode_of({n: getattr(module, n) for n in _MEANS_TRAINING if n in fields}, set())
 
 
 def _mode_of(values: Mapping[str, Any], given: set[str]) -> bool | None:
-    """The first mode among values, of which those of dropout count if given, or if none is told."""
+    """Returns the first mode among values; defaults for dropout only count if `told` is None."""
     for name, value in values.items():
         if name in _OF_DROPOUT and name not in given and told.value is not None:
             continue
@@ -103,15 +104,16 @@ def _mode_of(values: Mapping[str, Any], given: set[str]) -> bool | None:
 
 
 def arguments_for(function: Callable, *, training: bool) -> dict[str, bool]:
-    """What to call a function or method with for a mode."""
+    """Returns the keyword arguments that set the mode in a call of a function or method."""
     return {name: training is _MEANS_TRAINING[name] for name in mode_arguments(function)}
 
 
 @functools.cache
 def telling(module_type: type[nnx.Module]) -> type[nnx.Module]:
-    """The class of a module, or, if calls tell it the mode, one that tells the layers inside.
+    """Derives a class whose calls pass their mode on to the layers inside.
 
-    It has the name and everything else of the class that it is derived from.
+    The derived class has the same name and everything else. Returns the class itself if its
+    methods have no mode argument.
     """
     methods = {
         name: method
@@ -146,13 +148,13 @@ def telling(module_type: type[nnx.Module]) -> type[nnx.Module]:
 
 
 def is_telling(module_type: type) -> bool:
-    """Whether a class is one of `telling`."""
+    """Returns whether `telling` derived a class."""
     return getattr(module_type, "_tells_mode", False)
 
 
 @functools.cache
 def _picklable(metaclass: type) -> type:
-    """A metaclass for the classes of `telling`, which pickle does not find by their names."""
+    """Derives a metaclass for the classes of `telling`, which pickle cannot find by name."""
     derived = type(metaclass.__name__, (metaclass,), {})
     copyreg.pickle(derived, lambda teller: (telling, teller.__bases__))
     return derived

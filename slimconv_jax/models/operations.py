@@ -1,7 +1,7 @@
-"""What is fast differs by platform: operations of two forms, and which platform has which.
+"""Operations with two implementations, of which each platform gets the faster one.
 
-The choice is made where a program is lowered, not where it is traced: a program that is compiled
-ahead for another device, or exported for several, has the form of the device that it is for.
+JAX chooses when it lowers a program, not when it traces it: a program that is compiled ahead for
+another device, or exported for several, has the implementation for that device.
 """
 
 import functools
@@ -28,13 +28,13 @@ def conv_general_dilated(
     precision: PrecisionLike = None,
     **kwargs,
 ) -> jax.Array:
-    """`jax.lax.conv_general_dilated` of NHWC by HWIO, on CPUs as one matrix product where faster.
+    """Convolves NHWC by HWIO, on CPUs as one matrix product where that is faster.
 
-    That is for 1x1 kernels, and where the output has fewer positions than the kernel. For those
-    XLA for CPUs has but a naive loop (20 times slower), and what the product is of, the pixels
-    under the kernel side by side, is small. Elsewhere it is the convolution itself: the slices
-    and reshapes around a product cost a TPU and a GPU passes over memory. Arguments are those of
-    the original, as `nnx.Conv` gives them.
+    It is faster for 1x1 kernels, and where the output has fewer positions than the kernel. For the
+    latter XLA for CPUs has only a naive loop (20 times slower), and the operand of the product,
+    which is the pixels under the kernel side by side, is small. On TPUs and GPUs the slices and
+    reshapes around a product would cost passes over memory. Arguments are those of
+    `jax.lax.conv_general_dilated`, as `nnx.Conv` passes them.
     """
     convolve = functools.partial(
         jax.lax.conv_general_dilated,
@@ -84,7 +84,7 @@ def conv_general_dilated(
             )
             patches.append(x[:, rows, columns])
         x = jnp.concatenate(patches, axis=-1)
-        # Two axes from the start: of a product over three, XLA for CPUs copies the gradient.
+        # Reshaped to two axes first: for a product of three, XLA for CPUs copies the gradient.
         rows, kernel = math.prod(x.shape[:-1]), rhs.reshape(x.shape[-1], rhs.shape[-1])
         y = jnp.matmul(x.reshape(rows, x.shape[-1]), kernel, precision=precision)
         return y.reshape(*x.shape[:-1], rhs.shape[-1])
@@ -93,12 +93,12 @@ def conv_general_dilated(
 
 
 def max_pool(x: jax.Array) -> jax.Array:
-    """3x3 maxima at stride 2, padded by 1: (..., H, W, C) to (..., (H + 1) // 2, (W + 1) // 2, C).
+    """Takes 3x3 maxima at stride 2, padded by 1.
 
-    The gradient goes to the first of equal maxima. TPUs have an instruction for the gradient of a
-    pool; for CPUs and GPUs XLA has a scatter after a search, which is slow, and for them the pool
-    is put together of larger-of-two (there the gradient goes to what is not a number, if there is
-    such).
+    Maps (..., H, W, C) to (..., (H + 1) // 2, (W + 1) // 2, C). The gradient goes to the first of
+    equal maxima. TPUs have an instruction for the gradient of a pool. On CPUs and GPUs XLA does a
+    search and a scatter, which is slow, so for them the pool consists of pairwise maxima (whose
+    gradient goes to a NaN, if there is one).
     """
     return jax.lax.platform_dependent(x, tpu=_pool_window, default=_pool_slices)
 
@@ -109,10 +109,10 @@ def _pool_window(x: jax.Array) -> jax.Array:
 
 def _pool_slices(x: jax.Array) -> jax.Array:
     lowest = jnp.array(-jnp.inf, x.dtype)
-    for axis in (x.ndim - 2, x.ndim - 3):  # along the rows first, as in the order of the window
+    for axis in (x.ndim - 2, x.ndim - 3):  # along the rows first, in the order of the window
         size = (x.shape[axis] + 1) // 2
         pads = [(0, 0, 0)] * x.ndim
-        # As many elements behind the last window as make three slices of the same size.
+        # Pads the end so that the three slices have the same size.
         pads[axis] = (1, 2 * size + 1 - x.shape[axis], 0)
         x = jax.lax.pad(x, lowest, pads)
         first, second, third = (
@@ -124,5 +124,5 @@ def _pool_slices(x: jax.Array) -> jax.Array:
 
 
 def _larger(a: jax.Array, b: jax.Array) -> jax.Array:
-    """The larger of two, the first if they are equal, or what is not a number."""
+    """Returns the larger of two, the first if they are equal, or a NaN if there is one."""
     return jnp.where((a >= b) | jnp.isnan(a), a, b)

@@ -1,4 +1,4 @@
-"""SlimConv with its width restored: what stands in the place of any 3x3 convolution."""
+"""SlimConv with its width restored, as a replacement for any 3x3 convolution."""
 
 import math
 from collections.abc import Mapping
@@ -6,13 +6,12 @@ from types import MappingProxyType
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from flax import nnx
 from flax.linen import dtypes as linen_dtypes
 from flax.nnx.nn import dtypes as nnx_dtypes
-from flax.typing import Dtype, Initializer, PrecisionLike
+from flax.typing import Initializer
 
 from slimconv_jax.errors import InputError
 from slimconv_jax.models.complexity import count_params
@@ -23,12 +22,12 @@ from slimconv_jax.models.slimconv import SlimConv
 
 
 class ProjectedSlimConv(nnx.Module):
-    """SlimConv, ReLU, and a 1x1 convolution that gives as many channels as one asks for.
+    """SlimConv, ReLU, and a 1x1 convolution to any number of channels.
 
-    To the module that it is in it looks like the 3x3 convolution that it replaces: it has the
-    attributes of `nnx.Conv` but for the kernel, and is called as one. Its batch norms are in the
-    mode that the modules around are told by their calls (see `slimconv_jax.slimify`), else in that
-    of `train` and `eval`.
+    To the module around it, it looks like the 3x3 convolution that it replaces: it has the
+    attributes of `nnx.Conv` except the kernel, and the same call. Its batch norms follow the mode
+    that calls of the modules around it set (see `slimconv_jax.slimify`), and otherwise `train` and
+    `eval`.
 
     Args:
       in_features: channels of the input.
@@ -36,14 +35,11 @@ class ProjectedSlimConv(nnx.Module):
       use_bias: whether the 1x1 convolution has a bias.
       bias_init: its initialiser.
       bias_metadata: of the bias, such as its sharding (see `nnx.Conv`).
-      kernel_init: initialiser of the kernels of all convolutions.
-      project_init: initialiser of the kernel of the 1x1 convolution; `kernel_init` if None.
-      kernel_metadata: of these kernels, such as their sharding (see `nnx.Conv`).
-      precision: of all convolutions and products.
-      dtype: dtype of the computation; inferred from input and parameters if None.
-      param_dtype: dtype of the parameters. Batch statistics are float32.
+      project_init: initialiser of the kernel of the 1x1 convolution.
+      kernel_metadata: of the kernels of all convolutions, such as their sharding (see `nnx.Conv`).
       rngs: source of the initial parameters.
-      **slimconv: the other arguments of `SlimConv`.
+      **slimconv: the other arguments of `SlimConv`. The 1x1 convolution has the same `precision`,
+        `dtype` and `param_dtype`.
 
     Raises:
       ValueError: as `SlimConv`.
@@ -57,45 +53,38 @@ class ProjectedSlimConv(nnx.Module):
         use_bias: bool = True,
         bias_init: Initializer = jax.nn.initializers.zeros,
         bias_metadata: Mapping[str, Any] = MappingProxyType({}),
-        kernel_init: Initializer = kaiming_normal,
-        project_init: Initializer | None = None,
+        project_init: Initializer = kaiming_normal,
         kernel_metadata: Mapping[str, Any] = MappingProxyType({}),
-        precision: PrecisionLike = None,
-        dtype: Dtype | None = None,
-        param_dtype: Dtype = jnp.float32,
         rngs: nnx.Rngs,
         **slimconv,
     ):
-        common = {
-            "kernel_metadata": kernel_metadata,
-            "precision": precision,
-            "dtype": dtype,
-            "param_dtype": param_dtype,
-            "rngs": rngs,
-        }
-        self.slimconv = SlimConv(in_features, kernel_init=kernel_init, **slimconv, **common)
+        common = {"kernel_metadata": kernel_metadata, "rngs": rngs}
+        self.slimconv = SlimConv(in_features, **slimconv, **common)
+        conv = self.slimconv.upper.conv
+        self.dtype, self.param_dtype, self.precision = conv.dtype, conv.param_dtype, conv.precision
         self.project = nnx.Conv(
             self.slimconv.out_features,
             out_features,
             (1, 1),
             use_bias=use_bias,
-            kernel_init=kernel_init if project_init is None else project_init,
+            kernel_init=project_init,
             bias_init=bias_init,
             bias_metadata=bias_metadata,
             conv_general_dilated=conv_general_dilated,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            precision=self.precision,
             **common,
         )
         self.in_features, self.out_features, self.use_bias = in_features, out_features, use_bias
         self.kernel_size, self.input_dilation, self.mask = (3, 3), 1, None
-        conv = self.slimconv.upper.conv
         self.strides, self.padding = conv.strides, conv.padding
         self.kernel_dilation = conv.kernel_dilation
         self.feature_group_count = conv.feature_group_count
-        self.dtype, self.param_dtype, self.precision = dtype, param_dtype, precision
 
     @property
     def bias(self) -> nnx.Param | None:
-        """That of the 1x1 convolution."""
+        """The bias of the 1x1 convolution."""
         return self.project.bias
 
     def __call__(
@@ -108,8 +97,8 @@ class ProjectedSlimConv(nnx.Module):
         """Maps (..., H, W, in_features) to (..., H', W', out_features).
 
         Args:
-          inputs: as of `nnx.Conv`.
-          out_sharding: likewise.
+          inputs: as in `nnx.Conv`.
+          out_sharding: as in `nnx.Conv`.
           use_running_average: see `SlimConv`.
         """
         if use_running_average is None:
@@ -128,23 +117,21 @@ def replacement(
     may_grow: bool = False,
     **options,
 ) -> ProjectedSlimConv:
-    """What does the work of a 3x3 convolution, with its settings.
+    """Builds a replacement for a 3x3 convolution, with its settings.
 
     Args:
-      conv: of NNX or Linen.
-      in_features: its channels.
-      out_features: the channels of its output.
+      conv: the convolution, of NNX or Linen.
+      in_features: channels of its input.
+      out_features: channels of its output.
       reduction: r of the SlimConv.
       rngs: source of the initial parameters.
-      may_grow: whether it may be larger than the convolution.
+      may_grow: whether the replacement may be larger than the convolution.
       **options: more arguments of `ProjectedSlimConv`.
 
     Raises:
-      ValueError: if there is none, or none that is smaller; the message says why.
+      ValueError: if no replacement exists, or none that is smaller; the message says why.
     """
-    is_nnx = isinstance(conv, nnx.Conv)
-    promote_dtype = (nnx_dtypes if is_nnx else linen_dtypes).promote_dtype
-    groups = conv.feature_group_count
+    promote_dtype = (nnx_dtypes if isinstance(conv, nnx.Conv) else linen_dtypes).promote_dtype
     unusual = {
         "an input dilation": np.any(np.array(conv.input_dilation or 1) != 1),
         "a mask": conv.mask is not None,
@@ -158,7 +145,7 @@ def replacement(
     }
     for what, is_so in unusual.items():
         if is_so:
-            raise InputError(f"it has {what}, which SlimConv has not")
+            raise InputError(f"it has {what}, which SlimConv does not have")
     module = ProjectedSlimConv(
         in_features,
         out_features,
@@ -166,7 +153,7 @@ def replacement(
         strides=1 if conv.strides is None else conv.strides,
         kernel_dilation=1 if conv.kernel_dilation is None else conv.kernel_dilation,
         padding=conv.padding,
-        feature_group_count=groups,
+        feature_group_count=conv.feature_group_count,
         use_bias=conv.use_bias,
         precision=conv.precision,
         dtype=conv.dtype,
@@ -175,33 +162,26 @@ def replacement(
         **options,
     )
     if not may_grow:
-        kernel = 9 * (in_features // groups) * out_features
-        before, after = count_conv_params(conv, in_features), count_params(module)
-        if after >= before:
-            raise InputError(f"SlimConv would have {after:,} parameters instead of {before:,}")
-        if (products := _macs_per_pixel(module)) >= kernel:
-            raise InputError(
-                f"SlimConv would have {products:,} multiply-adds a pixel of the output instead of "
-                f"{kernel:,}"
-            )
+        params = count_conv_params(conv, in_features), count_params(module)
+        macs = params[0] - conv.use_bias * out_features, _macs_per_pixel(module)
+        counts = {"parameters": params, "multiply-adds per output pixel": macs}
+        for what, (before, after) in counts.items():
+            if after >= before:
+                raise InputError(f"SlimConv would have {after:,} {what} instead of {before:,}")
     return module
 
 
 def count_conv_params(conv: nnx.Conv | nn.Conv, in_features: int) -> int:
-    """The parameters of a 3x3 convolution of NNX or Linen."""
+    """Counts the parameters of a 3x3 convolution of NNX or Linen."""
     out_features = conv.out_features if isinstance(conv, nnx.Conv) else conv.features
     kernel = 9 * (in_features // conv.feature_group_count) * out_features
     return kernel + conv.use_bias * out_features
 
 
 def _macs_per_pixel(module: ProjectedSlimConv) -> int:
-    """Multiply-adds for each pixel of the output, but those of the gate, which are few."""
+    """Counts the multiply-adds per output pixel, without those of the gate, which are few."""
     unit = module.slimconv
     # Before the stride, there are more pixels.
     before_strides = math.prod(np.broadcast_to(module.strides, 2).tolist())
-    return (
-        math.prod(unit.upper.conv.kernel.shape)
-        + math.prod(unit.lower_reduce.conv.kernel.shape) * before_strides
-        + math.prod(unit.lower.conv.kernel.shape)
-        + math.prod(module.project.kernel.shape)
-    )
+    after = sum(layer.kernel.size for layer in (unit.upper.conv, unit.lower.conv, module.project))
+    return after + before_strides * unit.lower_reduce.conv.kernel.size

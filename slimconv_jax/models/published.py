@@ -1,4 +1,4 @@
-"""The figures that the authors published, to set beside those counted and measured here."""
+"""The figures that the authors published, for comparison with those counted and measured here."""
 
 from typing import NamedTuple
 
@@ -7,11 +7,11 @@ class Published(NamedTuple):
     """One row of the published ImageNet comparison.
 
     Attributes:
-      system: what it is called there.
-      model: the same here, NAME or NAME@K; None if it cannot be built, since its channels were
-        found by a search and are not published.
-      params: millions of parameters, with the digits that are printed there.
-      macs: thousand millions of multiply-adds ("FLOPs") of an image of 224x224, likewise.
+      system: its name in the paper.
+      model: its name here, NAME or NAME@K; None if it cannot be built, because a search found its
+        channels and they are not published.
+      params: millions of parameters, with the digits of the paper.
+      macs: billions of multiply-adds ("FLOPs") for an image of 224x224, likewise.
       top1_error: in percent.
     """
 
@@ -50,7 +50,7 @@ UNITS = {"params": 1e6, "macs": 1e9}
 
 
 def printed(count: int, like: str) -> str:
-    """A count in the unit and with the digits of a published one: "16.76" millions, "2.65" G.
+    """Formats a count like a published one: "16.76" for millions, "2.65" for billions.
 
     Args:
       count: parameters, or multiply-adds.

@@ -2,10 +2,11 @@
 
 One skeleton serves the whole family. With a `reduction` the 3x3 convolution of every
 bottleneck is a SlimConv; without, it is a plain convolution and the network a plain
-ResNet, ResNeXt or Wide ResNet. The systems that the paper compares with are here, too: ghost
-modules in place of all convolutions of the bottlenecks, and channels of their own for each block.
+ResNet, ResNeXt or Wide ResNet. The systems that the paper compares with are here, too: bottlenecks
+with ghost modules instead of convolutions, and networks with individual channels for each block.
 """
 
+import contextlib
 import dataclasses
 import math
 
@@ -21,15 +22,15 @@ from slimconv_jax.models.operations import max_pool
 from slimconv_jax.models.slimconv import SlimConv
 
 _MOST_BLOCKS = 200
-"""In a stage; ResNet-152 has 36, and what has thousands takes minutes to build."""
+"""The limit per stage. ResNet-152 has 36; a model of thousands takes minutes to build."""
 
 STEMS = {"imagenet": 4, "cifar": 1}
-"""The stems, and the stride of the feature maps of the first stage with each."""
+"""The stems, each with the stride of the first stage's feature maps."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ResNetConfig:
-    """Everything that fixes the parameters' shapes and the function they compute.
+    """Everything that determines the parameters' shapes and the function they compute.
 
     Attributes:
       blocks: residual blocks in each of the four stages.
@@ -53,7 +54,7 @@ class ResNetConfig:
         None for the regular widths. For plain bottlenecks; the last is the same in a stage.
 
     Raises:
-      ValueError: if a value is not one of those.
+      ValueError: if a value is not allowed.
     """
 
     blocks: tuple[int, int, int, int]
@@ -75,8 +76,9 @@ class ResNetConfig:
             require_integer(f"stage {stage}: the number of blocks", number, 1, _MOST_BLOCKS)
         if len(self.blocks) != 4:
             raise InputError(f"blocks={self.blocks!r} must be four numbers, one for each stage")
-        if self.block not in BLOCKS:
-            raise InputError(f"block={self.block!r} must be one of {', '.join(map(repr, BLOCKS))}")
+        for name, choices in (("block", BLOCKS), ("stem", STEMS)):
+            if (value := getattr(self, name)) not in choices:
+                raise InputError(f"{name}={value!r} must be one of {', '.join(map(repr, choices))}")
         if self.block != "bottleneck" and self.reduction is not None:
             raise InputError(f"a {self.block} block has no SlimConv, so it takes no reduction")
         if self.block != "basic" and self.width * self.base_width < 64:
@@ -84,28 +86,19 @@ class ResNetConfig:
                 f"width={self.width} with base_width={self.base_width} leaves the bottlenecks no "
                 f"channels; width must be at least {math.ceil(64 / self.base_width)}"
             )
-        if self.stem not in STEMS:
-            raise InputError(f"stem={self.stem!r} must be one of {', '.join(map(repr, STEMS))}")
-        dilation = self.dilation if isinstance(self.dilation, tuple) else ()
-        if len(dilation) != 3 or not all(isinstance(d, bool) for d in dilation):
+        if not isinstance(self.dilation, tuple) or list(map(type, self.dilation)) != [bool] * 3:
             raise InputError(
                 f"dilation={self.dilation!r} must be three booleans, one for each of stages 2, 3 "
                 "and 4: whether dilation replaces the stride"
             )
-        if self.block == "ghost" and (any(dilation) or self.groups != 1):
+        if self.block == "ghost" and (any(self.dilation) or self.groups != 1):
             raise InputError("ghost modules take neither dilation nor groups")
         if self.channels is not None:
             self._check_channels()
 
     def _check_channels(self) -> None:
-        plain = dataclasses.replace(self, channels=None)
-        if plain != ResNetConfig(
-            self.blocks,
-            num_classes=self.num_classes,
-            width=self.width,
-            stem=self.stem,
-            dilation=self.dilation,
-        ):
+        kind = (self.block, self.groups, self.base_width, self.reduction, self.lower_groups)
+        if kind != ("bottleneck", 1, 64, None, None):
             raise InputError(
                 "channels of each block are for plain bottlenecks, without groups, base_width and "
                 "reduction"
@@ -138,14 +131,14 @@ class ResNetConfig:
 
     @property
     def stem_channels(self) -> int:
-        """Outputs of the stem."""
+        """Channels of the stem's output."""
         return self.width if self.channels is None else self._scaled(self.channels[0])
 
     def block_channels(self, stage: int, index: int) -> tuple[int, int, int]:
-        """Outputs of the first convolution of a block, of the next, and of the block.
+        """Returns the output channels of a block's first and second convolution and of the block.
 
-        Of a basic block, which has two convolutions, the last two are the same; the next is the
-        plain one, in place of which SlimConv has fewer.
+        A basic block has two convolutions, so the last two numbers are the same. SlimConv has fewer
+        output channels than the second convolution that it replaces.
         """
         if self.channels is not None:
             return tuple(map(self._scaled, self.channels[1][stage][index]))
@@ -156,7 +149,7 @@ class ResNetConfig:
         return inner, inner, 4 * planes
 
     def _scaled(self, channels: int) -> int:
-        """From the standard width to this one, at least 1."""
+        """Scales channels from the standard width to this one, to at least 1."""
         return max(channels * self.width // 64, 1)
 
 
@@ -175,11 +168,12 @@ class BasicBlock(nnx.Module):
         dtype: Dtype | None,
         rngs: nnx.Rngs,
     ):
-        common = {"kernel_dilation": dilation, "dtype": dtype, "rngs": rngs}
+        common = {"dtype": dtype, "rngs": rngs}
+        dilated = {"kernel_dilation": dilation, **common}
         inner, _, self.out_features = channels
-        self.conv1 = ConvBN(in_features, inner, 3, strides=strides, **common)
-        self.conv2 = ConvBN(inner, self.out_features, 3, scale_init=scale_init, **common)
-        self.shortcut = _shortcut(ConvBN, in_features, self.out_features, strides, dtype, rngs)
+        self.conv1 = ConvBN(in_features, inner, 3, strides=strides, **dilated)
+        self.conv2 = ConvBN(inner, self.out_features, 3, scale_init=scale_init, **dilated)
+        self.shortcut = _shortcut(ConvBN, in_features, self.out_features, strides, **common)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps (N, H, W, in_features) to (N, H', W', out_features)."""
@@ -190,8 +184,8 @@ class BasicBlock(nnx.Module):
 class Bottleneck(nnx.Module):
     """1x1 convolution, SlimConv or 3x3 convolution, 1x1 convolution, and a shortcut.
 
-    The stride sits in the middle (ResNet v1.5). In a ghost bottleneck all of them are ghost
-    modules, the shortcut's convolution too.
+    The middle one has the stride (ResNet v1.5). In a ghost bottleneck all of them are ghost
+    modules, including the shortcut's convolution.
     """
 
     def __init__(
@@ -218,16 +212,12 @@ class Bottleneck(nnx.Module):
         if config.reduction is None:
             self.conv2 = conv(first, second, 3, **middle)
         else:
-            self.conv2 = SlimConv(
-                first,
-                reduction=config.reduction,
-                lower_feature_group_count=config.lower_groups,
-                **middle,
-            )
+            middle |= {"lower_feature_group_count": config.lower_groups}
+            self.conv2 = SlimConv(first, reduction=config.reduction, **middle)
         self.conv3 = conv(
             self.conv2.out_features, self.out_features, 1, scale_init=scale_init, **common
         )
-        self.shortcut = _shortcut(conv, in_features, self.out_features, strides, dtype, rngs)
+        self.shortcut = _shortcut(conv, in_features, self.out_features, strides, **common)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps (N, H, W, in_features) to (N, H', W', out_features)."""
@@ -246,32 +236,26 @@ BLOCKS = {"basic": BasicBlock, "bottleneck": Bottleneck, "ghost": Bottleneck}
 
 
 def _shortcut(
-    conv: type[ConvBN | GhostConvBN],
-    in_features: int,
-    out_features: int,
-    strides: int,
-    dtype: Dtype | None,
-    rngs: nnx.Rngs,
+    conv: type[ConvBN | GhostConvBN], in_features: int, out_features: int, strides: int, **options
 ) -> ConvBN | GhostConvBN | None:
-    """A 1x1 convolution where the block changes the shape, None (identity) elsewhere."""
+    """Builds a 1x1 convolution where the block changes the shape, None (identity) elsewhere."""
     if strides == 1 and in_features == out_features:
         return None
-    return conv(in_features, out_features, 1, strides=strides, dtype=dtype, rngs=rngs)
+    return conv(in_features, out_features, 1, strides=strides, **options)
 
 
 def as_dtype(dtype: Dtype | None) -> jnp.dtype | None:
-    """The one form of a dtype, None for none.
+    """Returns a dtype in canonical form, or None for None.
 
     Raises:
       ValueError: if it is not a floating-point dtype.
     """
-    try:
-        known = None if dtype is None else jnp.dtype(dtype)
-    except TypeError:
-        known = jnp.dtype(int)
-    if known is not None and not jnp.issubdtype(known, jnp.floating):
-        raise InputError(f"dtype={dtype!r} is not a dtype of the computation, such as 'bfloat16'")
-    return known
+    if dtype is None:
+        return None
+    with contextlib.suppress(TypeError):
+        if jnp.issubdtype(known := jnp.dtype(dtype), jnp.floating):
+            return known
+    raise InputError(f"dtype={dtype!r} is not a dtype of the computation, such as 'bfloat16'")
 
 
 class ResNet(nnx.Module):
@@ -281,11 +265,11 @@ class ResNet(nnx.Module):
       config: the architecture.
       zero_init_residual: whether the last batch norm of each residual branch starts with
         scale 0, so that every block starts as its shortcut.
-      remat: whether training keeps only the output of each block and computes the rest once more
-        in the backward pass, which takes less memory and more time.
+      remat: whether training keeps only the output of each block and recomputes the rest in the
+        backward pass, which takes less memory and more time.
       dtype: dtype of the computation (bfloat16 on accelerators); inferred from input and
-        parameters if None. Parameters and batch statistics are float32, and so is the
-        classifier's arithmetic.
+        parameters if None. Parameters, batch statistics and the classifier's arithmetic are
+        float32.
       rngs: source of the initial parameters.
 
     Attributes:
@@ -311,14 +295,10 @@ class ResNet(nnx.Module):
         self.remat = remat
         dtype = as_dtype(dtype)
         features = config.stem_channels
-        if config.stem == "imagenet":
-            self.stem = ConvBN(3, features, 7, strides=2, dtype=dtype, rngs=rngs)
-        else:
-            self.stem = ConvBN(3, features, 3, dtype=dtype, rngs=rngs)
+        kernel_size, strides = (7, 2) if config.stem == "imagenet" else (3, 1)
+        self.stem = ConvBN(3, features, kernel_size, strides=strides, dtype=dtype, rngs=rngs)
 
-        block_type = BLOCKS[config.block]
-        init = jax.nn.initializers
-        scale_init = init.zeros if zero_init_residual else init.ones
+        scale_init = jax.nn.initializers.zeros if zero_init_residual else jax.nn.initializers.ones
         dilation = 1
         self.stages = nnx.List()
         for stage, num_blocks in enumerate(config.blocks):
@@ -330,7 +310,7 @@ class ResNet(nnx.Module):
                 dilation, strides = dilation * strides, 1
             blocks = nnx.List()
             for index in range(num_blocks):
-                block = block_type(
+                block = BLOCKS[config.block](
                     features,
                     config.block_channels(stage, index),
                     config,
@@ -344,21 +324,17 @@ class ResNet(nnx.Module):
                 features = block.out_features
             self.stages.append(blocks)
 
-        if not config.num_classes:
-            self.classifier = nnx.data(None)
-        else:
+        self.classifier = nnx.data(None)
+        if config.num_classes:
+            init = uniform_fan_in(features)
             self.classifier = nnx.Linear(
-                features,
-                config.num_classes,
-                kernel_init=uniform_fan_in(features),
-                bias_init=uniform_fan_in(features),
-                rngs=rngs,
+                features, config.num_classes, kernel_init=init, bias_init=init, rngs=rngs
             )
 
     def features(self, x: jax.Array) -> list[jax.Array]:
-        """The output of each stage for images (N, H, W, 3), float and normalised.
+        """Returns the output of each stage for images (N, H, W, 3), float and normalised.
 
-        Four maps (N, H', W', C'), at strides 4, 8, 16 and 32 with the "imagenet" stem, at
+        The four maps (N, H', W', C') have strides 4, 8, 16 and 32 with the "imagenet" stem, and
         1, 2, 4 and 8 with the "cifar" stem; a dilated stage keeps the stride before it.
 
         Raises:
@@ -375,7 +351,7 @@ class ResNet(nnx.Module):
         return self.stage_outputs(x)
 
     def stage_outputs(self, x: jax.Array) -> list[jax.Array]:
-        """The output of each stage for the output (N, H, W, width) of the stem and its pool."""
+        """Maps the pooled output (N, H, W, width) of the stem to the output of each stage."""
         maps = []
         for blocks in self.stages:
             for block in blocks:
@@ -384,15 +360,15 @@ class ResNet(nnx.Module):
         return maps
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Logits (N, num_classes) of images (N, H, W, 3), float and normalised.
+        """Maps images (N, H, W, 3), float and normalised, to logits (N, num_classes).
 
-        Without classes, the pooled features (N, C). At least float32, whatever the `dtype` of
-        the computation. Errors are those of `features`.
+        Without classes, to pooled features (N, C). The output is at least float32, whatever the
+        `dtype` of the computation. Errors are those of `features`.
         """
         return self.head(self.features(x)[-1])
 
     @jax.named_scope("head")
     def head(self, x: jax.Array) -> jax.Array:
-        """Logits (N, num_classes), or pooled features, of the last feature map (N, H', W', C')."""
+        """Maps the last feature map (N, H', W', C') to logits (N, num_classes), or pools it."""
         x = x.astype(at_least_float32(x.dtype)).mean(axis=(1, 2))
         return x if self.classifier is None else self.classifier(x)

@@ -1,8 +1,8 @@
 """The SlimConv unit: reconstruct, transform, fuse (Qiu et al., IEEE TIP 2021, section III).
 
 The unit gates its channels, folds them together twice, once with the gate reversed, and
-convolves the two folded halves. It stands where a 3x3 convolution stood and returns
-fewer channels than it gets.
+convolves the two folded halves. It replaces a 3x3 convolution and returns fewer channels than it
+gets.
 """
 
 import functools
@@ -33,7 +33,7 @@ CompressionRatio = str | Fraction | float
 
 
 def reduction_from_k(k: CompressionRatio) -> int:
-    """The reduction r >= 2 of the upper path for a compression ratio k = 2r/3.
+    """Returns the reduction r >= 2 of the upper path for a compression ratio k = 2r/3.
 
     Args:
       k: a string such as "8/3", a Fraction, or a number.
@@ -59,12 +59,12 @@ def reduction_from_k(k: CompressionRatio) -> int:
 
 
 def k_from_reduction(reduction: int) -> Fraction:
-    """The compression ratio k = C_in / C_out = 2r/3 that the paper names a setting by."""
+    """Returns the compression ratio k = C_in / C_out = 2r/3, the paper's name for a setting."""
     return Fraction(2 * reduction, 3)
 
 
 def _obstacle(in_features: int, reduction: int, upper_groups: int, lower_groups: int) -> str | None:
-    """Why a SlimConv of these settings cannot exist, or None if it can."""
+    """Says why a SlimConv of these settings cannot exist; returns None if it can."""
     if in_features < 2 * reduction:
         return f"needs at least {2 * reduction} input channels and got {in_features}"
     for path, features, groups in (
@@ -76,11 +76,6 @@ def _obstacle(in_features: int, reduction: int, upper_groups: int, lower_groups:
     return None
 
 
-def _abbreviate(items: list[str], most: int = 7) -> str:
-    shown = ", ".join(items[:most]) or "none"
-    return f"{shown}, ... {items[-1]}" if len(items) > most else shown
-
-
 class Gate(nnx.Module):
     """One weight in (0, 1) per channel, from the channels' global averages.
 
@@ -90,7 +85,7 @@ class Gate(nnx.Module):
 
     Args:
       features: channels C.
-      squeeze_ratio: how many channels one squeezed channel stands for.
+      squeeze_ratio: channels per squeezed channel.
       precision: of the products (see `nnx.Linear`).
       dtype: dtype of the computation; inferred from input and parameters if None.
       param_dtype: dtype of the parameters.
@@ -123,13 +118,13 @@ class Gate(nnx.Module):
 
 
 class SlimConv(nnx.Module):
-    """SlimConv, the drop-in replacement of a 3x3 convolution (paper, section III; figure 2).
+    """SlimConv, a drop-in replacement for a 3x3 convolution (paper, section III; figure 2).
 
     With C input channels, a = C // r and b = C // 2r:
 
     1. Reconstruct: the gate gives weights w, one per channel; w' is w reversed along the
-       channels. The upper features are `w * x`, split into r chunks of a channels, added
-       up; the lower features are `w' * x`, folded in the same way.
+       channels. The upper features are `w * x`, split into r chunks of a channels, which are
+       added up; the lower features are `w' * x`, folded in the same way.
     2. Transform: a 3x3 convolution a -> a on the upper path; a 1x1 convolution a -> b and
        ReLU, then a 3x3 convolution b -> b on the lower one. Batch norm follows each.
     3. Fuse: upper, then lower, concatenated along channels. No activation: apply ReLU next.
@@ -141,11 +136,11 @@ class SlimConv(nnx.Module):
       in_features: channels C of the input, at least 2r. Where r does not divide C, the last
         C mod r channels take part in the gate only.
       k: compression ratio 2r/3 as a string ("8/3"), Fraction or number. Give `k` or
-        `reduction`; neither means k = 4/3.
+        `reduction`; without either, k is 4/3.
       reduction: r >= 2, the reduction of the upper path; that of the lower one is 2r.
       strides: one stride, or one for each of height and width.
       kernel_dilation: one dilation, or one for each of height and width.
-      padding: as `nnx.Conv` has it; None is the dilation on each side, as in the paper.
+      padding: as in `nnx.Conv`; None is the dilation on each side, as in the paper.
       feature_group_count: groups of the upper 3x3 convolution; must divide a.
       lower_feature_group_count: groups of the lower one; must divide b. The same as
         `feature_group_count` if None.
@@ -154,7 +149,7 @@ class SlimConv(nnx.Module):
         are matrices, have their own.
       kernel_metadata: of the kernels of the three convolutions, such as their sharding (see
         `nnx.Conv`).
-      momentum: of all batch norms: the share of the running average that each batch leaves.
+      momentum: of all batch norms: the share of the running average that each batch keeps.
       epsilon: of all batch norms: added to the variance.
       axis_name: of all batch norms: the name of the axis of devices whose inputs are one batch,
         under `jax.shard_map` and the like.
@@ -217,13 +212,13 @@ class SlimConv(nnx.Module):
                 for r in range(2, max(in_features // 2, 2) + 1)
                 if not _obstacle(in_features, r, *groups)
             ]
+            if len(possible) > 7:
+                possible[7:] = [f"... {possible[-1]}"]
             raise InputError(
                 f"SlimConv({in_features}) at k={k_from_reduction(reduction)} {obstacle}; "
-                f"k possible with these channels and groups: {_abbreviate(possible)}"
+                f"k possible with these channels and groups: {', '.join(possible) or 'none'}"
             )
 
-        upper_features = in_features // reduction
-        lower_features = in_features // (2 * reduction)
         common = {
             "momentum": momentum,
             "epsilon": epsilon,
@@ -235,26 +230,18 @@ class SlimConv(nnx.Module):
             "rngs": rngs,
         }
         conv = {"kernel_init": kernel_init, "kernel_metadata": kernel_metadata, **common}
-        conv3x3 = {
+        conv3x3 = conv | {
             "strides": strides,
             "kernel_dilation": kernel_dilation,
             "padding": padding,
-            **conv,
         }
+        a, b = in_features // reduction, in_features // (2 * reduction)  # as in the docstring
         self.gate = Gate(in_features, squeeze_ratio=squeeze_ratio, **common)
-        self.upper = ConvBN(
-            upper_features, upper_features, 3, feature_group_count=feature_group_count, **conv3x3
-        )
-        self.lower_reduce = ConvBN(upper_features, lower_features, 1, **conv)
-        self.lower = ConvBN(
-            lower_features,
-            lower_features,
-            3,
-            feature_group_count=lower_feature_group_count,
-            **conv3x3,
-        )
+        self.upper = ConvBN(a, a, 3, feature_group_count=feature_group_count, **conv3x3)
+        self.lower_reduce = ConvBN(a, b, 1, **conv)
+        self.lower = ConvBN(b, b, 3, feature_group_count=lower_feature_group_count, **conv3x3)
         self.in_features = in_features
-        self.out_features = upper_features + lower_features
+        self.out_features = a + b
         self.reduction = reduction
 
     def __call__(self, x: jax.Array, use_running_average: bool | None = None) -> jax.Array:
@@ -262,8 +249,8 @@ class SlimConv(nnx.Module):
 
         Args:
           x: the input.
-          use_running_average: whether the batch norms normalise by their running averages, in
-            place of what `train` and `eval` have set.
+          use_running_average: whether the batch norms normalise by their running averages;
+            overrides `train` and `eval`.
         """
         if use_running_average is None:
             use_running_average = running_average.value
@@ -271,9 +258,9 @@ class SlimConv(nnx.Module):
             return self._transform(*self.reconstruct(x))
 
     def _transform(self, upper: jax.Array, lower: jax.Array) -> jax.Array:
-        """The output of the unit from the upper and the lower features."""
-        # In training the batch norms of both paths pass over what they normalise once, together,
-        # so that the modules of the paths are not called as such.
+        """Maps the upper and the lower features to the output of the unit."""
+        # In training the batch norms of both paths normalise together, in one pass, so that the
+        # modules of the paths are not called themselves.
         paths = [self.upper, self.lower]
         together = all(type(path) is ConvBN for path in paths) and mergeable([p.bn for p in paths])
         with jax.named_scope("upper"):
@@ -286,7 +273,7 @@ class SlimConv(nnx.Module):
         return jnp.concatenate([upper, lower], axis=-1)
 
     def reconstruct(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """The upper and the lower features, each (..., H, W, a), of (..., H, W, in_features).
+        """Maps (..., H, W, in_features) to the upper and the lower features, each (..., H, W, a).
 
         Raises:
           ValueError: if the input has other channels, or no height and width.
@@ -298,9 +285,9 @@ class SlimConv(nnx.Module):
         with jax.named_scope("gate"):
             weights = self.gate(x)
         with jax.named_scope("fold"):
-            # As a sum of parts: a reshape of the channels would be a change of layout on
-            # accelerators. Split once, so that their gradients are put together in one pass. In
-            # the dtype of the computation: in float32 the step of a bfloat16 run is 2 % longer.
+            # A sum of parts, because a reshape of the channels would change the layout on
+            # accelerators. One split, so that one pass puts the gradients together. In the dtype
+            # of the computation, because in float32 the step of a bfloat16 run is 2 % longer.
             chunks = self._split(x)
             return tuple(
                 functools.reduce(operator.add, map(operator.mul, self._split(w), chunks))
@@ -308,7 +295,7 @@ class SlimConv(nnx.Module):
             )
 
     def _split(self, x: jax.Array) -> list[jax.Array]:
-        """The first r chunks of a consecutive channels, each (..., a), of (..., C)."""
+        """Splits (..., C) into r chunks of a consecutive channels, each (..., a)."""
         size = self.in_features // self.reduction
         ends = [size * index for index in range(1, self.reduction + 1)]
         return jnp.split(x, ends, axis=-1)[: self.reduction]

@@ -1,6 +1,7 @@
-"""SlimConv in place of the 3x3 convolutions of any NNX model."""
+"""Replaces the 3x3 convolutions of any NNX model by SlimConv."""
 
 import dataclasses
+import types
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from fractions import Fraction
@@ -30,13 +31,13 @@ Path = tuple[str | int, ...]
 
 @dataclasses.dataclass(frozen=True)
 class Replacement:
-    """A convolution that SlimConv took the place of.
+    """A convolution that SlimConv replaced.
 
     Attributes:
       in_features: its channels.
       out_features: the channels of its output.
       params: parameters before and after.
-      macs: multiply-adds of one image before and after; None if they were not counted.
+      macs: multiply-adds of one image before and after; None if not counted.
     """
 
     in_features: int
@@ -62,10 +63,10 @@ class SlimifyReport:
       left: the paths of those that could not be replaced, and the reasons.
       not_chosen: the paths of those that `where` did not choose.
       params: parameters of the model before and after.
-      macs: multiply-adds of one image before and after; None if they were not counted.
+      macs: multiply-adds of one image before and after; None if not counted.
       image_shape: (H, W, C) of that image.
-      seconds: of a training step before and after; None if it was not measured.
-      notes: what the user of the model has to know, in sentences.
+      seconds: of a training step before and after; None if not measured.
+      notes: sentences with what the user of the model has to know.
     """
 
     k: Fraction
@@ -88,23 +89,18 @@ class SlimifyReport:
             counts[f"multiply-adds of an image of {image}"] = (*self.macs, ",")
         if self.seconds is not None:
             counts["seconds of a training step here"] = (*self.seconds, ".4f")
-        return "\n".join(
-            [
-                f"{len(self.replaced)} of {len(rows) + len(self.not_chosen)} 3x3 convolutions "
-                f"replaced, k={self.k}",
-                *(f"  {names[path]:{width}}  {what}" for path, what in rows.items()),
-                *(
-                    f"{what}: {before:{form}} before, {after:{form}} after "
-                    f"({after / before - 1:+.1%})"
-                    for what, (before, after, form) in counts.items()
-                ),
-                *(f"note: {note}" for note in self.notes),
-            ]
-        )
+        total = len(rows) + len(self.not_chosen)
+        lines = [f"{len(self.replaced)} of {total} 3x3 convolutions replaced, k={self.k}"]
+        lines += [f"  {names[path]:{width}}  {what}" for path, what in rows.items()]
+        for what, (before, after, form) in counts.items():
+            change = f"{after / before - 1:+.1%}"
+            lines.append(f"{what}: {before:{form}} before, {after:{form}} after ({change})")
+        lines += [f"note: {note}" for note in self.notes]
+        return "\n".join(lines)
 
 
 def name_of_path(path: Path) -> str:
-    """A path in words."""
+    """Returns a path as it is shown to users."""
     return ".".join(map(str, path)) or "the model itself"
 
 
@@ -119,43 +115,44 @@ def slimify(
 ) -> tuple[nnx.Module, SlimifyReport]:
     """Replaces the 3x3 convolutions of any NNX model by SlimConv.
 
-    In place of an `nnx.Conv` from C to D channels comes SlimConv(C), ReLU and a 1x1 convolution to
-    D channels, which restores the width, so that the rest of the model still fits: a
+    An `nnx.Conv` from C to D channels becomes SlimConv(C), ReLU and a 1x1 convolution to D
+    channels, which restores the width so that the rest of the model still fits: a
     `slimconv_jax.models.projected.ProjectedSlimConv`. SlimConv gets the strides, padding, dilation
-    and groups, the 1x1 convolution the bias, with its values, both the dtypes, precision and
-    sharding. The new batch norms have the momentum, epsilon and axis of devices that all batch
-    norms of the model have. In the bottlenecks of this package's plain ResNets a 1x1 convolution
-    follows anyway: there SlimConv replaces the convolution with its batch norm, and the model
-    becomes exactly its Sc counterpart.
-    What is new has new parameters; everything else is copied. A convolution in several places is
-    replaced by one; those that share no more than a kernel become separate.
+    and groups; the 1x1 convolution gets the bias, with its values; both get the dtypes, precision
+    and sharding. The new batch norms get the momentum, epsilon and device axis that all batch norms
+    of the model share. In the bottlenecks of this package's plain ResNets a 1x1 convolution follows
+    anyway: there SlimConv replaces the convolution with its batch norm, and the model becomes
+    exactly its Sc counterpart.
+    New layers have new parameters; everything else is copied. A convolution in several places is
+    replaced by one; convolutions that only share a kernel become separate.
 
-    The new batch norms are in the mode that `model.train()` and `model.eval()` set, and where a
-    module that they are in is told its mode by an argument (`training`, `deterministic`, ...), in
-    that one: such a module gets a class of the same name that passes it on. That is not so where
-    the module's own batch norms do not hear the argument, which is then about something else.
+    The new batch norms follow `model.train()` and `model.eval()`. If the call of a module around
+    them takes the mode as an argument (`training`, `deterministic`, ...), they follow that: the
+    module gets a class of the same name that passes it on. The exception is a module whose own
+    batch norms do not follow the argument, which then means something else.
 
     Args:
-      model: any NNX module; it stays as it is. The convolutions inside a SlimConv do not count.
+      model: any NNX module; it is not changed. The convolutions inside a SlimConv do not count.
       k: compression ratio of SlimConv, 2r/3 for an integer r >= 2.
       where: `where(path, conv)` says whether to replace a 3x3 convolution; the path has
         the attribute names and indices that lead to it. None replaces all.
       image_size: pixels a side, or (H, W, C), of the image for which the report counts
-        multiply-adds. None means 224x224x3, and no count if the model takes no such image.
+        multiply-adds. None means 224x224x3, without counts if the model does not take that.
       time: whether to compile and time a training step of both models, on eight such images.
       rngs: source of the new parameters; `nnx.Rngs(0)` if None.
 
     Returns:
-      The new model and a report. Left as they are, and listed in the report, are convolutions with
-      too few channels, with channels that do not divide by the groups, with something that SlimConv
-      has not, and those for which SlimConv would have more parameters or multiply-adds. The new
-      layers are in evaluation mode if the batch norms and dropouts of the model are.
+      The new model and a report. The report lists the convolutions that are left unchanged: those
+      with too few channels, with channels that do not divide by the groups, with a setting that
+      SlimConv does not have, and those for which SlimConv would have as many or more parameters or
+      multiply-adds. The new layers are in evaluation mode if the batch norms and dropouts of the
+      model are.
 
     Raises:
-      ValueError: if `k` is none, the model has no 3x3 convolution, `where` chooses none, the
-        model takes no image of the `image_size` (which None, too, does where it is to be timed),
-        or no longer takes one with SlimConv in it, or it cannot be changed: Flax replaces no
-        modules in tuples, and none in a model that contains itself.
+      ValueError: if `k` is not a compression ratio, the model has no 3x3 convolution, `where`
+        chooses none, the model does not take an image of the `image_size` (also if that is None
+        and `time` is set), it no longer takes one with SlimConv in it, or Flax cannot change it,
+        because it has modules in tuples or contains itself.
     """
     reduction = reduction_from_k(k)
     require_module(model, "slimify")
@@ -168,26 +165,13 @@ def slimify(
     evaluating = is_evaluating(model)
     norm, notes = _norm_settings(model)
     slim = nnx.clone(model)
-    # Known by their kernels, since `recursive_map` copies modules, but not variables.
-    wrapped = {
-        kernel: type(wrapper).__name__
-        for _, wrapper in nnx.iter_modules(slim)
-        if isinstance(wrapper, nnx.WeightNorm | nnx.SpectralNorm)
-        for kernel in _kernels(wrapper)
-    }
-    of_slimconvs, of_bottlenecks = (
-        {
-            kernel
-            for _, unit in nnx.iter_modules(slim)
-            if isinstance(unit, kind)
-            for kernel in _kernels(unit)
-        }
-        for kind in (SlimConv, Bottleneck)
-    )
+    wrapped = _kernels_in(slim, nnx.WeightNorm | nnx.SpectralNorm)
+    of_slimconvs, of_bottlenecks = _kernels_in(slim, SlimConv), _kernels_in(slim, Bottleneck)
+    options = {"reduction": reduction, "rngs": rngs, **norm}
     replaced, left, not_chosen = {}, {}, []
 
     def replace(path: Path, node: Any) -> Any:
-        """Is called with the parts of a module before the module itself."""
+        """Replaces a module, after the modules inside it."""
         if isinstance(node, nnx.Conv) and node.kernel_size == (3, 3):
             if id(node.kernel) in of_slimconvs:
                 return node
@@ -197,9 +181,7 @@ def slimify(
             try:
                 if wrapper := wrapped.get(id(node.kernel)):
                     raise InputError(f"it is in a {wrapper}, which changes its parameters")
-                slim_node = _slim(
-                    node, reduction, rngs, norm, may_grow=id(node.kernel) in of_bottlenecks
-                )
+                slim_node = _slim(node, may_grow=id(node.kernel) in of_bottlenecks, **options)
             except InputError as error:
                 left[path] = str(error)
                 return node
@@ -207,34 +189,34 @@ def slimify(
             if evaluating:
                 slim_node.eval()
             return slim_node
-        if type(node) is Bottleneck and _use_following_conv(node, rngs):
-            conv, place = (*path, "conv2", "conv"), (*path, "conv2")
+        place = (*path, "conv2")
+        conv = (*place, "conv")
+        if type(node) is Bottleneck and isinstance(node.conv2, ConvBN) and conv in replaced:
+            _use_following_conv(node, rngs)
             replaced[conv] = (replaced[conv][0], node.conv2, place)
-        regular = type(node) is ResNet and node.config.channels is None
-        if regular and node.config.block == "bottleneck":
+        if type(node) is ResNet and node.config.channels is None:
             units = [block.conv2 for stage in node.stages for block in stage]
             if all(isinstance(unit, SlimConv) and unit.reduction == reduction for unit in units):
                 node.config = dataclasses.replace(node.config, reduction=reduction)
         return node
 
     slim = map_modules(replace, slim, "slimify")
-    require_some(
-        replaced, left, not_chosen, "the model has no nnx.Conv of 3x3 outside of SlimConvs"
-    )
-    rows = None
+    none_found = "the model has no nnx.Conv of 3x3 outside of SlimConvs"
+    require_some(replaced, left, not_chosen, none_found)
+    before = after = None
     try:
-        rows = [layers(model, image_shape)]
+        before = layers(model, image_shape)
     except InputError as error:
         if image_size is not None or time:
             raise
         notes.append(
             f"{error}; without an `image_size` that it takes, multiply-adds are not counted, and "
-            "it is not known whether the new batch norms are told the mode of the model's own"
+            "it is unknown whether the new batch norms follow the mode of the model's own"
         )
-    _pass_mode_on(slim, _rows_with_mode(model, rows[0]) if rows else ())
-    if rows:
+    _pass_mode_on(slim, _rows_with_mode(model, before))
+    if before:
         try:
-            rows.append(layers(slim, image_shape))
+            after = layers(slim, image_shape)
         except InputError as error:
             raise InputError(f"slimify: with SlimConv in it, {error}") from error
     report = SlimifyReport(
@@ -244,17 +226,17 @@ def slimify(
                 old.in_features,
                 old.out_features,
                 (count_params(old), count_params(new)),
-                rows and (_macs(rows[0], path), _macs(rows[1], place)),
+                before and (_macs(before, path), _macs(after, place)),
             )
             for path, (old, new, place) in replaced.items()
         },
         left=left,
         not_chosen=tuple(not_chosen),
         params=(count_params(model), count_params(slim)),
-        macs=rows and tuple(part[0].macs for part in rows),
+        macs=before and (before[0].macs, after[0].macs),
         image_shape=image_shape,
         seconds=time_steps((model, slim), image_shape) if time and replaced else None,
-        notes=(*notes, *_notes(model, slim, replaced, rows and rows[1], time)),
+        notes=(*notes, *_notes(model, slim, replaced, after, time)),
     )
     return slim, report
 
@@ -263,20 +245,18 @@ def require_some(
     replaced: Mapping[Path, Any],
     left: Mapping[Path, str],
     not_chosen: Sequence[Path],
-    there_is_none: str,
+    none_found: str,
 ) -> None:
-    """Makes sure that some convolution was replaced, or warns the caller's caller.
+    """Checks that a convolution was replaced, and otherwise warns the caller's caller.
 
     Raises:
       ValueError: if there was nothing to replace.
     """
     if not replaced and not left:
         if not_chosen:
-            there_is_none = (
-                f"`where` chooses none of its {len(not_chosen)} 3x3 convolutions, such as "
-                f"{not_chosen[0]}"
-            )
-        raise InputError(f"slimify: {there_is_none}")
+            count, example = len(not_chosen), not_chosen[0]
+            none_found = f"`where` chooses none of its {count} 3x3 convolutions, such as {example}"
+        raise InputError(f"slimify: {none_found}")
     if not replaced:
         path, why = next(iter(left.items()))
         warnings.warn(
@@ -286,41 +266,47 @@ def require_some(
         )
 
 
-def _rows_with_mode(model: nnx.Module, rows: Sequence[Layer]) -> list[Layer]:
-    """The calls of a model's batch norms, or, if it has none, of its dropouts."""
+def _rows_with_mode(model: nnx.Module, rows: Sequence[Layer] | None) -> list[Layer]:
+    """Returns the calls of a model's batch norms, or of its dropouts if it has no batch norm."""
     for kind in (nnx.BatchNorm, nnx.Dropout):
         paths = {path for path, part in nnx.iter_modules(model) if isinstance(part, kind)}
-        if chosen := [row for row in rows if row.path in paths]:
+        if chosen := [row for row in rows or () if row.path in paths]:
             return chosen
     return []
 
 
 def _pass_mode_on(slim: nnx.Module, rows: Sequence[Layer]) -> None:
-    """Lets the modules around new layers tell them the mode.
+    """Makes the modules around new layers pass their mode on to them.
 
     Args:
       slim: the model with the new layers.
-      rows: the calls of what has a mode in the model without them.
+      rows: the calls of the batch norms or dropouts of the model without them.
     """
     for path, module in nnx.iter_modules(slim):
-        teller = telling(type(module))
-        if teller is type(module) or isinstance(module, ProjectedSlimConv):
-            continue
-        parts = (part for _, part in nnx.iter_modules(module))
+        parts = (part for _, part in nnx.iter_modules(module) if part is not module)
         if not any(isinstance(part, ProjectedSlimConv) for part in parts):
             continue
         inside = [row for row in rows if row.path[: len(path)] == path] or rows
         if not inside or any(row.told is not None for row in inside):
-            object.__setattr__(module, "__class__", teller)
+            object.__setattr__(module, "__class__", telling(type(module)))
 
 
-def _kernels(module: nnx.Module) -> list[int]:
-    """The identities of the kernels of all convolutions in a module."""
-    return [id(m.kernel) for _, m in nnx.iter_modules(module) if isinstance(m, nnx.Conv)]
+def _kernels_in(model: nnx.Module, kinds: type | types.UnionType) -> dict[int, str]:
+    """Maps the kernel of each convolution inside modules of some kinds to the module's type name.
+
+    Uses the identities of the kernels, since `recursive_map` copies modules, but not variables.
+    """
+    return {
+        id(conv.kernel): type(outer).__name__
+        for _, outer in nnx.iter_modules(model)
+        if isinstance(outer, kinds)
+        for _, conv in nnx.iter_modules(outer)
+        if isinstance(conv, nnx.Conv)
+    }
 
 
 def _norm_settings(model: nnx.Module) -> tuple[dict[str, Any], list[str]]:
-    """What all batch norms of a model have, and a sentence about each setting that differs."""
+    """Returns the settings that all batch norms share, and a sentence on each that differs."""
     norms = [module for _, module in nnx.iter_modules(model) if isinstance(module, nnx.BatchNorm)]
     settings, notes = {}, []
     for name in ("momentum", "epsilon", "axis_name", "axis_index_groups"):
@@ -335,39 +321,23 @@ def _norm_settings(model: nnx.Module) -> tuple[dict[str, Any], list[str]]:
     return settings, notes
 
 
-def _slim(
-    conv: nnx.Conv,
-    reduction: int,
-    rngs: nnx.Rngs,
-    norm: Mapping[str, Any],
-    *,
-    may_grow: bool,
-) -> ProjectedSlimConv:
-    """What takes the place of a convolution.
+def _slim(conv: nnx.Conv, **options) -> ProjectedSlimConv:
+    """Builds the replacement for a convolution; `options` are those of `replacement`.
 
     Raises:
-      ValueError: if there can be nothing; the message says why.
+      ValueError: if no replacement exists; the message says why.
     """
     if type(conv) is not nnx.Conv:
         raise InputError(f"it is a {type(conv).__name__}, not an nnx.Conv itself")
     if conv.kernel.shape != conv.kernel_shape:
-        raise InputError("it has parameters of several layers, which SlimConv has not")
+        raise InputError("it has parameters of several layers, which SlimConv does not have")
     sharding = {
         f"{name}_metadata": _sharding(variable)
         for name, variable in (("kernel", conv.kernel), ("bias", conv.bias))
         if variable is not None
     }
     try:
-        module = replacement(
-            conv,
-            conv.in_features,
-            conv.out_features,
-            reduction=reduction,
-            may_grow=may_grow,
-            rngs=rngs,
-            **sharding,
-            **norm,
-        )
+        module = replacement(conv, conv.in_features, conv.out_features, **sharding, **options)
     except ValueError as error:
         if isinstance(error, InputError) or not any(sharding.values()):
             raise
@@ -379,29 +349,25 @@ def _slim(
 
 
 def _sharding(variable: nnx.Variable) -> dict[str, Any]:
-    """The metadata of a variable that say how it lies on the devices."""
+    """Returns the metadata of a variable that describe its layout on the devices."""
     names = ("out_sharding", "sharding_names", "sharding_rules", "mesh")
     metadata = variable.get_metadata()
     return {name: metadata[name] for name in names if metadata.get(name) is not None}
 
 
-def _use_following_conv(block: Bottleneck, rngs: nnx.Rngs) -> bool:
-    """Lets the 1x1 convolution that ends a bottleneck take the output of a new SlimConv.
+def _use_following_conv(block: Bottleneck, rngs: nnx.Rngs) -> None:
+    """Feeds a new SlimConv to the last convolution of a bottleneck instead of to one of its own.
 
-    After the 3x3 convolution in it was replaced by SlimConv with a 1x1 convolution of its own.
-    Returns whether there was such a one.
+    The last convolution gets as many inputs as SlimConv has outputs, and keeps its batch norm.
     """
-    if not (isinstance(block.conv2, ConvBN) and isinstance(block.conv2.conv, ProjectedSlimConv)):
-        return False
     block.conv2 = block.conv2.conv.slimconv
     old, dtype = block.conv3, block.conv3.conv.dtype
     block.conv3 = ConvBN(block.conv2.out_features, old.out_features, 1, dtype=dtype, rngs=rngs)
     block.conv3.bn = old.bn
-    return True
 
 
 def _macs(rows: Sequence[Layer], path: Path) -> int:
-    """Multiply-adds of all calls of the module at a path."""
+    """Sums the multiply-adds of all calls of the module at a path."""
     return sum(row.macs for row in rows if row.path == path)
 
 
@@ -412,7 +378,7 @@ def _notes(
     rows: Sequence[Layer] | None,
     timed: bool,
 ) -> Iterator[str]:
-    """What changes for the user of a model."""
+    """Yields sentences on what changes for the user of a model."""
     if not replaced:
         return
     tellers = {
@@ -421,16 +387,14 @@ def _notes(
         if is_telling(type(module))
     }
     if tellers:
-        yield (
-            f"the new batch norms follow the mode that calls of {', '.join(sorted(tellers))} tell"
-        )
-    hearing = [row for row in _rows_with_mode(model, rows or ()) if row.told is not None]
+        yield f"the new batch norms follow the mode in calls of {', '.join(sorted(tellers))}"
+    hearing = [row for row in _rows_with_mode(model, rows) if row.told is not None]
     new = [row for row in rows or () if row.type == ProjectedSlimConv.__name__]
     if hearing and (deaf := [row for row in new if row.told != hearing[0].told]):
         yield (
-            f"{name_of_path(hearing[0].path)}, a {hearing[0].type}, is told its mode by the module "
-            f"that calls it, and the new layer {name_of_path(deaf[0].path)} is not: it follows "
-            "model.train() and model.eval(), to be called in addition"
+            f"{name_of_path(hearing[0].path)}, a {hearing[0].type}, gets its mode from the module "
+            f"that calls it, and the new layer {name_of_path(deaf[0].path)} does not: it follows "
+            "model.train() and model.eval(); call them, too"
         )
     if not jax.tree.leaves(nnx.state(model, nnx.BatchStat)):
         yield (

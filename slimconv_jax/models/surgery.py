@@ -1,6 +1,6 @@
-"""Models changed after they were made: batch norm folded, backbones taken out.
+"""Changes to existing models: folds batch norm, extracts backbones.
 
-Each function returns a new model and leaves the one that it is given as it is.
+Each function returns a new model and does not change its argument.
 """
 
 import dataclasses
@@ -23,23 +23,24 @@ Path = tuple[str | int, ...]
 
 
 def fold_batch_norm(model: nnx.Module) -> nnx.Module:
-    """The same function in evaluation mode, without the batch norms of this package's modules.
+    """Folds the batch norms of this package's modules into the layers before them.
 
-    Each batch norm with its running statistics is a scale and an offset per channel: the scale
-    goes into the kernel of the convolution before it, in SlimConv's gate of the linear layer, and
-    the offset becomes its bias. Results differ by rounding only.
+    In evaluation mode the result computes the same function; results differ by rounding only. Each
+    batch norm with its running statistics is a scale and an offset per channel: the scale goes into
+    the kernel of the convolution before it (in SlimConv's gate, of the linear layer), and the
+    offset becomes its bias.
 
     Args:
-      model: any NNX module; it stays as it is. What is folded is what this package has made:
-        ResNets and SlimConvs. Batch norms elsewhere in it stay.
+      model: any NNX module; it is not changed. Only the batch norms of this package's ResNets and
+        SlimConvs are folded.
 
     Returns:
       A model for inference, whose folded kernels have the dtype that they are computed in: for
       bfloat16, half the bytes to read. It cannot be trained further, or saved by `save_model`.
 
     Raises:
-      ValueError: if there is nothing to fold, or the model has no values, inside of `jax.jit` or
-        `nnx.eval_shape`.
+      ValueError: if there is nothing to fold, or the parameters have no values, as inside of
+        `jax.jit` or `nnx.eval_shape`.
     """
     require_module(model, "fold_batch_norm")
     if any(
@@ -54,7 +55,7 @@ def fold_batch_norm(model: nnx.Module) -> nnx.Module:
     def fold(path: Path, node: Any) -> Any:
         nonlocal folded_any
         if type(node) is ResNet:
-            node.remat = False  # which is for training
+            node.remat = False  # it is for training
         if type(node) is ConvBN:
             bn, node = node.bn, nnx.clone(node.conv)  # others may use the convolution, too
             _absorb(node.project if isinstance(node, ProjectedSlimConv) else node, bn)
@@ -75,7 +76,7 @@ def fold_batch_norm(model: nnx.Module) -> nnx.Module:
 
 
 def _absorb(layer: nnx.Conv | nnx.Linear, bn: nnx.BatchNorm) -> None:
-    """Makes a layer compute what it and the batch norm after it compute."""
+    """Changes a layer to compute what it and the batch norm after it compute."""
     mean, var, scale, offset, kernel = (
         np.asarray(variable[...], np.float64)
         for variable in (bn.mean, bn.var, bn.scale, bn.bias, layer.kernel)
@@ -83,7 +84,7 @@ def _absorb(layer: nnx.Conv | nnx.Linear, bn: nnx.BatchNorm) -> None:
     bias = 0 if layer.bias is None else np.asarray(layer.bias[...], np.float64)
     scale = scale / np.sqrt(var + bn.epsilon)
     dtype = jax.dtypes.canonicalize_dtype(layer.dtype or layer.kernel.dtype)
-    # Axes before those of one layer are those of `nnx.vmap`.
+    # Leading axes before those of one layer come from `nnx.vmap`.
     inner = (1,) * (kernel.ndim - scale.ndim)
     kernel = kernel * scale.reshape(*scale.shape[:-1], *inner, scale.shape[-1])
     layer.kernel.set_value(jnp.asarray(kernel, dtype))
@@ -92,30 +93,29 @@ def _absorb(layer: nnx.Conv | nnx.Linear, bn: nnx.BatchNorm) -> None:
 
 
 def backbone(model: ResNet, *, output_stride: int | None = None) -> ResNet:
-    """A ResNet without its classifier, for feature maps, with the weights that it has.
+    """Returns a ResNet without its classifier, for feature maps, with the same weights.
 
-    Where the output stride is less than the model's, the strides of the last stages become
-    dilation, as in DeepLab: a convolution then meets the same pixels under its weights as
-    before, on larger maps, so that the weights stay valid. (A gate of SlimConv averages over the
-    larger map.)
+    If the output stride is less than the model's, the strides of the last stages become dilation,
+    as in DeepLab: on the larger maps each weight of a convolution then sees the same pixels as
+    before, so that the weights stay valid. (A gate of SlimConv averages over the larger map.)
 
     Args:
-      model: a ResNet of this package; it stays as it is.
+      model: a ResNet of this package; it is not changed.
       output_stride: stride of the last feature map: 32, 16, 8 or 4, with the "cifar" stem 8, 4, 2
         or 1. None leaves strides and dilation as they are.
 
     Returns:
-      A ResNet of `num_classes=0`: called, it gives pooled features (N, C). It is in evaluation
-      mode if the model is.
+      A ResNet of `num_classes=0`: a call returns pooled features (N, C). It is in evaluation mode
+      if the model is.
 
     Raises:
-      ValueError: if the model is none, or the output stride is not one of those.
+      ValueError: if the model is not such a ResNet, or the output stride is not one of those.
     """
     require_resnet(model, "backbone")
     dilation = model.config.dilation
     if output_stride is not None:
         first = STEMS[model.config.stem]
-        # How many of the last three stages have dilation.
+        # The output strides, and how many of the last three stages have dilation.
         dilated = {first * 2 ** (3 - count): count for count in range(4)}
         require_integer("output_stride", output_stride, 1)
         if output_stride not in dilated:
@@ -134,7 +134,7 @@ def backbone(model: ResNet, *, output_stride: int | None = None) -> ResNet:
 
 
 def map_modules(function: Callable[[Path, Any], Any], model: nnx.Module, caller: str) -> nnx.Module:
-    """`nnx.recursive_map`, with one sentence where it can do nothing."""
+    """Calls `nnx.recursive_map`, and raises an InputError if it cannot change the model."""
     try:
         return nnx.recursive_map(function, model)
     except ValueError as error:
@@ -148,7 +148,7 @@ def map_modules(function: Callable[[Path, Any], Any], model: nnx.Module, caller:
 
 
 def is_evaluating(model: nnx.Module) -> bool:
-    """Whether the parts of a model that have an evaluation mode, if there are any, are in it."""
+    """Returns whether a model has parts with an evaluation mode, all of which are in it."""
     modes = [
         getattr(module, name)
         for _, module in nnx.iter_modules(model)

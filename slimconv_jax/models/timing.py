@@ -1,4 +1,4 @@
-"""How long a training step of any model takes on this machine."""
+"""Measures how long a training step of any model takes on this machine."""
 
 import time
 from collections.abc import Sequence
@@ -16,10 +16,12 @@ _ROUNDS = 5
 
 
 def time_steps(models: Sequence[nnx.Module], image_shape: tuple[int, int, int]) -> tuple:
-    """Seconds of a forward and backward pass of each model, the least of five, in turns.
+    """Measures the seconds of a forward and backward pass of each model.
+
+    Runs the models in turns and returns the least of five times of each.
 
     Args:
-      models: map images (8, *image_shape) to anything; they stay as they are.
+      models: map images (8, *image_shape) to anything; they are not changed.
       image_shape: (H, W, C).
     """
     images = jax.random.normal(jax.random.key(0), (_BATCH_SIZE, *image_shape))

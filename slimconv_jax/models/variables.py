@@ -1,4 +1,4 @@
-"""What a model is made of beside its structure: its variables, by collection."""
+"""The variables of a model, by collection."""
 
 from typing import Any
 
@@ -7,17 +7,17 @@ from flax import nnx
 PyTree = Any
 
 _KINDS = {"params": nnx.Param, "batch_stats": nnx.BatchStat, "other": ...}
-"""The collections, as Linen calls them, and the kinds of variables in each; the last has the rest.
+"""The collections, by Linen's names, and the kind of variables in each.
 
-Of the models of this package nothing is left for it; the keys of dropout are, for one.
+"other" has the rest, such as the keys of dropout. It is empty for the models of this package.
 """
 
 
 def variables(model: nnx.Module) -> dict[str, PyTree]:
-    """The variables of a model, which may be abstract: nested dicts of its arrays.
+    """Returns the variables of a model, which may be abstract, as nested dicts of arrays.
 
     Returns:
-      "params", "batch_stats", and "other" where a model has others.
+      "params", "batch_stats", and "other" if the model has others.
     """
     states = nnx.split(model, *_KINDS.values())[1:]
     trees = {name: nnx.to_pure_dict(s) for name, s in zip(_KINDS, states, strict=True)}
@@ -27,10 +27,10 @@ def variables(model: nnx.Module) -> dict[str, PyTree]:
 
 
 def merge(graphdef: nnx.GraphDef, variables: dict[str, PyTree]) -> nnx.Module:
-    """The model of a structure and variables, as `variables` gives them."""
+    """Builds a model from its structure and the variables that `variables` returns."""
     return nnx.merge(graphdef, *variables.values())
 
 
 def by_name(model: nnx.Module) -> dict[str, nnx.Variable]:
-    """The variables of a model by path, joined by dots."""
+    """Returns the variables of a model by path, joined by dots."""
     return {".".join(map(str, path)): v for path, v in nnx.to_flat_state(nnx.state(model))}

@@ -1,4 +1,4 @@
-"""The named architectures, as rows of data, and the two functions that use them."""
+"""The named architectures, as rows of data, and functions that build and name models."""
 
 import contextlib
 import dataclasses
@@ -21,55 +21,37 @@ from slimconv_jax.models.resnet import ResNet, ResNetConfig, as_dtype
 from slimconv_jax.models.slimconv import CompressionRatio, k_from_reduction, reduction_from_k
 from slimconv_jax.models.variables import by_name
 
+_PLAIN = {
+    "resnet14": ResNetConfig((1, 1, 1, 1)),
+    "resnet26": ResNetConfig((2, 2, 2, 2)),
+    "resnet50": ResNetConfig((3, 4, 6, 3)),
+    "resnet101": ResNetConfig((3, 4, 23, 3)),
+    "resnet152": ResNetConfig((3, 8, 36, 3)),
+    "resnext50_32x4d": ResNetConfig((3, 4, 6, 3), groups=32, base_width=4),
+    "resnext101_32x8d": ResNetConfig((3, 4, 23, 3), groups=32, base_width=8),
+    "wide_resnet50_2": ResNetConfig((3, 4, 6, 3), base_width=128),
+    "wide_resnet101_2": ResNetConfig((3, 4, 23, 3), base_width=128),
+}
+"""The plain bottleneck networks, each of which has an Sc counterpart at k = 4/3."""
 
-def _with_sc(plain: dict[str, ResNetConfig]) -> dict[str, ResNetConfig]:
-    """The plain bottleneck networks, each followed by its Sc counterpart at k = 4/3."""
-    return plain | {
-        f"sc_{name}": dataclasses.replace(config, reduction=2) for name, config in plain.items()
-    }
-
-
-ARCHITECTURES: dict[str, ResNetConfig] = (
-    {
-        "resnet18": ResNetConfig((2, 2, 2, 2), block="basic"),
-        "resnet34": ResNetConfig((3, 4, 6, 3), block="basic"),
-    }
-    | _with_sc(
-        {
-            "resnet14": ResNetConfig((1, 1, 1, 1)),
-            "resnet26": ResNetConfig((2, 2, 2, 2)),
-            "resnet50": ResNetConfig((3, 4, 6, 3)),
-            "resnet101": ResNetConfig((3, 4, 23, 3)),
-            "resnet152": ResNetConfig((3, 8, 36, 3)),
-            "resnext50_32x4d": ResNetConfig((3, 4, 6, 3), groups=32, base_width=4),
-            "resnext101_32x8d": ResNetConfig((3, 4, 23, 3), groups=32, base_width=8),
-            "wide_resnet50_2": ResNetConfig((3, 4, 6, 3), base_width=128),
-            "wide_resnet101_2": ResNetConfig((3, 4, 23, 3), base_width=128),
-        }
-    )
-    | {
-        "sc_resnext101_32x3d": ResNetConfig(
-            (4, 8, 18, 3), groups=32, base_width=3, reduction=3, lower_groups=16
-        ),
-        "ghost_resnet50": ResNetConfig((3, 4, 6, 3), block="ghost"),
-    }
-)
-
+ARCHITECTURES: dict[str, ResNetConfig] = {
+    "resnet18": ResNetConfig((2, 2, 2, 2), block="basic"),
+    "resnet34": ResNetConfig((3, 4, 6, 3), block="basic"),
+    **_PLAIN,
+    **{f"sc_{name}": dataclasses.replace(plain, reduction=2) for name, plain in _PLAIN.items()},
+    "sc_resnext101_32x3d": ResNetConfig(
+        (4, 8, 18, 3), groups=32, base_width=3, reduction=3, lower_groups=16
+    ),
+    "ghost_resnet50": ResNetConfig((3, 4, 6, 3), block="ghost"),
+}
 
 _FREE = ("reduction", "num_classes", "width", "stem", "dilation")
 """The fields of an architecture that its name leaves open."""
 
 
 def list_models(pattern: str = "*") -> list[str]:
-    """The names that `create_model` knows, those matching a shell-style pattern."""
+    """Lists the names that `create_model` knows and that match a shell-style pattern."""
     return [name for name in ARCHITECTURES if fnmatch.fnmatch(name, pattern)]
-
-
-def unknown_model(name: object) -> InputError:
-    """The error to raise for a name that is not in `list_models()`."""
-    near = difflib.get_close_matches(str(name), ARCHITECTURES, n=3)
-    hint = f"did you mean {' or '.join(near)}?" if near else "list_models() names them all"
-    return InputError(f"unknown model {name!r}; {hint}")
 
 
 def create_model(
@@ -85,7 +67,7 @@ def create_model(
     remat: bool = False,
     dtype: Dtype | None = None,
 ) -> ResNet:
-    """A new model of a named architecture, in training mode; `model.eval()` switches it.
+    """Builds a model of a named architecture, in training mode; `model.eval()` switches it.
 
     Args:
       name: one of `list_models()`, or a JSON file of channels (`slimconv_jax.models.channels`).
@@ -99,7 +81,7 @@ def create_model(
       dilation: for each of stages 2, 3 and 4, whether dilation replaces its stride.
       zero_init_residual: whether the last batch norm of each residual branch starts with
         scale 0.
-      remat: whether training recomputes the insides of the blocks to save memory.
+      remat: whether training recomputes the inside of the blocks to save memory.
       dtype: dtype of the computation; parameters, batch statistics and logits are float32.
 
     Raises:
@@ -115,12 +97,12 @@ def create_model(
 
 
 def is_channels_file(name: str | os.PathLike) -> bool:
-    """Whether what stands for an architecture is a JSON file of channels, not a name."""
+    """Returns whether an architecture is given by a JSON file of channels, not by name."""
     return isinstance(name, str | os.PathLike) and os.fspath(name).endswith(".json")
 
 
 def parse_model(text: str) -> tuple[str, str | None]:
-    """The name and k of a model that is written NAME, NAME@K, or FILE.json."""
+    """Splits a model that is written NAME, NAME@K, or FILE.json into name and k."""
     if is_channels_file(text):
         return text, None
     name, _, k = text.partition("@")
@@ -128,59 +110,55 @@ def parse_model(text: str) -> tuple[str, str | None]:
 
 
 def normalize_model(text: str) -> str:
-    """NAME@K as the paper writes k, for Sc models without k too; other names as they are.
+    """Writes Sc models as NAME@K, with k as in the paper; returns other names as they are.
 
     Raises:
       ValueError: if there is no such model.
     """
     name, k = parse_model(text)
-    options = {"num_classes": 1000, "stem": "imagenet", "width": 64, "dilation": (False,) * 3}
-    reduction = resnet_config(name, k=k, **options).reduction
+    reduction = resnet_config(name, k=k).reduction
     return name if reduction is None else f"{name}@{k_from_reduction(reduction)}"
 
 
 def named_config(name: str | os.PathLike) -> ResNetConfig:
-    """The architecture of a name or JSON file.
+    """Returns the architecture of a name or JSON file.
 
     Raises:
-      ValueError: if there is none.
+      ValueError: if there is no such architecture.
     """
     if is_channels_file(name):
         return read_channels(name)
     if name not in ARCHITECTURES:
-        raise unknown_model(name)
+        near = difflib.get_close_matches(str(name), ARCHITECTURES, n=3)
+        hint = f"did you mean {' or '.join(near)}?" if near else "list_models() names them all"
+        raise InputError(f"unknown model {name!r}; {hint}")
     return ARCHITECTURES[name]
 
 
 def resnet_config(
     name: str | os.PathLike,
     *,
-    k: CompressionRatio | None,
-    num_classes: int,
-    stem: str,
-    width: int,
-    dilation: Sequence[bool],
+    k: CompressionRatio | None = None,
+    dilation: Sequence[bool] = (False, False, False),
+    **changes,
 ) -> ResNetConfig:
-    """A named architecture with changes; arguments and errors are those of `create_model`."""
+    """Returns a named architecture with changes.
+
+    The arguments are `num_classes`, `stem`, `width` and these; they and the errors are those of
+    `create_model`.
+    """
     config = named_config(name)
     if k is not None and config.reduction is None:
         raise InputError(f"{name} has no SlimConv, so it takes no k (k={k!r} was given)")
     reduction = config.reduction if k is None else reduction_from_k(k)
     dilation = tuple(dilation) if isinstance(dilation, Sequence) else dilation
     with _naming(name, reduction):
-        return dataclasses.replace(
-            config,
-            reduction=reduction,
-            num_classes=num_classes,
-            stem=stem,
-            width=width,
-            dilation=dilation,
-        )
+        return dataclasses.replace(config, reduction=reduction, dilation=dilation, **changes)
 
 
 @contextlib.contextmanager
 def _naming(name: str | os.PathLike, reduction: int | None) -> Iterator[None]:
-    """Says in an InputError which model it is about."""
+    """Prefixes the message of an InputError with the model that it is about."""
     try:
         yield
     except InputError as error:
@@ -189,9 +167,9 @@ def _naming(name: str | os.PathLike, reduction: int | None) -> Iterator[None]:
 
 
 def abstract_model(name: str | os.PathLike, **overrides) -> ResNet:
-    """`create_model` without the arrays: shapes and dtypes only, in about half a second.
+    """Builds a model with shapes and dtypes instead of arrays, in about half a second.
 
-    For counting. Arguments and errors are those of `create_model`, less `rngs`.
+    Use it for counting. Arguments and errors are those of `create_model`, without `rngs`.
     """
     return abstract(functools.partial(create_model, name, **overrides))
 
@@ -199,7 +177,7 @@ def abstract_model(name: str | os.PathLike, **overrides) -> ResNet:
 def abstract_resnet(
     config: ResNetConfig, *, remat: bool = False, dtype: Dtype | None = None
 ) -> ResNet:
-    """`ResNet(config)` without the arrays, as the target of loaded weights."""
+    """Builds `ResNet(config)` without arrays, as the target of loaded weights."""
     return nnx.merge(*_abstract_parts(config, remat, as_dtype(dtype)))
 
 
@@ -211,7 +189,7 @@ def _abstract_parts(config: ResNetConfig, remat: bool, dtype: jnp.dtype | None) 
 
 
 def abstract(build: Callable[..., nnx.Module]) -> nnx.Module:
-    """What `build(rngs=...)` makes, with shapes and dtypes instead of arrays."""
+    """Calls `build(rngs=...)` with shapes and dtypes instead of arrays."""
     # One key for everything, since nothing is drawn. `nnx.Rngs` would count its keys inside
     # the traced program, with jax 0.10 at a cost quadratic in the depth (see BatchNorm).
     rngs = types.SimpleNamespace(params=lambda: jax.random.key(0))
@@ -219,10 +197,10 @@ def abstract(build: Callable[..., nnx.Module]) -> nnx.Module:
 
 
 def require_module(model: object, caller: str) -> None:
-    """Makes sure that a model is one of NNX.
+    """Checks that a model is an NNX module.
 
     Raises:
-      ValueError: if it is none.
+      ValueError: if it is not.
     """
     if not isinstance(model, nnx.Module):
         linen = "Linen " if isinstance(model, nn.Module) else ""
@@ -230,10 +208,10 @@ def require_module(model: object, caller: str) -> None:
 
 
 def require_resnet(model: object, caller: str) -> None:
-    """Makes sure that a model is a ResNet of exactly the parameters that its `config` says.
+    """Checks that a model is a ResNet with exactly the parameters of its `config`.
 
     Raises:
-      ValueError: if it is none, or was changed: batch norm folded, or SlimConv put into a part.
+      ValueError: if it is not a ResNet, or was changed: batch norm folded, or SlimConv in a part.
     """
     if not isinstance(model, ResNet):
         raise InputError(f"{caller} takes a slimconv_jax ResNet, not a {type(model).__name__}")
@@ -250,9 +228,9 @@ def require_resnet(model: object, caller: str) -> None:
 
 
 def name_of(config: ResNetConfig) -> str | None:
-    """The name of an architecture, whatever its k, classes, stem, width and dilation.
+    """Returns the name of an architecture, whatever its k, classes, stem, width and dilation.
 
-    None if `list_models()` has no such architecture.
+    Returns None if `list_models()` does not have the architecture.
     """
 
     def fixed(config: ResNetConfig) -> dict:
@@ -263,7 +241,7 @@ def name_of(config: ResNetConfig) -> str | None:
 
 
 def nearest_name(config: ResNetConfig) -> str:
-    """The name of the architecture of the same kind whose numbers of blocks come nearest."""
+    """Returns the name of the architecture of the same kind with the nearest block counts."""
 
     def distance(name: str) -> tuple:
         named = ARCHITECTURES[name]
@@ -278,10 +256,9 @@ def nearest_name(config: ResNetConfig) -> str:
 
 
 def describe(config: ResNetConfig) -> str:
-    """An architecture in a few words, such as "sc_resnet50, k=4/3, 1000 classes"."""
-    kind = f"{config.block} blocks {config.blocks}, "
-    kind += "of no known name" if config.channels is None else "of irregular widths"
-    words = [name_of(config) or kind]
+    """Describes an architecture in a few words, such as "sc_resnet50, k=4/3, 1000 classes"."""
+    kind = "of no known name" if config.channels is None else "of irregular widths"
+    words = [name_of(config) or f"{config.block} blocks {config.blocks}, {kind}"]
     if config.reduction is not None:
         words.append(f"k={k_from_reduction(config.reduction)}")
     words.append(f"{config.num_classes} classes" if config.num_classes else "no classifier")

@@ -1,1 +1,1 @@
-"""What is on disk: files, checkpoints, saved models, the directories of runs."""
+"""Files on disk: checkpoints, saved models and the work directories of runs."""

@@ -1,20 +1,19 @@
 """The checkpoints of a training run on disk: a directory for each step, with checksums."""
 
 import json
-import os
 
 from etils import epath
 
 from slimconv_jax.console import say
 from slimconv_jax.errors import InputError
-from slimconv_jax.files import MissingFileError, checksum, list_files, read_json, verify_files
+from slimconv_jax.files import checksum, is_address, list_files, read_json, verify_files
 
 CHECKPOINTS = "checkpoints"
 CHECKSUMS = "checksums.json"
 
 
 def list_checkpoints(workdir: epath.Path) -> list[epath.Path]:
-    """The complete checkpoints of a training run, the oldest first.
+    """Lists the complete checkpoints of a training run, the oldest first.
 
     Raises:
       ValueError: if their directory cannot be read.
@@ -26,21 +25,16 @@ def list_checkpoints(workdir: epath.Path) -> list[epath.Path]:
         if isinstance(error, FileNotFoundError) or not workdir.is_dir():
             return []
         raise InputError(f"cannot read {directory}: {error.strerror or error}") from None
-    # The name of one that is being written is more than a number, but in object stores, where a
-    # file tells that it is complete.
-    is_store = "://" in os.fspath(directory)
-    complete = (
-        path
-        for path in entries
-        if path.name.isascii()
-        and path.name.isdigit()
-        and (not is_store or (path / "commit_success.txt").exists())
-    )
+    complete = [path for path in entries if path.name.isascii() and path.name.isdigit()]
+    # While a checkpoint is written, its name is more than a number; in an object store, a file is
+    # missing instead.
+    if is_address(directory):
+        complete = [path for path in complete if (path / "commit_success.txt").exists()]
     return sorted(complete, key=lambda path: int(path.name))
 
 
 def choose_checkpoint(workdir: epath.Path, step: int | None) -> epath.Path:
-    """The complete checkpoint of a step, or the newest one.
+    """Returns the complete checkpoint of a step, or the newest one.
 
     Raises:
       ValueError: if there is none.
@@ -57,25 +51,19 @@ def choose_checkpoint(workdir: epath.Path, step: int | None) -> epath.Path:
 
 def write_checksums(checkpoint: epath.Path) -> None:
     """Adds a file with the checksums of all items to a checkpoint that is about to be complete."""
-    files = {
-        name: checksum(file)
-        for name, file in list_files(checkpoint).items()
-        if "/" in name  # what lies beside the items Orbax still changes
-    }
+    # Orbax still changes the files beside the items.
+    files = {name: checksum(f) for name, f in list_files(checkpoint).items() if "/" in name}
     (checkpoint / CHECKSUMS).write_text(json.dumps(files))
 
 
 def verify_checksums(checkpoint: epath.Path) -> None:
-    """Makes sure that a checkpoint is as it was written.
+    """Checks that a checkpoint is as it was written.
 
     Raises:
-      ValueError: if it is damaged.
+      ValueError: if it is damaged, or its checksums are missing.
     """
     file = checkpoint / CHECKSUMS
-    try:
-        files = read_json(file)
-    except MissingFileError:
-        raise InputError(f"{file} is missing") from None
+    files = read_json(file)
     if not isinstance(files, dict):
         raise InputError(f"{file} is damaged: it has no checksums")
     items = [path for path in checkpoint.iterdir() if path.is_dir()]
@@ -83,9 +71,12 @@ def verify_checksums(checkpoint: epath.Path) -> None:
 
 
 def newest_intact(workdir: epath.Path) -> int:
-    """The step of the newest checkpoint whose files are as they were written; 0 without any.
+    """Finds the newest checkpoint whose files are as they were written.
 
     Damaged ones after it are moved out of the way, with a warning.
+
+    Returns:
+      Its step, or 0 if there are no checkpoints.
 
     Raises:
       ValueError: if all are damaged.
@@ -101,10 +92,10 @@ def newest_intact(workdir: epath.Path) -> int:
             intact = int(path.name)
             break
     if damaged and not intact:
+        reasons = "; ".join(map(str, damaged.values()))
         raise InputError(
-            f"no checkpoint in {workdir / CHECKPOINTS} can be used: "
-            f"{'; '.join(map(str, damaged.values()))}; to begin anew, delete {workdir} or choose "
-            "another --workdir"
+            f"no checkpoint in {workdir / CHECKPOINTS} can be used: {reasons}; to begin anew, "
+            f"delete {workdir} or choose another --workdir"
         )
     for path, error in damaged.items():
         aside = workdir / f"damaged-checkpoint-{path.name}"

@@ -3,9 +3,9 @@
     save_model(model, "sc_resnet50")
     model = load_model("sc_resnet50")
 
-The weights are an Orbax checkpoint, or one .safetensors file. A directory appears complete or
-not at all. The work directory of a training run has a model.json too, and its weights are in the
-newest of its checkpoints.
+The weights are an Orbax checkpoint, or one .safetensors file. A directory appears once it is
+complete, or not at all. The work directory of a training run has a model.json too, and its weights
+are in the newest of its checkpoints.
 """
 
 import contextlib
@@ -46,15 +46,12 @@ from slimconv_jax.storage.checkpoints import (
     verify_checksums,
 )
 
-PyTree = Any
-
-FORMATS = ("orbax", "safetensors")
-
 _WEIGHTS = {"orbax": "weights", "safetensors": "weights.safetensors"}
+FORMATS = tuple(_WEIGHTS)
 DESCRIPTION = "model.json"
 
 _NOT_INFO = ("name", "k", "architecture", "parameters", "format", "versions", "files")
-"""What is in model.json beside `info`, whose entries were beside these until version 0.1."""
+"""The keys of model.json beside `info`, whose entries were beside these until version 0.1."""
 
 
 def save_model(
@@ -71,32 +68,27 @@ def save_model(
       model: a ResNet of this package.
       path: the directory; its parent must exist.
       format: "orbax", or "safetensors", with our names, joined by dots, in our layout.
-      overwrite: whether a model that is there already is replaced, when the new one is complete.
+      overwrite: whether to replace a model that is there already, once the new one is complete.
       info: more entries for model.json. What this package reads are `class_names`, a list, and
         `preprocessing`, with `image_size` (None for images as they are), `mean` and `std`, and
         `image_shape`, (H, W, 3) of the images that the model was trained on.
 
     Raises:
       ValueError: if the directory exists (and is not to be overwritten, or is not a model), cannot
-        be written, or the model is none of ours.
+        be written, or the model is not one of this package.
     """
     require_resnet(model, "save_model")
     if format not in FORMATS:
         raise InputError(f"format={format!r} must be one of {', '.join(map(repr, FORMATS))}")
     description = describe(model, format, info)
     with _new_directory(path, overwrite=overwrite) as directory:
-        try:
-            _write_weights(model, directory / _WEIGHTS[format])
-        except InputError:
-            raise
-        except LIBRARY_ERRORS as error:  # of a full disk, say
-            raise InputError(f"cannot write {path}: {error}") from None
+        _write_weights(model, directory / _WEIGHTS[format])
         description["files"] = {n: checksum(file) for n, file in list_files(directory).items()}
         (directory / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n")
 
 
 def describe(model: ResNet, format: str, info: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The content of model.json, but for the checksums."""
+    """Returns the content of model.json without the checksums."""
     config = model.config
     return {
         "name": name_of(config),
@@ -110,16 +102,14 @@ def describe(model: ResNet, format: str, info: Mapping[str, Any] | None) -> dict
 
 
 def versions() -> dict[str, str]:
-    """Of this package, and of those on which depends what it computes and saves."""
+    """Returns the versions of this package and of those that its results and files depend on."""
     packages = ("jax", "flax", "orbax-checkpoint")
-    # Its own from the source: a clone that is on the path, but not installed, has no metadata.
-    return {"slimconv_jax": __version__} | {
-        package: importlib.metadata.version(package) for package in packages
-    }
+    # A clone that is on the path, but not installed, has no metadata.
+    return {"slimconv_jax": __version__} | {p: importlib.metadata.version(p) for p in packages}
 
 
 def read_info(path: epath.PathLike) -> dict[str, Any]:
-    """The entries of model.json that came from the `info` of `save_model`.
+    """Reads the entries of model.json that came from the `info` of `save_model`.
 
     Raises:
       ValueError: if there is no such file, or it is damaged.
@@ -129,23 +119,26 @@ def read_info(path: epath.PathLike) -> dict[str, Any]:
     info = description.get("info")
     if info is None:
         info = {key: value for key, value in description.items() if key not in _NOT_INFO}
-    if not isinstance(info, dict):
-        raise InputError(f"{directory / DESCRIPTION} is damaged: info is not a section")
-    names, shape = info.get("class_names", []), info.get("image_shape", [1, 1, 3])
     damage = None
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+    if not isinstance(info, dict):
+        damage = "info is not a section"
+    elif not _is_list_of(str, info.get("class_names", [])):
         damage = "class_names is not a list of names"
     elif not isinstance(info.get("preprocessing", {}), dict):
         damage = "preprocessing is not a section"
-    elif not isinstance(shape, list) or [type(side) for side in shape] != [int] * 3:
+    elif not _is_list_of(int, shape := info.get("image_shape", [1, 1, 3])) or len(shape) != 3:
         damage = "image_shape is not a shape"
     if damage:
         raise InputError(f"{directory / DESCRIPTION} is damaged: {damage}")
     return info
 
 
+def _is_list_of(kind: type, value: Any) -> bool:
+    return isinstance(value, list) and all(type(item) is kind for item in value)
+
+
 def read_description(directory: epath.Path) -> dict[str, Any]:
-    """The content of model.json.
+    """Reads the content of model.json.
 
     Raises:
       ValueError: if there is none, or it is damaged.
@@ -179,7 +172,7 @@ def _write_weights(model: ResNet, path: epath.Path) -> None:
 
 @contextlib.contextmanager
 def _safetensors() -> Iterator[types.ModuleType]:
-    """The package, if it is installed; its errors become OSErrors."""
+    """Imports the package, and turns its errors into OSErrors."""
     import_extra("safetensors.numpy", extra="train", package="safetensors")
     package = import_extra("safetensors", extra="train")
     try:
@@ -195,16 +188,16 @@ def load_model(
     checkpoint: int | None = None,
     ema: bool = False,
 ) -> ResNet:
-    """The model in a directory that `save_model`, convert_weights.py or train.py wrote.
+    """Loads the model in a directory that `save_model`, convert_weights.py or train.py wrote.
 
-    It is in evaluation mode. Parameters and batch statistics are float32, whatever they were
-    when they were saved.
+    The model is in evaluation mode. Parameters and batch statistics are float32, whatever they
+    were when they were saved.
 
     Args:
       path: the directory; of a training run, the work directory.
       dtype: dtype of the computation, as in `create_model`; not part of what is saved.
-      checkpoint: of a training run, the step whose checkpoint is taken; None for the newest.
-      ema: of a training run, whether to take the moving average of the weights.
+      checkpoint: of a training run, the step whose checkpoint to load; None for the newest.
+      ema: of a training run, whether to load the moving average of the weights.
 
     Raises:
       ValueError: if there is no complete model.
@@ -225,8 +218,6 @@ def load_model(
         raise InputError(
             f"{directory / DESCRIPTION} does not describe a model: {type(error).__name__} {error}"
         ) from None
-    if not is_run and (ema or checkpoint is not None):
-        raise InputError(f"{directory} is not a training run, so it has one set of weights only")
     if is_run:
         taken = choose_checkpoint(directory, checkpoint)
         try:
@@ -238,10 +229,12 @@ def load_model(
         weights = taken / ("ema" if ema else "model")
         if not weights.exists():
             raise InputError(f"{taken} has no moving average; config.step.ema_decay is 0 there")
+    elif ema or checkpoint is not None:
+        raise InputError(f"{directory} is not a training run, so it has one set of weights only")
     else:
         verify_files(directory, files, of=[weights])
     targets = by_name(model)
-    find_devices()  # that there are none is not the fault of the weights
+    find_devices()  # if there are none, this says so: the weights are not to blame
     try:
         if weights.suffix:
             with _safetensors() as safetensors:
@@ -249,18 +242,19 @@ def load_model(
         else:
             import orbax.checkpoint as ocp
 
-            # Asked for as NumPy arrays, they come without a sharding, on every host alike.
+            # NumPy arrays have no sharding, so every host can restore them.
             like = jax.tree.map(lambda v: np.empty(v.shape, v.dtype), variables(model))
             with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
                 tree = checkpointer.restore(weights, args=ocp.args.StandardRestore(like))
-            arrays = _flatten(tree)
+            arrays = {
+                jax.tree_util.keystr(path[1:], simple=True, separator="."): leaf
+                for path, leaf in jax.tree.leaves_with_path(tree)
+            }
     except InputError:
         raise
     except LIBRARY_ERRORS as error:
         raise InputError(f"the weights in {weights} cannot be read: {error}") from None
-    if {name: array.shape for name, array in arrays.items()} != {
-        name: variable.shape for name, variable in targets.items()
-    }:
+    if {n: a.shape for n, a in arrays.items()} != {n: v.shape for n, v in targets.items()}:
         raise InputError(f"the weights in {weights} are not those of {DESCRIPTION}'s architecture")
     for name, variable in targets.items():
         variable.set_value(jnp.asarray(arrays[name], variable.dtype))
@@ -269,10 +263,10 @@ def load_model(
 
 
 def verify_weights(model: ResNet, path: epath.PathLike) -> None:
-    """Makes sure that a saved model has the weights of a model, to the last bit.
+    """Checks that a saved model has the weights of a model, to the last bit.
 
     Raises:
-      ValueError: if it has not, or cannot be loaded.
+      ValueError: if it does not, or cannot be loaded.
     """
     expected, saved = by_name(model), by_name(load_model(path))
     if expected.keys() != saved.keys() or not all(
@@ -282,7 +276,7 @@ def verify_weights(model: ResNet, path: epath.PathLike) -> None:
 
 
 def check_destination(path: epath.PathLike, *, overwrite: bool) -> None:
-    """Makes sure that `save_model` could write there, before long work.
+    """Checks that `save_model` can write there, before long work.
 
     Raises:
       ValueError: as `save_model`.
@@ -309,7 +303,7 @@ def check_destination(path: epath.PathLike, *, overwrite: bool) -> None:
 
 @contextlib.contextmanager
 def _new_directory(path: epath.PathLike, *, overwrite: bool) -> Iterator[epath.Path]:
-    """A directory that gets its name when it is complete, and is deleted if that fails."""
+    """Yields a directory that gets its name once it is complete, and is deleted on failure."""
     check_destination(path, overwrite=overwrite)
     directory = absolute(path)
     hidden = directory.parent / f".slimconv_jax-{uuid.uuid4().hex[:8]}"
@@ -320,7 +314,9 @@ def _new_directory(path: epath.PathLike, *, overwrite: bool) -> Iterator[epath.P
         if directory.exists():
             directory.rename(old)
         part.rename(directory)
-    except OSError as error:
+    except InputError:
+        raise
+    except LIBRARY_ERRORS as error:  # of a full disk, say
         raise InputError(f"cannot write {directory}: {error}") from None
     finally:
         if old.exists() and not directory.exists():
@@ -329,19 +325,10 @@ def _new_directory(path: epath.PathLike, *, overwrite: bool) -> Iterator[epath.P
 
 
 def _stranger(directory: epath.Path) -> str | None:
-    """What keeps a directory from being just what `save_model` wrote."""
+    """Returns why a directory is not just what `save_model` wrote; None if it is."""
     try:
         ours = {DESCRIPTION, *read_json(directory / DESCRIPTION)["files"]}
         strangers = sorted(list_files(directory).keys() - ours)
     except (OSError, ValueError, KeyError, TypeError):
         return f"it has no {DESCRIPTION} of ours"
     return f"{strangers[0]} is in it" if strangers else None
-
-
-def _flatten(collections: Mapping[str, PyTree]) -> dict[str, np.ndarray]:
-    """Their leaves by path, joined by dots, as `_by_name` has them."""
-    return {
-        ".".join(str(key.key) for key in path): leaf
-        for tree in collections.values()
-        for path, leaf in jax.tree.leaves_with_path(tree)
-    }

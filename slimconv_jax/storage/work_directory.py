@@ -1,9 +1,9 @@
-"""What the work directory of a training run holds, whose it is, and who is in it.
+"""The work directory of a training run: its files, its config, and its lock.
 
 `config.json` is the config; `model.json` describes the model, as in the directory of a saved one.
 `checkpoints/` has a directory for each step that is kept (see `slimconv_jax.storage.checkpoints`).
-`metrics.jsonl` has a line for each report; `curves.png` draws them, `tensorboard/` has them, too.
-`.lock` says who is in it.
+`metrics.jsonl` has a line for each report; `curves.png` and `tensorboard/` show the same.
+`.lock` says which process uses the directory.
 """
 
 import contextlib
@@ -18,16 +18,11 @@ from typing import Any
 
 import ml_collections
 from etils import epath
+from flax import traverse_util
 
 from slimconv_jax.console import say
 from slimconv_jax.errors import InputError, printable
-from slimconv_jax.files import (
-    MissingFileError,
-    absolute,
-    is_address,
-    read_json,
-    replace_file,
-)
+from slimconv_jax.files import MissingFileError, absolute, is_address, read_json, replace_file
 from slimconv_jax.models.resnet import ResNet
 from slimconv_jax.storage.checkpoints import CHECKPOINTS
 from slimconv_jax.storage.model_directory import DESCRIPTION, describe, read_description, read_info
@@ -41,7 +36,7 @@ LOCK = ".lock"
 
 
 def read_run_dataset(workdir: epath.PathLike) -> dict[str, Any]:
-    """`config.dataset` of a training run, as its `config.json` has it; empty if there is none.
+    """Reads `config.dataset` of a training run from its `config.json`; empty if there is none.
 
     Raises:
       ValueError: if the file is damaged.
@@ -69,29 +64,27 @@ NOT_COMPARED = (
     "log_every_steps",
     "profile_steps",
 )
-"""The keys that may change when a run continues, since what is learnt does not depend on them."""
+"""The keys that may change when a run continues, since the result does not depend on them."""
 
 
 @contextlib.contextmanager
 def hold_workdir(workdir: epath.Path) -> Iterator[None]:
-    """Keeps other runs out of a work directory, which is created if it is not there.
+    """Keeps other runs out of a work directory, which is created if it does not exist.
 
-    The lock is the operating system's, so a run that is killed leaves none behind. In an object
-    store, which has no locks, nothing is kept out.
+    The lock is the operating system's, so a run that is killed does not leave one behind. Object
+    stores do not have locks, so there other runs are not kept out.
 
     Raises:
-      ValueError: if another run is in it, with the process, the host and the time of its start; or
+      ValueError: if another run uses it, with the process, the host and the time of its start; or
         if the directory cannot be written.
     """
     if is_address(workdir):
         yield
         return
-    try:
+    with _writing(workdir):
         workdir.mkdir(parents=True, exist_ok=True)
-        # Opened for adding, so that what the one who holds it has written stays until then.
+        # Opened for appending, so that the text of the process that holds the lock stays.
         file = open(workdir / LOCK, "ab+", buffering=0, opener=_open_at_once)  # noqa: SIM115
-    except OSError as error:
-        raise _unwritable(workdir, error) from None
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -102,43 +95,44 @@ def hold_workdir(workdir: epath.Path) -> Iterator[None]:
                 f"{workdir} is in use by {who}; stop that, or choose another --workdir"
             ) from None
         except OSError as error:  # a file system without locks
-            say(
-                f"warning: {workdir} cannot be locked ({error.strerror}); start no second run there"
-            )
-        try:
+            warning = f"{workdir} cannot be locked ({error.strerror}); start no second run there"
+            say(f"warning: {warning}")
+        with _writing(workdir):
             file.truncate(0)
             now = datetime.datetime.now().astimezone().isoformat(" ", "seconds")
             file.write(f"process {os.getpid()} on {socket.gethostname()}, since {now}\n".encode())
-        except OSError as error:
-            raise _unwritable(workdir, error) from None
         try:
             yield
         finally:
             with contextlib.suppress(OSError):
-                fcntl.flock(file, fcntl.LOCK_UN)  # closing is not enough where a child has it, too
+                fcntl.flock(file, fcntl.LOCK_UN)  # closing is not enough where a child has it too
 
 
 def _open_at_once(path: str, flags: int) -> int:
-    # A pipe would wait for its other end, and a link might lead to what is to be kept.
+    # A pipe would wait for its other end, and a link might lead to a file that must stay.
     return os.open(path, flags | os.O_NONBLOCK | os.O_NOFOLLOW, 0o666)
 
 
-def _unwritable(workdir: epath.Path, error: OSError) -> InputError:
-    reason = error.strerror or error
-    return InputError(f"cannot write to the work directory {workdir}: {reason}")
+@contextlib.contextmanager
+def _writing(workdir: epath.Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or error
+        raise InputError(f"cannot write to the work directory {workdir}: {reason}") from None
 
 
 def claim_workdir(
     workdir: epath.PathLike, config: ml_collections.ConfigDict, defaults: dict
 ) -> epath.Path:
-    """Creates a work directory for a config, or makes sure that it belongs to that config.
+    """Creates a work directory for a config, or checks that it belongs to that config.
 
     Args:
-      workdir: a directory; it is created, with its parents, if it is not there.
-      config: written to `config.json` there, and compared with what is there already; only
-        the keys in `NOT_COMPARED` may have changed.
+      workdir: a directory; it is created, with its parents, if it does not exist.
+      config: written to `config.json` there, and compared with the config that is there already;
+        only the keys in `NOT_COMPARED` may have changed.
       defaults: of the keys of a config, as JSON has them, for a file that was written before a key
-        was known.
+        was introduced.
 
     Raises:
       ValueError: if the directory cannot be written, or belongs to another experiment.
@@ -146,19 +140,17 @@ def claim_workdir(
     path = absolute(workdir)
     text = config.to_json_best_effort(indent=2, sort_keys=True) + "\n"
     file = path / CONFIG
-    try:
+    with _writing(path):
         path.mkdir(parents=True, exist_ok=True)
-        if not os.path.lexists(file):
-            for name in (CHECKPOINTS, DESCRIPTION):
-                if (path / name).exists():
-                    raise InputError(
-                        f"{path} holds {name} but no config.json that says of which experiment; "
-                        "choose another --workdir"
-                    )
         try:
             differences = _differences(read_json(file), json.loads(text), defaults)
         except MissingFileError:
             differences = ""
+            if there := [name for name in (CHECKPOINTS, DESCRIPTION) if (path / name).exists()]:
+                raise InputError(
+                    f"{path} holds {there[0]} but no config.json to say of which experiment; "
+                    "choose another --workdir"
+                ) from None
         except InputError as error:
             differences = str(error)
         if differences:
@@ -167,16 +159,14 @@ def claim_workdir(
                 "delete this one"
             )
         replace_file(file, text.encode())
-    except OSError as error:
-        raise _unwritable(path, error) from None
     return path
 
 
 def compared_keys(config: Any, defaults: dict) -> dict[str, Any]:
-    """The values of a config, as JSON has it, that may not change when a run continues.
+    """Returns the values of a config that may not change when a run continues, by flat key.
 
     Args:
-      config: of which keys may be missing.
+      config: as JSON has it; keys may be missing.
       defaults: of all keys.
 
     Raises:
@@ -189,7 +179,7 @@ def compared_keys(config: Any, defaults: dict) -> dict[str, Any]:
 
 
 def _differences(there: Any, here: Any, defaults: dict) -> str:
-    """Which keys of two configs, as JSON has them, differ; empty if none do."""
+    """Lists the keys that differ in two configs, as JSON has them; empty if they are the same."""
     old, new = (compared_keys(config, defaults) for config in (there, here))
     return ", ".join(
         f"config.{key} is {old.get(key, 'absent')!r} there and {new.get(key, 'absent')!r} here"
@@ -198,21 +188,17 @@ def _differences(there: Any, here: Any, defaults: dict) -> str:
     )
 
 
-def flatten(tree: dict, prefix: str = "") -> dict:
-    """The values of a config by the keys that lead to them, joined by dots."""
-    flat = {}
-    for key, value in tree.items():
-        nested = isinstance(value, dict)
-        flat |= flatten(value, f"{prefix}{key}.") if nested else {prefix + key: value}
-    return flat
+def flatten(tree: dict) -> dict[str, Any]:
+    """Returns the values of a config by the keys that lead to them, joined by dots."""
+    return traverse_util.flatten_dict(tree, sep=".")
 
 
 def describe_workdir(model: ResNet, workdir: epath.Path, info: Mapping[str, Any]) -> None:
-    """Writes the model.json of a training run, with which its work directory is a saved model.
+    """Writes the model.json of a training run, which makes its work directory a saved model.
 
     Args:
       model: the model, which may be abstract.
-      workdir: the directory, which exists.
+      workdir: the directory, which must exist.
       info: as in `save_model`; if there is a model.json, its `class_names` must be these.
 
     Raises:
@@ -224,8 +210,8 @@ def describe_workdir(model: ResNet, workdir: epath.Path, info: Mapping[str, Any]
         if there != info["class_names"]:
             raise InputError(
                 f"the classes of the data are not those that {workdir} was trained on: "
-                f"{len(info['class_names'])} there are now, such as {info['class_names'][0]!r}, "
-                f"and {len(there or ())} there were"
+                f"there are {len(info['class_names'])} now, such as {info['class_names'][0]!r}, "
+                f"and there were {len(there or ())}"
             )
         # A file of channels may have changed since.
         before = read_description(workdir).get("architecture")
@@ -234,11 +220,9 @@ def describe_workdir(model: ResNet, workdir: epath.Path, info: Mapping[str, Any]
         now = json.loads(json.dumps(dataclasses.asdict(model.config)))
         if other := [name for name in before if before[name] != now.get(name)]:
             raise InputError(
-                f"{workdir} holds a model of another architecture, of other {', '.join(other)}; "
+                f"{workdir} holds a model of another architecture, with other {', '.join(other)}; "
                 "choose another --workdir, or delete this one"
             )
     text = json.dumps(describe(model, CHECKPOINTS, info), indent=2) + "\n"
-    try:
+    with _writing(workdir):
         replace_file(file, text.encode())
-    except OSError as error:
-        raise InputError(f"cannot write {file}: {error}") from None

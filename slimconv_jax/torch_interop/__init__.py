@@ -6,9 +6,9 @@ from slimconv_jax.errors import import_extra
 
 
 def import_torch() -> types.ModuleType:
-    """PyTorch, or the command that installs it.
+    """Imports PyTorch.
 
     Raises:
-      ValueError: if PyTorch is not installed.
+      ValueError: if PyTorch is not installed; the message has the command that installs it.
     """
     return import_extra("torch", extra="torch", package="PyTorch")

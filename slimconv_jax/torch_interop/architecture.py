@@ -1,7 +1,7 @@
 """The architecture behind a state dict, read off the shapes of its entries.
 
-Every block votes, so that one damaged or missing entry does not turn the network into
-another one: it is then reported as what it is.
+Names are the released ones. Every block votes, so that one damaged or missing entry does not turn
+the network into another one, but is reported.
 """
 
 import re
@@ -13,17 +13,18 @@ from slimconv_jax.models.resnet import ResNetConfig
 from slimconv_jax.models.slimconv import CompressionRatio, k_from_reduction, reduction_from_k
 
 _BLOCK = re.compile(r"layer([1-4])\.(\d{1,3})\.(.+)")
+_PRIMARY = ".primary_conv.0"
 _LEAST_NAMES = 3
-"""Entries that make a block: fewer are a slip in a name, as is a number far beyond the others."""
+"""Entries that make a block: fewer are a typing error, as is a number far beyond the others."""
 
 
 def read_architecture(
     shapes: Mapping[str, tuple[int, ...]], *, k: CompressionRatio | None = None
 ) -> ResNetConfig:
-    """The architecture of a state dict.
+    """Reads the architecture of a state dict off the shapes of its entries.
 
-    Strides and dilation leave no trace in shapes: they are taken to be those of the published
-    networks (ResNet v1.5, no dilation).
+    Shapes do not show strides and dilation: those of the published networks are assumed
+    (ResNet v1.5, no dilation).
 
     Args:
       shapes: the shape of each entry, by released name, without prefix.
@@ -31,7 +32,7 @@ def read_architecture(
         fit the shapes.
 
     Raises:
-      ValueError: if these are not entries of a ResNet, or k is not the one of the file.
+      ValueError: if these are not entries of a ResNet, or have another k.
     """
     blocks: dict[tuple[int, int], dict[str, tuple[int, ...]]] = {}
     for name, shape in shapes.items():
@@ -40,17 +41,22 @@ def read_architecture(
     blocks = {place: block for place, block in blocks.items() if len(block) >= _LEAST_NAMES}
     counts = Counter(stage for stage, _ in blocks)
     blocks = {(s, index): b for (s, index), b in blocks.items() if index < 2 * counts[s]}
-    missing = [f"layer{s + 1}" for s in range(4) if not any(place[0] == s for place in blocks)]
-    if missing:
+    depths = [max((i + 1 for s, i in blocks if s == stage), default=0) for stage in range(4)]
+    if 0 in depths:
         some = ", ".join(map(repr, list(shapes)[:3])) or "none"
         raise InputError(
-            f"these are not the entries of a ResNet with four stages: nothing (or next to nothing) "
-            f"is named {missing[0]}.0.conv1.weight and so on; the first names are {some}"
+            "these are not the entries of a ResNet with four stages: nothing (or next to nothing) "
+            f"is named layer{depths.index(0) + 1}.0.conv1.weight and so on; the first names are "
+            f"{some}"
         )
 
     ghost = any(_PRIMARY in name for block in blocks.values() for name in block)
-    if ghost:  # of a ghost module, as if it were a convolution
-        blocks = {place: _without_ghosts(block) for place, block in blocks.items()}
+    for block in blocks.values():  # as if ghost modules were convolutions
+        block |= {
+            name.replace(_PRIMARY, ""): (2 * shape[0], *shape[1:])
+            for name, shape in block.items()
+            if shape and _PRIMARY in name
+        }
     basic = not any("conv3.weight" in block for block in blocks.values())
     outputs = "conv2.weight" if basic else "conv3.weight"
     width = _most_voted(
@@ -59,9 +65,9 @@ def read_architecture(
         if (shape := _conv(block, outputs))
     )
     if not width:
-        raise InputError(f"no block has a convolution {outputs}, as those of a ResNet have")
+        raise InputError(f"no block has a convolution {outputs}, as the blocks of a ResNet have")
     settings = {
-        "blocks": tuple(1 + max(index for s, index in blocks if s == stage) for stage in range(4)),
+        "blocks": tuple(depths),
         "block": "ghost" if ghost else "basic" if basic else "bottleneck",
         "width": width,
         **read_ends(shapes),
@@ -73,11 +79,11 @@ def read_architecture(
     try:
         return ResNetConfig(**settings)
     except InputError as error:
-        raise InputError(f"the shapes are those of no ResNet: {error}") from None
+        raise InputError(f"no ResNet has these shapes: {error}") from None
 
 
 def read_ends(shapes: Mapping[str, tuple[int, ...]]) -> dict:
-    """The classes and the stem that the shapes of a state dict say, as settings of a config."""
+    """Reads the number of classes and the stem off shapes, as settings of a config."""
     stem = _conv(shapes, "conv1.weight")
     classifier = shapes.get("fc.weight") or shapes.get("fc.bias")
     return {
@@ -86,22 +92,8 @@ def read_ends(shapes: Mapping[str, tuple[int, ...]]) -> dict:
     }
 
 
-_PRIMARY = ".primary_conv.0"
-
-
-def _without_ghosts(block: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-    """The shapes of a block's convolutions in place of those of its ghost modules."""
-    return {
-        name.replace(_PRIMARY, ""): (2 * shape[0], *shape[1:])
-        if shape and _PRIMARY in name
-        else shape
-        for name, shape in block.items()
-        if "cheap_operation" not in name
-    }
-
-
 def _bottleneck_settings(blocks: Mapping, width: int, k: CompressionRatio | None) -> dict:
-    """Groups, base width and reduction, from the shapes of each bottleneck's convolutions."""
+    """Reads groups, base width and reduction off the shapes of each bottleneck's convolutions."""
     groups, lower_groups, reductions, inner = [], [], [], []
     for (stage, _), block in blocks.items():
         conv1 = _conv(block, "conv1.weight")
@@ -138,14 +130,12 @@ def _bottleneck_settings(blocks: Mapping, width: int, k: CompressionRatio | None
     possible = sorted(r for r in votes if votes[r] == max(votes.values()))
     if not possible:
         raise InputError("the shapes of the SlimConvs fit no compression ratio k")
-    reduction = possible[0] if k is None and len(possible) == 1 else None
-    if k is not None and reduction_from_k(k) in possible:
-        reduction = reduction_from_k(k)
-    if reduction is None:
-        ratios = " and ".join(str(k_from_reduction(r)) for r in possible)
-        if k is not None:
-            raise InputError(f"k={k} was asked for, and the entries have k={ratios}")
+    ratios = " and ".join(str(k_from_reduction(r)) for r in possible)
+    if k is None and len(possible) > 1:
         raise InputError(f"the network is so narrow that k={ratios} fit its shapes; say which k")
+    reduction = possible[0] if k is None else reduction_from_k(k)
+    if reduction not in possible:
+        raise InputError(f"k={k} was asked for, and the entries have k={ratios}")
     settings["reduction"] = reduction
     if (of_lower := _most_voted(lower_groups)) != settings["groups"]:
         settings["lower_groups"] = of_lower
@@ -153,24 +143,24 @@ def _bottleneck_settings(blocks: Mapping, width: int, k: CompressionRatio | None
 
 
 def _conv(block: Mapping[str, tuple[int, ...]], name: str) -> tuple[int, ...] | None:
-    """The shape (O, I, H, W) of a convolution, None if there is no such entry."""
+    """Returns the shape (O, I, H, W) of a convolution, None if there is no such entry."""
     shape = block.get(name, ())
     return shape if len(shape) == 4 and 0 not in shape else None
 
 
 def _groups(shape: tuple[int, ...]) -> int:
-    """The groups of a convolution with as many outputs as inputs."""
+    """Returns the groups of a convolution with as many outputs as inputs."""
     return max(shape[0] // shape[1], 1)
 
 
 def _base_widths(planes: int, features: int) -> list[int]:
-    """Every base width for which a group of a bottleneck has so many features."""
+    """Returns every base width for which a group of a bottleneck has that many features."""
     nearest = features * 64 // planes
     around = range(max(nearest, 1), nearest + 64 // planes + 2)
     return [b for b in around if int(planes * b / 64) == features]
 
 
 def _most_voted(votes: Iterable[int]) -> int:
-    """The most frequent number, the smallest of them in a tie; 0 if there is none."""
+    """Returns the most frequent number, the smallest in a tie; 0 if there are no votes."""
     counts = Counter(votes)
     return min(counts, key=lambda vote: (-counts[vote], vote), default=0)

@@ -1,4 +1,4 @@
-"""The state dict in a checkpoint file, and a state dict as such a file."""
+"""Reads the state dict in a checkpoint file, and writes such a file."""
 
 import contextlib
 import math
@@ -41,43 +41,40 @@ USUAL_KEYS = (
 def read_checkpoint(
     path: epath.PathLike, *, key: str | None = None
 ) -> tuple[dict[str, Any], str, list[str]]:
-    """The state dict of a checkpoint file.
+    """Reads the state dict of a checkpoint file.
 
     Args:
       path: a file of `torch.save`, in the format before PyTorch 1.6 or the zip of today; a
         .safetensors, .npz or .msgpack file, or a pickle of arrays; the index of a model in several
         files (`model.safetensors.index.json`), one of these files, or their directory.
-      key: where in the file the state dict is, keys joined by dots; if None it is
-        looked for, first under the usual names.
+      key: where in the file the state dict is, keys joined by dots; None to search for it, first
+        under the usual names.
 
     Returns:
       The state dict (tensors on the CPU, or NumPy arrays), where it was found ("" at the top),
       and the places of all state dicts in the file.
 
     Raises:
-      ValueError: if the file cannot be read or holds no state dict; also if it asks for more than
+      ValueError: if the file cannot be read or holds no state dict; also if it needs more than
         tensors, NumPy scalars and plain containers, which could run code.
     """
     files = checkpoint_files(path)
     content = read_files(files)
     found = dict(_state_dicts(content))
-    if key is not None:
-        if key not in found:
-            there = ", ".join(map(repr, [place for place in found if place][:8])) or "none"
-            raise InputError(f"{path} has no state dict under {key!r}; there are {there}")
-        _check_sizes(found[key], files)
-        return dict(found[key]), key, list(found)
+    if key is not None and key not in found:
+        there = ", ".join(map(repr, [place for place in found if place][:8])) or "none"
+        raise InputError(f"{path} has no state dict under {key!r}; there are {there}")
     if not found:
         what = f"a {type(content).__name__}"
         if isinstance(content, Mapping):
             some = (key for key in list(content)[:8] if isinstance(key, str | int))
             what = "a dict of " + (", ".join(f"{key!s:.80}" for key in some) or "nothing")
-        raise InputError(f"{path} holds no state dict (tensors by name) but {what}")
+        raise InputError(f"{path} holds {what}, not a state dict (tensors by name)")
     usual = [place for name in USUAL_KEYS for place in found if place.split(".")[-1] == name]
-    if len(found) > 1 and not usual:
+    if key is None and len(found) > 1 and not usual:
         places = ", ".join(map(repr, list(found)[:8])) + (", ..." if len(found) > 8 else "")
         raise InputError(f"{path} holds several state dicts, {places}; choose one with --key")
-    place = usual[0] if usual else next(iter(found))
+    place = next(iter(usual or found)) if key is None else key
     _check_sizes(found[place], files)
     return dict(found[place]), place, list(found)
 
@@ -87,7 +84,7 @@ def write_checkpoint(
 ) -> None:
     """Writes a state dict as `torch.save` does, for `net.load_state_dict(torch.load(path))`.
 
-    The file appears complete, read back and compared, or not at all.
+    The file appears once it is complete, read back and compared, or not at all.
 
     Raises:
       ValueError: if PyTorch is not installed, or the file exists (and is not to be overwritten)
@@ -109,7 +106,7 @@ def write_checkpoint(
 
 
 def _state_dicts(content: Any) -> Iterator[tuple[str, Mapping]]:
-    """Every mapping with a tensor under a dotted name, and where it is, at most three deep."""
+    """Yields each mapping with a tensor under a dotted name, and its place, at most three deep."""
     layer, seen = [("", content)], {}
     for _ in range(4):
         below = []
@@ -126,9 +123,9 @@ def _state_dicts(content: Any) -> Iterator[tuple[str, Mapping]]:
 
 
 def _check_sizes(state_dict: Mapping[Any, Any], files: Sequence[epath.Path]) -> None:
-    """Makes sure that the tensors are about as large as the files, before their values are used.
+    """Checks that the tensors are about as large as the files, before their values are used.
 
-    A tensor may repeat one number 10^12 times, and an array have memory that nothing was read to.
+    A tensor may repeat one number 10^12 times, and an array may have memory that was never read.
     """
     of = sum(file.stat().length for file in files)
     total = 0

@@ -28,18 +28,8 @@ from slimconv_jax.models.zoo import (
 )
 from slimconv_jax.torch_interop.architecture import read_architecture, read_ends
 from slimconv_jax.torch_interop.file_formats import is_array
-from slimconv_jax.torch_interop.names import entries
+from slimconv_jax.torch_interop.names import IN_BLOCK, LEAVES, WRAPPERS, entries, released_name
 from slimconv_jax.torch_interop.strangers import looks_like
-
-_LEAF = re.compile(r"(?:.*\.)?(?:weight|bias|running_mean|running_var)")
-_COUNTER = re.compile(r"(?:.*\.)?num_batches_tracked")
-_WRAPPERS = re.compile(
-    r"(^|(?<=\.))(_fsdp_wrapped_module|_fpw_module|_checkpoint_wrapped_module|_wrapped_module|"
-    r"_forward_module|_orig_mod|base_layer|module)\."
-)
-"""What wrappers of PyTorch put into the names of what they wrap, at the front or inside."""
-
-_PREFIX = re.compile(r"(.*\.|)(layer[1-4]\.\d+\..+)")
 
 
 def from_torch(
@@ -49,12 +39,12 @@ def from_torch(
     k: CompressionRatio | None = None,
     dtype: Dtype | None = None,
 ) -> ResNet:
-    """The model of a PyTorch state dict, in evaluation mode.
+    """Builds the model of a PyTorch state dict, in evaluation mode.
 
-    Its architecture is read off the shapes: blocks, width, k, groups, stem and classes; without
-    `fc` it has no classifier. Strides, dilation, anti-aliasing (timm's `aa_layer`) and the like
-    leave no trace in shapes: they are those of the published networks. A network that was trained
-    with dilation computes the same only after `backbone(model, output_stride=...)`.
+    The architecture is read off the shapes: blocks, width, k, groups, stem and classes; without
+    `fc` the model has no classifier. Shapes do not show strides, dilation, anti-aliasing (timm's
+    `aa_layer`) and the like: those of the published networks are assumed. A network that was
+    trained with dilation computes the same only after `backbone(model, output_stride=...)`.
 
     Args:
       state_dict: PyTorch tensors or NumPy arrays by name, the released ones or torchvision's,
@@ -63,8 +53,8 @@ def from_torch(
       arch: the name that the architecture must have, one of `list_models()`, at any k, width
         and number of classes; or a JSON file of channels, for networks of irregular widths (at the
         width of the file), which are not read off shapes.
-      k: the compression ratio that it must have. To be given where the network is
-        so narrow that its shapes do not tell.
+      k: the compression ratio that it must have; needed where the network is so narrow that
+        several fit its shapes.
       dtype: dtype of the computation, as in `create_model`.
 
     Warns:
@@ -75,20 +65,17 @@ def from_torch(
         message lists all that are missing, unexpected and of another shape.
     """
     if not isinstance(state_dict, Mapping):
-        raise InputError(
-            f"from_torch takes a state dict, such as net.state_dict(), not a "
-            f"{type(state_dict).__name__}"
-        )
+        kind = type(state_dict).__name__
+        raise InputError(f"from_torch takes a state dict, such as net.state_dict(), not a {kind}")
     arrays = clean_state_dict(state_dict)
     if not arrays:
         keys = ", ".join(map(repr, list(state_dict)[:8])) or "nothing"
         raise InputError(
-            f"a state dict has tensors by name, and this has {keys}; of a whole checkpoint, pass "
+            f"a state dict has tensors by name, and this has {keys}; from a whole checkpoint, pass "
             "the state dict inside, such as checkpoint['state_dict']"
         )
     shapes = {name: array.shape for name, array in arrays.items()}
-    is_file = arch is not None and is_channels_file(arch)
-    if is_file:
+    if arch is not None and is_channels_file(arch):
         if k is not None:
             raise InputError(f"{arch} has no SlimConv, so it takes no k (k={k!r} was given)")
         config = dataclasses.replace(named_config(arch), **read_ends(shapes))
@@ -96,38 +83,32 @@ def from_torch(
         try:
             config = read_architecture(shapes, k=k)
         except InputError as error:
-            if stranger := looks_like(shapes):
-                raise InputError(f"this looks like {stranger}: {error}") from None
-            raise
-    if arch is not None and not is_file and name_of(config) != arch:
-        named_config(arch)  # raises if there is none
-        # Where only blocks are missing or too many, the report says which.
-        complete = dataclasses.replace(config, blocks=ARCHITECTURES[arch].blocks)
-        if name_of(config) is None and name_of(complete) == arch:
+            raise InputError(f"{looks_like(shapes)}{error}") from None
+        if arch is not None and name_of(config) != arch:
+            named_config(arch)  # raises if there is none
+            # Where only blocks are missing or too many, the report says which.
+            complete = dataclasses.replace(config, blocks=ARCHITECTURES[arch].blocks)
+            if name_of(config) is not None or name_of(complete) != arch:
+                raise InputError(
+                    f"{arch} was asked for, and the entries are those of {describe(config)}"
+                )
             config = complete
-        else:
-            raise InputError(
-                f"{arch} was asked for, and the entries are those of {describe(config)}"
-            )
-    dtype = as_dtype(dtype)
+    dtype = as_dtype(dtype)  # outside of `try`: its error is not about the shapes
     try:
         model = abstract_resnet(config, dtype=dtype)
     except InputError as error:
-        raise InputError(f"the shapes are those of no ResNet: {error}") from None
+        raise InputError(f"no ResNet has these shapes: {error}") from None
     table = entries(model)
     expected = {name: entry.shape for name, entry in table.items()}
     if shapes != expected:
-        irregular = ""
-        if config.block == "bottleneck" and config.reduction is None:
-            irregular = " (if its widths are irregular, `arch` must be a JSON file of them)"
-        stranger = looks_like(shapes)
+        nearest = "" if arch else ", the nearest architecture"
+        if not arch and config.block == "bottleneck" and config.reduction is None:
+            nearest += " (if its widths are irregular, `arch` must be a JSON file of them)"
         raise InputError(
-            (f"this looks like {stranger}: " if stranger else "")
-            + f"the entries are not those of {describe(config)}"
-            + (":\n" if arch else f", which they come nearest to{irregular}:\n")
+            f"{looks_like(shapes)}the entries are not those of {describe(config)}{nearest}:\n"
             + "\n".join(_differences(shapes, expected))
         )
-    if odd := [*filter(None, (_oddity(name, array) for name, array in arrays.items()))]:
+    if odd := [*filter(None, map(_oddity, arrays, arrays.values()))]:
         warnings.warn(f"these entries look damaged: {', '.join(odd)}", InputWarning, stacklevel=2)
     for name, entry in table.items():
         entry.variable.set_value(jnp.array(entry.to_ours(arrays[name])))
@@ -136,26 +117,23 @@ def from_torch(
 
 
 def to_torch(model: ResNet) -> dict[str, np.ndarray]:
-    """The PyTorch state dict of a model: NumPy arrays by released name, in PyTorch's layout.
+    """Returns the PyTorch state dict of a model: NumPy arrays by released name, in its layout.
 
-    `num_batches_tracked` is left out: it is not a part of the function, and PyTorch does
-    without it, also where it is strict.
+    `num_batches_tracked` is left out: inference does not use it, and PyTorch loads state dicts
+    without it even in strict mode.
 
     Raises:
-      ValueError: if the model is not a ResNet of this package, or not any longer
+      ValueError: if the model is not a ResNet of this package, or was changed
         (`fold_batch_norm`).
     """
     require_resnet(model, "to_torch")
-    return {
-        name: entry.to_torch(np.asarray(entry.variable[...]))
-        for name, entry in entries(model).items()
-    }
+    return {name: entry.to_torch() for name, entry in entries(model).items()}
 
 
 def rename(
     state_dict: Mapping[str, Any], substitutions: Iterable[tuple[str, str]]
 ) -> dict[str, Any]:
-    """The state dict under other names.
+    """Returns the state dict under other names.
 
     Args:
       state_dict: anything by name.
@@ -163,8 +141,8 @@ def rename(
         prefixes included, as `re.sub` does. An entry whose name becomes empty is left out.
 
     Raises:
-      ValueError: if a regular expression is none or matches no name, or two entries get the
-        same name.
+      ValueError: if a regular expression is invalid or matches no name, or two entries get
+        the same name.
     """
     names = {name: name for name in _names(state_dict)}
     for pattern, replacement in substitutions:
@@ -185,11 +163,11 @@ def rename(
 
 
 _LONGEST_NAME = 1000
-"""The characters of the longest name; PyTorch's have some dozens."""
+"""The characters of the longest name; PyTorch's have a few dozen."""
 
 
 def _names(state_dict: Mapping[str, Any]) -> list[str]:
-    """The names in a state dict, whose keys may be something else too.
+    """Returns the keys of a state dict that are strings.
 
     Raises:
       ValueError: if one is so long that matching patterns with it could take hours.
@@ -205,7 +183,9 @@ def _names(state_dict: Mapping[str, Any]) -> list[str]:
 
 
 def clean_state_dict(state_dict: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """The parameters and statistics of a state dict, without prefix, in float32 or float64.
+    """Returns the parameters and statistics of a state dict, in float32 or float64.
+
+    Their names lose wrappers and the prefix, and become the released ones (see `CONVENTIONS`).
 
     Raises:
       ValueError: if one of them is not a dense floating-point tensor, or the names are
@@ -213,71 +193,66 @@ def clean_state_dict(state_dict: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """
     arrays = {}
     for full_name in _names(state_dict):
-        if _COUNTER.fullmatch(full_name):
+        value, name = state_dict[full_name], WRAPPERS.sub("", full_name)
+        leaf = name.rpartition(".")[2]
+        if leaf == "num_batches_tracked":
             continue
-        value = state_dict[full_name]
-        name = _WRAPPERS.sub("", full_name)
-        if not _LEAF.fullmatch(name) and not (is_array(value) and (value.ndim or "." in name)):
+        if leaf not in LEAVES.values() and not (is_array(value) and (value.ndim or "." in name)):
             continue  # what else a file holds beside its tensors, such as a best accuracy
         array = _as_array(value)
         if isinstance(array, str):
             raise InputError(f"{full_name} is {array}; a dense floating-point tensor is needed")
         if name in arrays:
-            raise InputError(f"{name} is there twice, with and without the name of a wrapper")
+            raise InputError(f"{name} appears twice, with and without the name of a wrapper")
         if array.size:  # a classifier of no classes has none
             arrays[name] = array
-    blocks: dict[str, set[str]] = {}
+    networks: dict[str, set[str]] = {}
     for name in arrays:
-        if match := _PREFIX.fullmatch(name):
-            blocks.setdefault(match[1], set()).add(match[2])
-    if not blocks:
-        return arrays
-    prefix = max(blocks, key=lambda prefix: len(blocks[prefix]))
-    for other, names in blocks.items():
-        if other != prefix and names & blocks[prefix]:
+        if match := IN_BLOCK.fullmatch(name):
+            networks.setdefault(match[1], set()).add(match[2])
+    prefix = max(networks, key=lambda prefix: len(networks[prefix]), default="")
+    for other, names in networks.items():
+        if other != prefix and names & networks[prefix]:
             raise InputError(
                 f"there are several networks, under the prefixes {prefix!r} and {other!r}; leave "
                 "one of them out, which renaming its entries to nothing does"
             )
     clean = {}
     for name, array in arrays.items():
-        stripped = name.removeprefix(prefix)
+        stripped = released_name(name.removeprefix(prefix))
         if stripped in clean:
-            raise InputError(f"{stripped} is there twice, with and without the prefix {prefix!r}")
+            raise InputError(f"{stripped} appears twice, with and without the prefix {prefix!r}")
         clean[stripped] = array
     return clean
 
 
 def _as_array(value: Any) -> np.ndarray | str:
-    """A tensor or array in float32, or in float64 where JAX has that switched on.
+    """Converts a tensor or array to float32, or keeps float64 where JAX has that switched on.
 
-    A string that says what it is if it is not a dense floating-point tensor.
+    Returns:
+      The array; or a string that says what the value is, if not a dense floating-point tensor.
     """
     keep = jax.config.jax_enable_x64
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(value, torch.Tensor):
         if torch.nn.parameter.is_lazy(value):
             return "a tensor without values yet, of a lazy module"
-        # One without what a file may have set on it: attributes in place of methods.
+        # A file may have set attributes of a tensor that hide its methods: `detach` drops them.
         value = torch.Tensor.detach(value)
         for what, is_so in (
-            ("that is quantised", lambda value: value.is_quantized),
-            ("that is nested", lambda value: value.is_nested),
-            ("that is sparse", lambda value: value.layout != torch.strided),
-            ("without values, on the meta device", lambda value: value.device.type == "meta"),
-            (f"of type {value.dtype}", lambda value: not value.is_floating_point()),
+            ("that is quantised", value.is_quantized),
+            ("that is nested", value.is_nested),
+            ("that is sparse", value.layout != torch.strided),
+            ("without values, on the meta device", value.device.type == "meta"),
+            (f"of type {value.dtype}", not value.is_floating_point()),
         ):
-            if is_so(value):
+            if is_so:
                 return f"a tensor {what}"
         wide = torch.float64 if keep and value.dtype == torch.float64 else torch.float32
         try:
             return value.resolve_neg().to("cpu", wide).numpy()
-        except (
-            NotImplementedError,
-            RuntimeError,
-            TypeError,
-        ):  # of subclasses with a mind of their own
-            return f"a {type(value).__name__}, a tensor that does not give its values away"
+        except (RuntimeError, TypeError):  # of subclasses with a mind of their own
+            return f"a {type(value).__name__}, a tensor whose values cannot be read"
     if not is_array(value):
         return f"a {type(value).__name__}"
     if not jnp.issubdtype(value.dtype, jnp.floating):
@@ -287,7 +262,7 @@ def _as_array(value: Any) -> np.ndarray | str:
 
 
 def _oddity(name: str, array: np.ndarray) -> str | None:
-    """What no trained network has."""
+    """Describes values that no trained network has; None if there are none."""
     if not np.isfinite(array).all():
         return f"{name} (infinite or NaN)"
     if name.endswith("running_var") and (array < 0).any():
@@ -296,12 +271,12 @@ def _oddity(name: str, array: np.ndarray) -> str | None:
 
 
 def _differences(found: Mapping[str, tuple], expected: Mapping[str, tuple]) -> Iterable[str]:
-    """A line for each name that is missing, unexpected, or of another shape."""
+    """Yields a line for each name that is missing, unexpected, or of another shape."""
     missing = {name: shape for name, shape in expected.items() if name not in found}
     unexpected = {name: shape for name, shape in found.items() if name not in expected}
     for count, (name, shape) in enumerate(missing.items()):
-        # Of the same shape and with a name like it: most likely the same entry. To compare all
-        # names would take seconds, and a few examples tell a pattern.
+        # Most likely the same entry: it has the same shape and a similar name. Comparing all
+        # names would take seconds, and a few examples show the pattern.
         alike = [other for other in unexpected if unexpected[other] == shape]
         near = difflib.get_close_matches(name, alike if count < 20 else [], n=1)
         yield f"  missing     {name} {shape}" + (f"; is it {near[0]}?" if near else "")

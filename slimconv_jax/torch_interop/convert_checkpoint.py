@@ -1,4 +1,4 @@
-"""From a checkpoint file of PyTorch to a saved model, compared with PyTorch on the way."""
+"""Converts a checkpoint file of PyTorch to a saved model, and compares it with PyTorch."""
 
 import contextlib
 import dataclasses
@@ -56,29 +56,29 @@ def convert_checkpoint(
 ) -> None:
     """Writes the model of a checkpoint file to a directory that `load_model` opens.
 
-    It says what it reads, converts, compares and writes.
+    It prints what it reads, converts, compares and writes.
 
     Args:
       checkpoint: a file of `torch.save`, .safetensors, .npz, .pkl or .msgpack; of a model in
         several files the index or one of them.
       output: the new directory.
-      overwrite: whether a model that is there already is replaced.
+      overwrite: whether to replace a model that is there already.
       format: of the weights; see `save_model`.
       arch: see `from_torch`.
       k: see `from_torch`.
-      key: where in the file the state dict is, if it is not found: keys, joined by dots.
+      key: where in the file the state dict is, keys joined by dots; None to search for it.
       renames: see `rename`.
       class_names: a file with the name of each class, one a line.
       parity: whether to compare with the published network in PyTorch.
       images: a directory of images to compare on; None for random numbers.
-      num_images: how many to compare on.
-      image_size: pixels a side; None for 224, with the small stem 32.
+      num_images: how many images to compare on.
+      image_size: pixels a side; None for 224, or 32 with the small stem.
       tolerance: the error that is allowed in float32, relative to the largest value of each
         output; beyond it, a ten thousandth of it in float64 decides.
 
     Raises:
-      ValueError: if something cannot be used, or the model does not compute the same, in which case
-        nothing is written.
+      ValueError: if an argument or the file cannot be used, or the model does not compute the same;
+        then nothing is written.
     """
     check_destination(output, overwrite=overwrite)
     require_integer("--num-images", num_images, 1, 10**4)
@@ -96,8 +96,8 @@ def convert_checkpoint(
         digests = {file.name: checksum(file) for file in checkpoint_files(checkpoint)}
         state_dict = clean_state_dict(rename(entries, renames))
     where = f" under {place!r}" if place else ""
-    others = [other for other in places if other != place]
-    there = f"; {', '.join(map(repr, others))} left aside, see --key" if others else ""
+    others = ", ".join(repr(other) for other in places if other != place)
+    there = f"; {others} not used, see --key" if others else ""
     say(f"read    {checkpoint}: {len(state_dict)} tensors{where}{there}")
     for name, digest in digests.items():
         say(f"        SHA-256 {digest}{f'  {name}' if len(digests) > 1 else ''}")
@@ -110,22 +110,21 @@ def convert_checkpoint(
         print(f"warning: {warning.message}", file=sys.stderr)
     if name_of(model.config) is None and model.config.channels is None:
         print(
-            "warning: this package has no architecture of these blocks; if the file is incomplete, "
-            f"--arch lists what is missing (--arch {nearest_name(model.config)}?)",
+            "warning: this package has no architecture with these blocks; if the file is "
+            f"incomplete, --arch lists what is missing (--arch {nearest_name(model.config)}?)",
             file=sys.stderr,
         )
 
-    if names and len(names) != model.config.num_classes:
+    num_classes = model.config.num_classes
+    if names and len(names) != num_classes:
         raise InputError(
-            f"{class_names} names {len(names)} classes, and the model has "
-            f"{model.config.num_classes}"
+            f"{class_names} names {len(names)} classes, and the model has {num_classes}"
         )
 
-    name, digest = next(iter(digests.items()))
-    if len(digests) > 1:
+    (name, digest), *more = digests.items()
+    if more:
         name, digest = Path(checkpoint).name, digests
-    source = {"file": name, "sha256": digest, "state_dict": place}
-    info = {"source": source, "parity": None}
+    info = {"source": {"file": name, "sha256": digest, "state_dict": place}, "parity": None}
     if names:
         info["class_names"] = names
     if parity:
@@ -135,26 +134,25 @@ def convert_checkpoint(
                 inputs, kind = create_inputs(images, num_images, size)
                 say(f"parity  with the published network in PyTorch, on {kind}, in float32:")
                 result = check_parity(model, state_dict, inputs)
-                show(result, model.config.num_classes)
+                show(result, num_classes)
                 if difference := result.first_difference(tolerance):
                     # Saturated gates, for one, can amplify rounding a hundredfold.
                     say(f"        {difference.stage} is beyond {tolerance:.0e}; again, in float64:")
                     tolerance *= 1e-4
                     with jax.enable_x64(True):
                         result = check_parity(model, state_dict, inputs.astype(np.float64))
-                    show(result, model.config.num_classes)
+                    show(result, num_classes)
             except (MemoryError, RuntimeError) as error:  # of JAX and PyTorch, when memory ends
                 raise InputError(
-                    f"the comparison failed, which fewer or smaller images may mend (--num-images, "
+                    "the comparison failed; fewer or smaller images may help (--num-images, "
                     f"--image-size): {str(error).strip().splitlines()[0]}"
                 ) from None
         if difference := result.first_difference(tolerance):
+            finite = "" if difference.same_finite else " and in which values are finite"
             raise InputError(
-                "the model is not the published PyTorch network: "
-                f"{difference.stage} differs first, by {difference.max_rel_error:.1e} of its "
-                "largest value"
-                + ("" if difference.same_finite else " and in which values are finite")
-                + f" (allowed in float64: {tolerance:.1e}); nothing was written"
+                f"the model is not the published PyTorch network: {difference.stage} differs "
+                f"first, by {difference.max_rel_error:.1e} of its largest value{finite} "
+                f"(allowed in float64: {tolerance:.1e}); nothing was written"
             )
         if unknown := next((s.stage for s in result.stages if s.finite < 1), None):
             print(
@@ -162,11 +160,7 @@ def convert_checkpoint(
                 "only finite ones were compared",
                 file=sys.stderr,
             )
-        info["parity"] = {
-            "inputs": kind,
-            "tolerance": tolerance,
-            **dataclasses.asdict(result),
-        }
+        info["parity"] = {"inputs": kind, "tolerance": tolerance, **dataclasses.asdict(result)}
 
     with timed(times, "writing"), uninterrupted():
         save_model(model, output, format=format, overwrite=overwrite, info=info)
@@ -178,7 +172,7 @@ def convert_checkpoint(
 def create_inputs(
     directory: os.PathLike | str | None, count: int, size: int
 ) -> tuple[np.ndarray, str]:
-    """Images (N, size, size, 3), float32 and normalised, and what they are in words."""
+    """Returns images (N, size, size, 3), float32 and normalised, and what they are in words."""
     if directory is None:
         noise = np.random.default_rng(0).normal(size=(count, size, size, 3))
         return noise.astype(np.float32), f"{count} images of {size}x{size} random numbers"
@@ -190,25 +184,22 @@ def create_inputs(
 
 
 def show(parity: Parity, num_classes: int) -> None:
-    """Prints the errors, stage by stage; without classes the last ones are of pooled features."""
+    """Prints the errors of each stage; without classes, the last is of the pooled features."""
     row = "        {:8} {:>12}  {:>13}  {:>17}"
     say(row.format("output", "shape", "max abs error", "max relative error"))
     for stage in parity.stages:
         shape = "x".join(map(str, stage.shape))
-        errors = (
-            f"{error:.1e}" if stage.finite else "not finite"
-            for error in (stage.max_abs_error, stage.max_rel_error)
-        )
+        errors = (stage.max_abs_error, stage.max_rel_error)
+        texts = (f"{error:.1e}" if stage.finite else "not finite" for error in errors)
         name = "pooled" if stage.stage == "logits" and not num_classes else stage.stage
-        say(row.format(name, shape, *errors))
-    if not num_classes:
-        return
-    same = round(parity.top1_agreement * parity.images)
-    say(f"        the same class comes first in {same} of {parity.images} images")
+        say(row.format(name, shape, *texts))
+    if num_classes:
+        same = round(parity.top1_agreement * parity.images)
+        say(f"        the same class comes first in {same} of {parity.images} images")
 
 
 def read_class_names(path: os.PathLike | str) -> list[str]:
-    """The lines of a file; each must be another name."""
+    """Reads the lines of a file, which must be different names."""
     try:
         names = [line.strip() for line in read_text(path).splitlines()]
     except (OSError, UnicodeDecodeError) as error:
@@ -217,14 +208,14 @@ def read_class_names(path: os.PathLike | str) -> list[str]:
     for number, name in enumerate(names, start=1):
         if not name or name in seen:
             what = f"{name!r} a second time" if name else "no name"
-            raise InputError(f"line {number} of {path} has {what}; a class name a line is needed")
+            raise InputError(f"line {number} of {path} has {what}; each line must name a class")
         seen.add(name)
     return names
 
 
 @contextlib.contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Ignores Ctrl-C for the second or two of writing, in which Orbax has threads of its own."""
+    """Ignores Ctrl-C for the second or two of writing, while Orbax runs threads."""
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         yield
@@ -234,7 +225,7 @@ def uninterrupted() -> Iterator[None]:
 
 @contextlib.contextmanager
 def timed(times: dict[str, float], name: str) -> Iterator[None]:
-    """Notes the seconds that something takes, and shows a spinner meanwhile on a terminal."""
+    """Records the seconds that the block takes, and shows a spinner on a terminal."""
     start = time.perf_counter()
     with console.status(f"{name} ..."):
         yield

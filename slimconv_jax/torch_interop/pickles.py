@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 import jax.numpy as jnp
 import numpy as np
 
-from slimconv_jax.errors import LIBRARY_ERRORS, InputError
+from slimconv_jax.errors import InputError
 from slimconv_jax.torch_interop import import_torch
 
 OF_TORCH = 5
@@ -24,35 +24,28 @@ _MOST_OPCODES = 10**7
 
 
 def check_pickles(file: BinaryIO, path: Path | str, count: int = 1) -> None:
-    """Makes sure that loading the pickles at the beginning of a file ends.
+    """Checks that loading the pickles at the beginning of a file comes to an end.
 
     A pickle can put the same tuple into a tuple twice, that one into the next, and so on. Where
-    such a tuple is a key, Python goes through all of it: 2^40 items of 40 tuples. So it does where
+    such a tuple is a key, Python hashes all of it: 2^40 items of 40 tuples. The same happens where
     a tuple is a key many times, and integers beyond 61 bits can be made to collide.
 
     Args:
-      file: is read up to the end of the last of them.
+      file: read up to the end of the last pickle.
       path: of the file, for messages.
       count: how many pickles there are, one after the other.
 
     Raises:
       ValueError: if a tuple, or the arguments of a call, or all keys together, have more than
-        `_MOST_ITEMS` items, a pickle has more than `_MOST_OPCODES` instructions, or it is damaged.
+        `_MOST_ITEMS` items, or a pickle has more than `_MOST_OPCODES` instructions.
+      Exception: one of `LIBRARY_ERRORS`, if a pickle is damaged.
     """
-    try:
-        for _ in range(count):
-            _check_pickle(file, path)
-    except InputError:
-        raise
-    except (*LIBRARY_ERRORS, UnicodeDecodeError) as error:
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise InputError(
-            f"{path} is not a checkpoint, or is truncated or damaged: {reason}"
-        ) from None
+    for _ in range(count):
+        _check_pickle(file, path)
 
 
 def _check_pickle(file: BinaryIO, path: Path | str) -> None:
-    """Follows one pickle with the number of items, all told, in place of each value."""
+    """Follows one pickle with a stack of the total numbers of items instead of values."""
     stack, memo, of_keys = [], {}, 0
     for number, (opcode, argument, _) in enumerate(pickletools.genops(file)):
         name = opcode.name
@@ -102,26 +95,22 @@ class SafeUnpickler(pickle.Unpickler):
         self._path = path
 
     def find_class(self, module: str, name: str) -> Any:
-        allowed = {
-            tuple(x[1].rsplit(".", 1))
-            if isinstance(x, tuple)
-            else (x.__module__, x.__qualname__): x[0] if isinstance(x, tuple) else x
-            for x in harmless()
-        }
         # What bytes are written as for Python 2, and arrays since pickle's protocol 5.
-        allowed["_codecs", "encode"] = lambda text, _: text.encode("latin1")
-        for core in ("core", "_core"):
-            allowed[f"numpy.{core}.numeric", "_frombuffer"] = np._core.numeric._frombuffer
-        allowed["ml_dtypes", "bfloat16"] = jnp.bfloat16.dtype.type
-        allowed["jax._src.array", "_reconstruct_array"] = _array_of_jax
+        allowed = harmless() | {
+            "_codecs.encode": lambda text, _: text.encode("latin1"),
+            "numpy.core.numeric._frombuffer": np._core.numeric._frombuffer,
+            "numpy._core.numeric._frombuffer": np._core.numeric._frombuffer,
+            "ml_dtypes.bfloat16": jnp.bfloat16.dtype.type,
+            "jax._src.array._reconstruct_array": _array_of_jax,
+        }
         if module.startswith("torch"):
             torch = import_torch()
-            allowed["torch._utils", "_rebuild_tensor_v2"] = torch._utils._rebuild_tensor_v2
-            allowed["torch._utils", "_rebuild_parameter"] = torch._utils._rebuild_parameter
-            allowed["torch.storage", "_load_from_bytes"] = self._load_from_bytes
-        if (module, name) not in allowed:
-            raise pickle.UnpicklingError(f"GLOBAL {module}.{name} was not an allowed global")
-        return allowed[module, name]
+            allowed["torch._utils._rebuild_tensor_v2"] = torch._utils._rebuild_tensor_v2
+            allowed["torch._utils._rebuild_parameter"] = torch._utils._rebuild_parameter
+            allowed["torch.storage._load_from_bytes"] = self._load_from_bytes
+        if (full_name := f"{module}.{name}") not in allowed:
+            raise pickle.UnpicklingError(f"GLOBAL {full_name} was not an allowed global")
+        return allowed[full_name]
 
     def _load_from_bytes(self, content: bytes) -> Any:
         check_pickles(io.BytesIO(content), self._path, OF_TORCH)
@@ -129,31 +118,21 @@ class SafeUnpickler(pickle.Unpickler):
 
 
 def _array_of_jax(function: Callable, args: tuple, state: tuple, _: Any) -> np.ndarray:
-    """A pickled array of JAX, as one of NumPy."""
+    """Returns a pickled array of JAX as one of NumPy."""
     array = function(*args)
     array.__setstate__(state)
     return array
 
 
-def harmless() -> list[Any]:
-    """What may stand beside the tensors of a training script's checkpoint."""
-    # NumPy renamed numpy.core; files have the old names or the new ones.
-    multiarray = [
-        (function, f"numpy.{core}.multiarray.{name}")
-        for core in ("core", "_core")
-        for name, function in (
-            ("scalar", np._core.multiarray.scalar),
-            ("_reconstruct", np._core.multiarray._reconstruct),
-        )
+def harmless() -> dict[str, Any]:
+    """Returns what may stand beside the tensors of a training script's checkpoint, by full name."""
+    types = [
+        *(datetime.datetime, PosixPath, PurePosixPath, argparse.Namespace),
+        *(collections.defaultdict, collections.OrderedDict, np.ndarray, np.dtype),
+        *(type(np.dtype(code)) for code in "?bBhHiIlLqQefdgFDSU"),
     ]
-    dtypes = [type(np.dtype(code)) for code in "?bBhHiIlLqQefdgFDSU"]
-    return [
-        *multiarray,
-        *dtypes,
-        *(datetime.datetime, PosixPath, PurePosixPath),
-        np.dtype,
-        np.ndarray,
-        argparse.Namespace,
-        collections.defaultdict,
-        collections.OrderedDict,
-    ]
+    allowed = {f"{kind.__module__}.{kind.__qualname__}": kind for kind in types}
+    for core in ("core", "_core"):  # NumPy renamed it; files have the old name or the new one
+        for name in ("scalar", "_reconstruct"):
+            allowed[f"numpy.{core}.multiarray.{name}"] = getattr(np._core.multiarray, name)
+    return allowed

@@ -1,13 +1,23 @@
-"""The family in PyTorch, under the names of the released files, to compare with.
+"""The family in PyTorch, with the names of the released files, to compare with.
 
-Written from the paper on its own, not from the Flax modules, so that an error in one of the two
-shows. This is the one module that imports torch at its top: import it only when needed.
+It was written from the paper, not from the Flax modules, so that an error in one of the two shows.
+It imports torch at its top: import it only when needed.
 """
 
 import torch
 from torch import nn
 
 from slimconv_jax.models.resnet import ResNetConfig
+
+
+def _conv(in_channels, out_channels, size, stride=1, dilation=1, groups=1):
+    padding = dilation * (size // 2)
+    return nn.Conv2d(in_channels, out_channels, size, stride, padding, dilation, groups, bias=False)
+
+
+def _conv_bn(in_channels, out_channels, size, stride=1, dilation=1, groups=1):
+    conv = _conv(in_channels, out_channels, size, stride, dilation, groups)
+    return nn.Sequential(conv, nn.BatchNorm2d(out_channels))
 
 
 class SlimConv(nn.Module):
@@ -18,20 +28,14 @@ class SlimConv(nn.Module):
         self.reduction = reduction
         upper, lower = channels // reduction, channels // (2 * reduction)
         squeezed = max(channels // 32, 1)
-        conv3x3 = {"stride": stride, "padding": dilation, "dilation": dilation, "bias": False}
-        self.conv2_1 = nn.Sequential(
-            nn.Conv2d(upper, upper, 3, groups=upper_groups, **conv3x3), nn.BatchNorm2d(upper)
-        )
+        self.conv2_1 = _conv_bn(upper, upper, 3, stride, dilation, upper_groups)
         self.conv2_2 = nn.Sequential(
-            nn.Conv2d(upper, lower, 1, bias=False),
-            nn.BatchNorm2d(lower),
+            *_conv_bn(upper, lower, 1),
             nn.ReLU(),
-            nn.Conv2d(lower, lower, 3, groups=lower_groups, **conv3x3),
-            nn.BatchNorm2d(lower),
+            *_conv_bn(lower, lower, 3, stride, dilation, lower_groups),
         )
         self.fc = nn.Sequential(
-            nn.Conv2d(channels, squeezed, 1, bias=False),
-            nn.BatchNorm2d(squeezed),
+            *_conv_bn(channels, squeezed, 1),
             nn.ReLU(),
             nn.Conv2d(squeezed, channels, 1),
             nn.Sigmoid(),
@@ -47,18 +51,13 @@ class SlimConv(nn.Module):
 
 
 class GhostModule(nn.Module):
-    """Half of the channels by a convolution, half by a depthwise one of these (names: GhostNet)."""
+    """A convolution makes half of the channels, a depthwise one of these the rest (GhostNet)."""
 
     def __init__(self, in_channels, out_channels, kernel_size, stride=1):
         super().__init__()
         half = out_channels // 2
-        self.primary_conv = nn.Sequential(
-            nn.Conv2d(in_channels, half, kernel_size, stride, kernel_size // 2, bias=False),
-            nn.BatchNorm2d(half),
-        )
-        self.cheap_operation = nn.Sequential(
-            nn.Conv2d(half, half, 3, padding=1, groups=half, bias=False), nn.BatchNorm2d(half)
-        )
+        self.primary_conv = _conv_bn(in_channels, half, kernel_size, stride)
+        self.cheap_operation = _conv_bn(half, half, 3, groups=half)
 
     def forward(self, x):
         x = self.primary_conv(x)
@@ -71,11 +70,9 @@ class BasicBlock(nn.Module):
     def __init__(self, in_channels, channels, stride, dilation, config):
         super().__init__()
         planes = self.out_channels = channels[-1]
-        self.conv1 = nn.Conv2d(
-            in_channels, planes, 3, stride, padding=dilation, dilation=dilation, bias=False
-        )
+        self.conv1 = _conv(in_channels, planes, 3, stride, dilation)
         self.bn1 = nn.BatchNorm2d(planes)
-        self.conv2 = nn.Conv2d(planes, planes, 3, padding=dilation, dilation=dilation, bias=False)
+        self.conv2 = _conv(planes, planes, 3, dilation=dilation)
         self.bn2 = nn.BatchNorm2d(planes)
         self.downsample = _downsample(in_channels, self.out_channels, stride)
 
@@ -90,19 +87,10 @@ class Bottleneck(nn.Module):
     def __init__(self, in_channels, channels, stride, dilation, config):
         super().__init__()
         width, inner, self.out_channels = channels
-        self.conv1 = nn.Conv2d(in_channels, width, 1, bias=False)
+        self.conv1 = _conv(in_channels, width, 1)
         self.bn1 = nn.BatchNorm2d(width)
         if config.reduction is None:
-            self.conv2 = nn.Conv2d(
-                width,
-                inner,
-                3,
-                stride,
-                padding=dilation,
-                dilation=dilation,
-                groups=config.groups,
-                bias=False,
-            )
+            self.conv2 = _conv(width, inner, 3, stride, dilation, config.groups)
             self.bn2 = nn.BatchNorm2d(inner)
         else:
             lower_groups = config.lower_groups or config.groups
@@ -111,7 +99,7 @@ class Bottleneck(nn.Module):
             )
             inner = width // config.reduction + width // (2 * config.reduction)
             self.bn2 = nn.Identity()
-        self.conv3 = nn.Conv2d(inner, self.out_channels, 1, bias=False)
+        self.conv3 = _conv(inner, self.out_channels, 1)
         self.bn3 = nn.BatchNorm2d(self.out_channels)
         self.downsample = _downsample(in_channels, self.out_channels, stride)
 
@@ -140,7 +128,7 @@ class GhostBottleneck(nn.Module):
 
 
 def _channels(config, stage, index):
-    """What the convolutions of a block give, worked out again from the config's numbers."""
+    """Works out the output channels of a block's convolutions from the numbers of the config."""
     if config.channels is not None:
         return [max(c * config.width // 64, 1) for c in config.channels[1][stage][index]]
     planes = config.width * 2**stage
@@ -153,15 +141,13 @@ def _channels(config, stage, index):
 def _downsample(in_channels, out_channels, stride):
     if stride == 1 and in_channels == out_channels:
         return nn.Identity()
-    return nn.Sequential(
-        nn.Conv2d(in_channels, out_channels, 1, stride, bias=False), nn.BatchNorm2d(out_channels)
-    )
+    return _conv_bn(in_channels, out_channels, 1, stride)
 
 
 class ResNet(nn.Module):
     """A ResNet or Sc-ResNet for images (N, 3, H, W), as `config` says.
 
-    The parameters have no values of a kind: load a state dict.
+    Its parameters are not initialised as in training: load a state dict.
     """
 
     def __init__(self, config: ResNetConfig):
@@ -170,10 +156,10 @@ class ResNet(nn.Module):
         if config.channels is not None:
             channels = max(config.channels[0] * config.width // 64, 1)
         if config.stem == "imagenet":
-            self.conv1 = nn.Conv2d(3, channels, 7, stride=2, padding=3, bias=False)
+            self.conv1 = _conv(3, channels, 7, stride=2)
             self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
         else:
-            self.conv1 = nn.Conv2d(3, channels, 3, padding=1, bias=False)
+            self.conv1 = _conv(3, channels, 3)
             self.maxpool = nn.Identity()
         self.bn1 = nn.BatchNorm2d(channels)
         blocks_by_name = {"basic": BasicBlock, "bottleneck": Bottleneck, "ghost": GhostBottleneck}
@@ -193,7 +179,7 @@ class ResNet(nn.Module):
         self.fc = nn.Linear(channels, config.num_classes) if config.num_classes else nn.Identity()
 
     def activations(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
-        """What comes out of the stem (before the pool), of each stage, and the logits."""
+        """Computes the outputs of the stem (before the pool) and each stage, and the logits."""
         stages = {"stem": torch.relu(self.bn1(self.conv1(x)))}
         y = self.maxpool(stages["stem"])
         for stage in (1, 2, 3, 4):
@@ -202,5 +188,5 @@ class ResNet(nn.Module):
         return stages
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Logits (N, num_classes)."""
+        """Computes the logits (N, num_classes)."""
         return self.activations(x)["logits"]

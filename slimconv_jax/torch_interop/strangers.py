@@ -1,4 +1,4 @@
-"""Networks that people mistake for ResNets of torchvision's kind, told by the names in them."""
+"""Recognises networks that people mistake for torchvision's ResNets, by the names in them."""
 
 import re
 from collections.abc import Iterable
@@ -30,12 +30,11 @@ _SIGNS = (
     (r"(_packed_params|zero_point|activation_post_process)", "a quantised network"),
     (r"(^|\.)(lora_|adapter)", "a network with an adapter (LoRA), to be merged first"),
 )
-"""Patterns of names, and what has such names; the first that fits is taken."""
+"""Patterns of names, and what has such names; the first that fits is reported."""
 
 
-def looks_like(names: Iterable[str]) -> str | None:
-    """What network the names of a state dict look like, if not like one of ours."""
+def looks_like(names: Iterable[str]) -> str:
+    """Returns the beginning of a sentence: which other network has such names; "" if none."""
     names = list(names)
-    return next(
-        (what for sign, what in _SIGNS if any(re.search(sign, name) for name in names)), None
-    )
+    found = (what for sign, what in _SIGNS if any(re.search(sign, name) for name in names))
+    return next((f"this looks like {what}: " for what in found), "")

@@ -1,4 +1,4 @@
-"""The PyTorch reference as a program to be timed; imports torch at its top, as the reference."""
+"""The PyTorch reference as a program to be timed; imports torch at its top, like the reference."""
 
 import functools
 import time
@@ -27,7 +27,7 @@ def torch_program(
     compiled: bool,
     device: str,
 ) -> tuple[Callable[[int], None], float | None, int | None]:
-    """The network as its users would run it: channels-last, autocast where not float32.
+    """Builds the network as its users would run it: channels-last, autocast where not float32.
 
     Args:
       config: the architecture; its parameters are random.
@@ -40,16 +40,16 @@ def torch_program(
       device: "cpu" or "cuda".
 
     Returns:
-      A function that does rounds and waits for the last, the seconds that the first round
-      took to compile (None if it did not), and the peak of the memory that PyTorch allocated, in
-      bytes (on a CPU, where it keeps no account, None), parameters and images included.
+      A function that runs a number of rounds and waits for the last; the seconds that the first
+      round took to compile (None if it did not); and the peak of the memory that PyTorch
+      allocated, in bytes, parameters and images included (None on a CPU, where PyTorch does not
+      count).
     """
     on_gpu = device == "cuda"
     if on_gpu:  # as XLA does: algorithms chosen by trial, TF32 for float32
         torch.backends.cudnn.benchmark = True
         torch.set_float32_matmul_precision("high")
         before = torch.cuda.memory_allocated()
-    compiler = functools.partial(torch.compile, dynamic=False, fullgraph=True)
     if compiled:
         # All programs have the same code, and after eight versions PyTorch would no longer compile.
         torch._dynamo.config.recompile_limit = 1000
@@ -60,37 +60,27 @@ def torch_program(
     y = torch.from_numpy(labels).to(device)
     autocast = torch.autocast(device, torch.bfloat16, enabled=dtype == "bfloat16")
 
-    if mode == "inference":
-        net.eval()
+    training = mode == "train"
+    net.train(training)
+    optimizer = torch.optim.SGD(
+        net.parameters(), lr=1e-3, momentum=0.9, nesterov=True, weight_decay=1e-4
+    )
 
-        def forward():
-            with autocast:
-                return net(x)
+    @functools.partial(torch.compile, dynamic=False, fullgraph=True, disable=not compiled)
+    def forward():
+        with autocast:
+            return torch.nn.functional.cross_entropy(net(x), y) if training else net(x)
 
-        forward = compiler(forward) if compiled else forward
-
-        def run(rounds: int) -> None:
-            with torch.inference_mode():
-                for _ in range(rounds):
-                    forward()
-            synchronize()
-    else:
-        optimizer = torch.optim.SGD(
-            net.parameters(), lr=1e-3, momentum=0.9, nesterov=True, weight_decay=1e-4
-        )
-
-        def loss_of():
-            with autocast:
-                return torch.nn.functional.cross_entropy(net(x), y)
-
-        loss_of = compiler(loss_of) if compiled else loss_of
-
-        def run(rounds: int) -> None:
+    def run(rounds: int) -> None:
+        with torch.inference_mode(not training):
             for _ in range(rounds):
-                optimizer.zero_grad(set_to_none=True)
-                loss_of().backward()
-                optimizer.step()
-            synchronize()
+                if training:
+                    optimizer.zero_grad(set_to_none=True)
+                    forward().backward()
+                    optimizer.step()
+                else:
+                    forward()
+        synchronize()
 
     start = time.perf_counter()
     run(1)

@@ -1,4 +1,4 @@
-"""What happens to training images on the device, inside the step: crop, flip, mix."""
+"""Augments training images on the device, inside the step: crops, flips, mixes."""
 
 import functools
 
@@ -9,7 +9,7 @@ from slimconv_jax.errors import InputError, require_integer, require_number
 
 
 def random_crop(key: jax.Array, images: jax.Array, *, padding: int) -> jax.Array:
-    """Moves each image by up to `padding` pixels in each direction, filling up with zeros.
+    """Shifts each image by up to `padding` pixels in each direction, filling up with zeros.
 
     Args:
       key: source of the random offsets, one pair for each image.
@@ -101,14 +101,14 @@ def augment(
     mixup_alpha: float = 0.0,
     cutmix_alpha: float = 0.0,
 ) -> tuple[jax.Array, jax.Array]:
-    """The random changes of a training batch; its options are the keys of `config.augment`.
+    """Augments a training batch at random; its options are the keys of `config.augment`.
 
     Args:
       key: source of all randomness.
       images: (N, H, W, 3) uint8.
       targets: (N, classes) probabilities.
       crop_padding: see `random_crop`.
-      flip: whether to mirror every other image; see `random_flip`.
+      flip: whether to mirror images at random; see `random_flip`.
       mixup_alpha: see `mixup`; 0 for none.
       cutmix_alpha: see `cutmix`; 0 for none. With both, each batch gets one or the other.
 
@@ -116,7 +116,7 @@ def augment(
       Images, uint8 or float32 with the same range, and targets.
 
     Raises:
-      ValueError: if an option is wrong.
+      ValueError: if an option is invalid.
     """
     if not isinstance(flip, bool):
         raise InputError(f"augment: flip={flip!r} must be True or False")
@@ -134,5 +134,5 @@ def augment(
     if not mixes:
         return images, targets
     if len(mixes) == 2:
-        images = images.astype(jnp.float32)  # of both alike
+        images = images.astype(jnp.float32)  # so that both branches agree
     return jax.lax.switch(jax.random.randint(choice_key, (), 0, len(mixes)), mixes, images, targets)

@@ -1,4 +1,4 @@
-"""The checkpoints of a training run, which Orbax writes in the background."""
+"""Writes and reads the checkpoints of a training run, with Orbax, in the background."""
 
 import contextlib
 from collections.abc import Iterator, Sequence
@@ -12,14 +12,14 @@ from slimconv_jax.storage.checkpoints import CHECKPOINTS, write_checksums
 from slimconv_jax.training.step import TrainState
 
 
-class Checkpoints:
-    """The checkpoints of a work directory; saving goes on in the background.
+class Checkpoints(contextlib.AbstractContextManager):
+    """The checkpoints of a work directory, saved in the background.
 
-    Use as a context manager: the end of the block waits for what is being saved. On several
-    processes all do the same, in a work directory that all can reach.
+    Use as a context manager: the end of the block waits until everything is saved. With several
+    processes, all make the same calls, with a work directory that all can reach.
 
     Args:
-      workdir: has them in `checkpoints/`.
+      workdir: holds them in `checkpoints/`.
       to_keep: how many of the newest are kept.
     """
 
@@ -36,32 +36,29 @@ class Checkpoints:
         with self._explained("open the checkpoints"):
             self._manager = _Manager(self._directory, options=options)
 
-    def __enter__(self) -> "Checkpoints":
-        return self
-
     def __exit__(self, kind, error, traceback) -> None:
-        if kind is not None and issubclass(kind, KeyboardInterrupt):
-            return  # whoever says stop twice does not want to wait
+        if isinstance(error, KeyboardInterrupt):
+            return  # after a second Ctrl-C nobody wants to wait
         try:
             self.wait()
             self._manager.close()
         except InputError:
-            if kind is None:  # else the run has ended for another reason already
+            if error is None:  # else the run has failed for another reason already
                 raise
 
     def save(self, step: int, state: TrainState, *, best: Sequence[int] = ()) -> None:
-        """Begins to save a state; it may be donated as soon as this returns.
+        """Starts to save a state, which may be donated as soon as this returns.
 
-        The model is an item of its own, so that `load_model` needs to know nothing of
-        optimisers; so is the moving average, if there is one.
+        The model is a separate item, so that `load_model` needs no knowledge of optimisers. So is
+        the moving average, if there is one.
 
         Args:
           step: steps done.
           state: after them.
-          best: steps, the best first, of which the first that has a checkpoint keeps it.
+          best: steps, the best first; the first one that has a checkpoint keeps it.
 
         Raises:
-          ValueError: if this or the one before cannot be written.
+          ValueError: if this checkpoint or the one before cannot be written.
         """
         self.wait()
         self._saving, self._best.ranking = step, best
@@ -74,7 +71,7 @@ class Checkpoints:
         """Waits until everything is saved.
 
         Raises:
-          ValueError: if it cannot be written.
+          ValueError: if the checkpoint cannot be written.
         """
         with self._explained(f"write the checkpoint of step {self._saving}"):
             self._manager.wait_until_finished()
@@ -82,10 +79,15 @@ class Checkpoints:
     def restore(
         self, step: int, *, like: TrainState, sharding: jax.sharding.Sharding
     ) -> TrainState:
-        """The state saved at a step, with the shapes of another one, which may be abstract.
+        """Reads the state of a step.
+
+        Args:
+          step: which has a checkpoint.
+          like: a state with the same shapes and dtypes, which may be abstract.
+          sharding: of all arrays.
 
         Raises:
-          ValueError: if it cannot be read, or is the state of something else.
+          ValueError: if it cannot be read, or its shapes or dtypes differ from those of `like`.
         """
         abstract = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), like
@@ -98,9 +100,9 @@ class Checkpoints:
         )
 
     def _seal(self) -> None:
-        """Adds checksums to the checkpoint, all of which is written, before it is committed."""
+        """Adds checksums to the checkpoint after it is written and before it is committed."""
         if jax.process_index() == 0:
-            # Until then its name has a suffix, except in object stores.
+            # Its name has a suffix until it is committed, except in object stores.
             path = self._directory / str(self._saving)
             if not path.exists():
                 (path,) = self._directory.glob(f"{self._saving}.*")
@@ -119,12 +121,12 @@ class Checkpoints:
 
 class _Manager(ocp.CheckpointManager):
     def reached_preemption(self, step: int) -> bool:
-        """Leaves the question to `StopSignal`: JAX takes the last number that it was asked with."""
+        """Returns False: `StopSignal` asks JAX, whose answer depends on the last step asked for."""
         return False
 
 
 class _Best:
-    """The policy that keeps the first step of a ranking that has a checkpoint."""
+    """A policy that preserves the first step of a ranking that has a checkpoint."""
 
     ranking: Sequence[int] = ()
 
@@ -135,10 +137,6 @@ class _Best:
 
 
 def _items(state: TrainState) -> dict[str, dict]:
-    items = {
-        "model": state.variables,
-        "optimizer": {"step": state.step, "opt_state": state.opt_state},
-    }
-    if state.ema is not None:
-        items["ema"] = state.ema
-    return items
+    optimizer = {"step": state.step, "opt_state": state.opt_state}
+    items = {"model": state.variables, "optimizer": optimizer, "ema": state.ema}
+    return {name: tree for name, tree in items.items() if tree is not None}

@@ -1,10 +1,11 @@
-"""What a config may hold, how it is read, and what the command line may change in it.
+"""Defines the keys of a config, reads config files, and applies the command line's overrides.
 
-A section of a config is the keyword-only arguments of a function or two, and the keys outside the
-sections are those of `Run`; so the functions themselves say which keys there are, with their
-defaults and meanings. A config file sets those that differ.
+The keys of a section are the keyword-only arguments of one or two functions, and the keys outside
+the sections are the fields of `Run`. So the functions themselves define which keys exist, with
+their defaults and meanings. A config file sets those that differ.
 """
 
+import collections
 import dataclasses
 import difflib
 import inspect
@@ -15,8 +16,9 @@ import re
 import runpy
 import textwrap
 import traceback
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import ml_collections
 from absl import flags
@@ -31,7 +33,7 @@ from slimconv_jax.errors import LIBRARY_ERRORS, InputError, require_integer, req
 from slimconv_jax.models.zoo import create_model
 from slimconv_jax.signatures import keys_of, meanings, type_of
 from slimconv_jax.training.augment import augment
-from slimconv_jax.training.loss import cross_entropy
+from slimconv_jax.training.loss import create_loss
 from slimconv_jax.training.optimizer import create_optimizer, create_schedule
 from slimconv_jax.training.step import make_train_step
 
@@ -48,11 +50,11 @@ class Run:
       eval_batch_size: images of a step of evaluation, on all devices together.
       num_epochs: how often each training image is seen.
       eval_every_epochs: epochs from one evaluation to the next; each writes a checkpoint.
-      checkpoint_every_steps: steps from one checkpoint to the next, beside those of the
+      checkpoint_every_steps: steps from one checkpoint to the next, besides those of the
         evaluations; 0 for no others.
-      checkpoint_every_minutes: likewise in minutes, looked at every `log_every_steps`; 0 for no
+      checkpoint_every_minutes: likewise in minutes, checked every `log_every_steps`; 0 for no
         others.
-      checkpoints_to_keep: how many of the newest checkpoints are kept, beside the best.
+      checkpoints_to_keep: how many of the newest checkpoints are kept, besides the best.
       log_every_steps: steps that a line of training metrics averages over.
       profile_steps: how many steps to trace for a profiler; 0 for none.
     """
@@ -82,13 +84,13 @@ class Run:
             ("profile_steps", 0, 10**4),
         ):
             require_integer(f"config.{name}", getattr(self, name), least, most)
-        minutes = self.checkpoint_every_minutes
-        require_number("config.checkpoint_every_minutes", minutes, least=0)
+        require_number("config.checkpoint_every_minutes", self.checkpoint_every_minutes, least=0)
         if not isinstance(self.init_from, str | None) or self.init_from == "":
             raise InputError(f"config.init_from={self.init_from!r} must be a path or None")
 
 
 SECTIONS: dict[str, Sequence[Callable]] = {
+    "": (Run,),
     "model": (create_model,),
     "dataset": (load_source, load_splits),
     "transform": (Transform,),
@@ -96,62 +98,69 @@ SECTIONS: dict[str, Sequence[Callable]] = {
     "normalize": (normalize,),
     "augment": (augment,),
     "optimizer": (create_schedule, create_optimizer),
-    "step": (cross_entropy, make_train_step),
+    "step": (create_loss, make_train_step),
 }
-"""For each section, the functions whose keyword-only arguments are its keys."""
+"""For each section, the functions whose keyword-only arguments are its keys.
+
+"" is the config itself, outside its sections.
+"""
 
 
-def keys(section: str) -> dict[str, inspect.Parameter]:
-    """The keys that a section may have; "" is what is outside the sections."""
-    functions = SECTIONS[section] if section else (Run,)
-    return {name: p for function in functions for name, p in keys_of(function).items()}
+def keys(where: str) -> dict[str, inspect.Parameter]:
+    """Returns the keys that a section may have."""
+    return {name: p for function in SECTIONS[where] for name, p in keys_of(function).items()}
+
+
+def _section(config: ml_collections.ConfigDict, where: str) -> tuple[Any, str]:
+    """Returns a section of a config, and its name in messages."""
+    return (config[where], f"config.{where}") if where else (config, "config")
 
 
 def complete(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
-    """A config with all keys that there are; those that it lacks have their defaults.
+    """Returns a copy of a config that has every key; those that it lacks have their defaults.
 
-    A key without a default is there too, as None.
+    A key without a default becomes None.
     """
-    config = ml_collections.ConfigDict(config)  # a copy, with its sections
+    config = ml_collections.ConfigDict(config)  # copies the sections, too
     with config.unlocked():
-        for where in ("", *SECTIONS):
+        for where in SECTIONS:
             if where and where not in config:
                 config[where] = ml_collections.ConfigDict()
-            section = config[where] if where else config
+            section, _ = _section(config, where)
             if not isinstance(section, ml_collections.ConfigDict):
-                continue  # `check_config` says so
+                continue  # `check_config` reports it
             for name, parameter in keys(where).items():
-                if name not in section and parameter.default in (None, parameter.empty):
-                    section[name] = config_dict.placeholder(type_of(parameter))
-                elif name not in section:
-                    section[name] = parameter.default
+                default = parameter.default
+                if default in (None, parameter.empty):
+                    default = config_dict.placeholder(type_of(parameter))
+                if name not in section:
+                    section[name] = default
     return config
 
 
 def default_values() -> dict:
-    """The sections and keys of a config with their defaults, as JSON has them."""
+    """Returns the sections and keys of a config with their defaults, as JSON has them."""
     return json.loads(complete(ml_collections.ConfigDict()).to_json_best_effort())
 
 
 def check_config(config: ml_collections.ConfigDict, num_devices: int) -> None:
-    """Checks keys and numbers of a training config.
+    """Checks the keys and numbers of a training config.
 
     Args:
       config: from `complete`.
-      num_devices: over how many devices a batch is split.
+      num_devices: the devices that a batch is split over.
 
     Raises:
       ValueError: if a key is unknown or missing, or a number is out of range.
     """
-    for where in ("", *SECTIONS):
-        section, name = (config[where], f"config.{where}") if where else (config, "config")
+    for where in SECTIONS:
+        section, name = _section(config, where)
         if not isinstance(section, ml_collections.ConfigDict):
-            raise InputError(f"{name} must be a section, that is a ConfigDict")
-        allowed = keys(where)
-        for key in section:
-            if key not in allowed and (where or key not in SECTIONS):
-                raise unknown_key(name, key, [*allowed, *([] if where else SECTIONS)])
-        for key, parameter in allowed.items():
+            raise InputError(f"{name} must be a section, that is, a ConfigDict")
+        allowed = [*keys(where), *(() if where else filter(None, SECTIONS))]
+        if unknown := [key for key in section if key not in allowed]:
+            raise unknown_key(name, unknown[0], allowed)
+        for key, parameter in keys(where).items():
             if parameter.default is parameter.empty and section[key] is None:
                 raise InputError(f"{name} lacks the key {key!r}")
     Run(**{key: config[key] for key in keys("")})
@@ -166,55 +175,54 @@ def check_config(config: ml_collections.ConfigDict, num_devices: int) -> None:
 
 
 def unknown_key(where: str, key: str, allowed: Collection[str]) -> InputError:
-    """The error about a key that a section of a config does not have."""
+    """Returns the error for a key that a section of a config does not have."""
     near = difflib.get_close_matches(key, allowed, n=1)
     hint = f" (did you mean {near[0]!r}?)" if near else ""
     return InputError(f"{where} has no key {key!r}{hint}; its keys are: {', '.join(allowed)}")
 
 
 def read_config(path: str, overrides: Sequence[str] = ()) -> ml_collections.ConfigDict:
-    """The complete config of a file, changed as on the command line.
+    """Reads the config of a file, completes it, and applies overrides.
 
     Args:
-      path: a config file, or the name of one that comes with this package, such as "digits"; with
-        :ARGUMENT after it, what its get_config is called with.
+      path: a config file, or the name of one that comes with this package, such as "digits". With
+        :ARGUMENT after it, get_config is called with ARGUMENT.
       overrides: such as "--config.model.k=8/3"; "None" is None.
 
     Raises:
-      ValueError: if there is no such config, it has no such key, or the key no such value.
+      ValueError: if the config or a key does not exist, or a value is not allowed.
     """
     config = complete(_load(path))
-    values, nothing = _split_overrides(overrides)
-    for key in (*values, *nothing):
-        _find(config, key)
-    arguments = ["", *itertools.chain(*values.values())]
+    arguments, nothing = _split_overrides(config, overrides)
     parsed = flags.FlagValues()
-    config_flags.DEFINE_config_dict("config", config, flag_values=parsed, sys_argv=arguments)
     try:
-        rest = parsed(arguments)[1:]
-    except (flags.Error, TypeError, ValueError, SyntaxError) as error:
+        config_flags.DEFINE_config_dict("config", config, flag_values=parsed, sys_argv=arguments)
+        _, *rest = parsed(arguments)
+    except (flags.Error, IndexError, TypeError, ValueError, SyntaxError) as error:
         reason = "; ".join(str(error).splitlines())
-        raise InputError(f"the config {path} cannot be changed so: {reason}") from None
+        raise InputError(f"the config {path} cannot be changed like this: {reason}") from None
     if rest:
-        raise InputError(f"what is {rest[0]!r}? Options begin with --")
-    config = parsed["config"].value
-    config.update_from_flattened_dict(dict.fromkeys(nothing))
+        raise InputError(f"unknown argument {rest[0]!r}; options begin with --")
+    config.update_from_flattened_dict(nothing)
     return config
 
 
-def _split_overrides(overrides: Sequence[str]) -> tuple[dict[str, list[str]], list[str]]:
-    """The arguments of each key that gets a value, and the keys that get None.
+def _split_overrides(
+    config: ml_collections.ConfigDict, overrides: Sequence[str]
+) -> tuple[list[str], dict[str, None]]:
+    """Splits overrides into a command line of those with values, and the keys that become None.
 
-    ml_collections would make a string or an error of None.
+    ml_collections would turn None into a string or an error.
     """
-    values, nothing = {}, {}
+    values, nothing = [""], {}
     arguments = iter(itertools.pairwise([*overrides, ""]))
     for argument, following in arguments:
-        # --config.KEY=VALUE, --config.KEY VALUE, or of a boolean --config.KEY and --noconfig.KEY.
+        # --config.KEY=VALUE, --config.KEY VALUE, or for a boolean --config.KEY and --noconfig.KEY.
         match = re.fullmatch(r"--?(no)?config\.([^=]+)(=.*)?", argument, re.DOTALL)
         if match is None:
-            raise InputError(f"what is {argument!r}? A config is changed by --config.KEY=VALUE")
+            raise InputError(f"unknown argument {argument!r}; --config.KEY=VALUE changes a config")
         key, value = match[2], match[3]
+        _find(config, key)
         taken = [argument]
         if value is None and following and not following.startswith("--"):
             value = f"={following}"
@@ -222,17 +230,16 @@ def _split_overrides(overrides: Sequence[str]) -> tuple[dict[str, list[str]], li
             next(arguments)
         nothing.pop(key, None)
         if value not in ("=None", "=none"):
-            values.setdefault(key, []).extend(taken)
+            values += taken
         elif "[" in key:
             raise InputError(f"config.{key} cannot be None; the whole of it can be set in the file")
         else:
-            values.pop(key, None)
             nothing[key] = None
-    return values, list(nothing)
+    return values, nothing
 
 
 def _find(config: ml_collections.ConfigDict, key: str) -> None:
-    """Makes sure that a config has a key, such as "model.k" or "milestones[0]"."""
+    """Checks that a config has a key, such as "model.k" or "milestones[0]"."""
     section, where = config, "config"
     for name in re.sub(r"\[.*?\]", "", key).split("."):
         if not isinstance(section, ml_collections.ConfigDict):
@@ -243,16 +250,15 @@ def _find(config: ml_collections.ConfigDict, key: str) -> None:
 
 
 def shipped_configs() -> dict[str, Path]:
-    """The config files that come with this package, by name."""
+    """Returns the config files that come with this package, by name."""
     package = Path(slimconv_jax.__file__).parent
     # In a clone they lie beside the package.
-    folders = (package / "configs", package.parent / "configs")
-    folder = next((folder for folder in folders if folder.is_dir()), folders[0])
-    return {path.stem: path for path in sorted(folder.glob("*.py")) if path.stem != "__init__"}
+    files = sorted(package.glob("configs/*.py")) or sorted(package.parent.glob("configs/*.py"))
+    return {path.stem: path for path in files if path.stem != "__init__"}
 
 
 def _load(path: str) -> ml_collections.ConfigDict:
-    """What the get_config of a config file returns; see `read_config`."""
+    """Runs a config file and returns the config that its get_config builds; see `read_config`."""
     file, colon, argument = os.fspath(path).partition(":")
     file = os.fspath(shipped_configs().get(file, file))
     if not os.path.isfile(file):
@@ -266,11 +272,11 @@ def _load(path: str) -> ml_collections.ConfigDict:
         if "get_config" not in module:
             raise InputError("it has no function get_config")
         config = module["get_config"](*([argument] if colon else []))
-    except (SyntaxError, InputError) as error:
-        raise InputError(f"the config file {file} cannot be used: {error}") from None
     except LIBRARY_ERRORS as error:
-        *_, last = traceback.extract_tb(error.__traceback__)
-        reason = f"{type(error).__name__}: {error} ({last.filename}, line {last.lineno})"
+        reason = error
+        if not isinstance(error, SyntaxError | InputError):
+            *_, last = traceback.extract_tb(error.__traceback__)
+            reason = f"{type(error).__name__}: {error} ({last.filename}, line {last.lineno})"
         raise InputError(f"the config file {file} cannot be used: {reason}") from None
     if not isinstance(config, ml_collections.ConfigDict):
         raise InputError(f"{file} is not a config file: its get_config must return a ConfigDict")
@@ -278,25 +284,22 @@ def _load(path: str) -> ml_collections.ConfigDict:
 
 
 def describe_keys(config: ml_collections.ConfigDict, width: int) -> Iterator[str]:
-    """The lines of `--help-config`: each key with its value, its default and its meaning.
+    """Yields the lines of `--help-config`: each key with its value, its default and its meaning.
 
     Args:
       config: from `read_config`.
       width: characters in a line.
     """
-    for where in ("", *SECTIONS):
-        said: Mapping[str, str] = {}
-        for function in SECTIONS[where] if where else (Run,):
-            said = meanings(function) | said
-        section = config[where] if where else config
+    indent = {"initial_indent": "    ", "subsequent_indent": "    "}
+    for where, functions in SECTIONS.items():
+        section, prefix = _section(config, where)
+        said = collections.ChainMap(*map(meanings, functions))
         for name, parameter in keys(where).items():
-            key, default = f"config.{where}.{name}" if where else f"config.{name}", ""
+            default = ""
             if parameter.default is parameter.empty:
                 default = "  (required)"
             elif section[name] != parameter.default:
                 default = f"  (default: {parameter.default!r})"
-            yield f"{key} = {section[name]!r}{default}"
-            yield textwrap.fill(
-                said.get(name, ""), width, initial_indent="    ", subsequent_indent="    "
-            )
+            yield f"{prefix}.{name} = {section[name]!r}{default}"
+            yield textwrap.fill(said.get(name, ""), width, **indent)
         yield ""

@@ -1,4 +1,4 @@
-"""The picture of a run: loss and accuracy over the epochs."""
+"""Draws the picture of a run: loss and accuracy over the epochs."""
 
 import io
 from collections.abc import Sequence
@@ -7,13 +7,13 @@ from slimconv_jax.training.metrics import SPLITS
 
 
 def draw_curves(lines: Sequence[dict], title: str) -> bytes:
-    """Loss and accuracy of a run, as a PNG.
+    """Draws loss and accuracy of a run; returns a PNG.
 
     Args:
-      lines: of metrics.jsonl.
+      lines: of `metrics.jsonl`.
       title: of the picture.
     """
-    from matplotlib.figure import Figure  # takes a while, and training starts without it
+    from matplotlib.figure import Figure  # slow to import, and training starts without it
 
     figure = Figure(figsize=(11, 4), layout="constrained")
     figure.suptitle(title)
@@ -21,14 +21,12 @@ def draw_curves(lines: Sequence[dict], title: str) -> bytes:
     for color, (split, label) in enumerate(SPLITS.items()):
         here = [line for line in lines if line["split"] == split]
         epochs = [line["epoch"] for line in here]
-        style = {"color": f"C{color}", "label": label}
-        if split == "train":
-            style |= {"linewidth": 1, "alpha": 0.7}
-        else:
-            style |= {"marker": ".", "zorder": 3}
+        is_train = split == "train"
+        style = {"linewidth": 1, "alpha": 0.7} if is_train else {"marker": ".", "zorder": 3}
+        style |= {"color": f"C{color}", "label": label}
         if here:
             loss.plot(epochs, [line["loss"] for line in here], **style)
-            key = "accuracy" if split == "train" else "top1"
+            key = "accuracy" if is_train else "top1"
             accuracy.plot(epochs, [100 * line[key] for line in here], **style)
     loss.set(xlabel="epoch", ylabel="loss")
     losses = [line["loss"] for line in lines if line["loss"] > 0]

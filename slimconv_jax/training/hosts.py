@@ -1,5 +1,6 @@
-"""Several processes, on one or many hosts, as one training run."""
+"""Connects several processes, on one or many hosts, into one training run."""
 
+import contextlib
 import faulthandler
 import importlib.util
 import json
@@ -13,7 +14,7 @@ from jax.experimental import multihost_utils
 
 from slimconv_jax.console import console
 from slimconv_jax.errors import InputError, require_integer
-from slimconv_jax.training.rendezvous import meet, parse_address
+from slimconv_jax.training.rendezvous import meet
 
 
 def initialize(
@@ -22,74 +23,68 @@ def initialize(
     process_id: int | None = None,
     initialization_timeout: int = 300,
 ) -> None:
-    """Connects this process with the others, if there are any; before anything else of JAX.
+    """Connects this process with the others, if there are any. Call it before any use of JAX.
 
     Processes that SLURM or a TPU pod started find each other. Only the first one prints.
 
     Args:
       coordinator_address: "HOST:PORT" of the first process, the same for all. Give all three
-        where nothing is found by itself, or none.
-      num_processes: how many processes there are.
-      process_id: which one this is, from 0.
-      initialization_timeout: for how many seconds to wait for the others.
+        arguments where nothing is detected, or none.
+      num_processes: the number of processes.
+      process_id: of this process, from 0.
+      initialization_timeout: how many seconds to wait for the others.
 
     Raises:
       ValueError: if the arguments do not fit together, or the others are not there in time.
     """
     given = (coordinator_address, num_processes, process_id)
-    if any(value is not None for value in given) and None in given:
+    if None in given and any(value is not None for value in given):
         raise InputError(
             "of --coordinator_address, --num_processes and --process_id give all three, or none"
         )
     require_integer("--initialization_timeout", initialization_timeout, 1)
-    options = {}
+    method = None
     if None not in given:
-        parse_address(coordinator_address)
         require_integer("--num_processes", num_processes, 1)
         if not 0 <= process_id < num_processes:
             raise InputError(
                 f"--process_id={process_id} must be from 0 to {num_processes - 1}, one less than "
                 "--num_processes"
             )
-        options = dict(
-            coordinator_address=coordinator_address,
-            num_processes=num_processes,
-            process_id=process_id,
-            cluster_detection_method="deactivate",
-        )
+        meet(*given, seconds=initialization_timeout)
+        method = "deactivate"
     elif int(os.environ.get("SLURM_NTASKS", "1")) > 1 and "SLURM_STEP_NODELIST" in os.environ:
-        options = {"cluster_detection_method": "slurm"}
+        method = "slurm"
     elif importlib.util.find_spec("libtpu") is None:
         return
-    if None not in given:
-        meet(coordinator_address, num_processes, process_id, seconds=initialization_timeout)
-    # What CPUs talk to each other with; it does not concern other devices.
+    # For CPUs only; other devices have collectives of their own.
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     try:
         jax.distributed.initialize(
-            **options,
+            *given,
+            cluster_detection_method=method,
             initialization_timeout=initialization_timeout,
             heartbeat_timeout_seconds=60,
             shutdown_timeout_seconds=30,
         )
     except ValueError as error:
-        if options or "coordinator_address" not in str(error):
+        if method or "coordinator_address" not in str(error):
             raise InputError(f"the processes cannot be connected: {error}") from None
         return  # a single TPU host
     except RuntimeError as error:  # others did not come, the address is taken, ...
         line = str(error).splitlines()[0]
         raise InputError(f"the processes cannot be connected: {line}") from None
     console.quiet = jax.process_index() > 0
-    # JAX aborts a process whose first one is gone, and says so; what Python's fault handler would
-    # print of all threads after that hides it.
+    # When the first process is gone, JAX aborts the others with a message, which the stacks of all
+    # threads, from Python's fault handler, would hide.
     faulthandler.disable()
 
 
 def on_first(function: Callable[[], int | None]) -> int | None:
-    """What a function returns that only the first process calls, on all of them.
+    """Calls a function on the first process only, and returns its result on all of them.
 
     Raises:
-      ValueError: on the first process as the function does, on the others to say that it did.
+      ValueError: on the first process as the function does, on the others because it did.
     """
     if jax.process_count() == 1:
         return function()
@@ -97,7 +92,7 @@ def on_first(function: Callable[[], int | None]) -> int | None:
     if jax.process_index() == 0:
         try:
             result = function()
-        except Exception as error:  # whatever it is, it is raised below, when all know of it
+        except Exception as error:  # of any kind; it is raised below, when all know of it
             failure = error
     message = np.array([failure is not None, result or 0], np.int32)
     failed, number = multihost_utils.broadcast_one_to_all(message).tolist()
@@ -108,28 +103,25 @@ def on_first(function: Callable[[], int | None]) -> int | None:
     return number
 
 
-class Comparison:
-    """Makes sure that all processes of a run are about to do the same.
+class Comparison(contextlib.AbstractContextManager):
+    """Checks that all processes of a run are about to do the same.
 
-    Use as a context manager around what comes before: a ValueError there is told to the others,
-    which would wait for this process otherwise.
+    Use as a context manager around everything before the comparison: an InputError there is sent
+    to the others, which would otherwise wait for this process.
     """
 
     def __init__(self):
         self._is_over = jax.process_count() == 1
-
-    def __enter__(self) -> "Comparison":
-        return self
 
     def __exit__(self, kind, error, traceback) -> None:
         if isinstance(error, InputError) and not self._is_over:
             self._exchange({"failure": str(error)})
 
     def require_same(self, facts: Mapping[str, Any]) -> None:
-        """Compares, once.
+        """Compares facts with those of the other processes; does nothing after the first call.
 
         Args:
-          facts: what must be the same everywhere, by name; values that JSON has.
+          facts: what must be the same everywhere, by name; the values must be JSON values.
 
         Raises:
           ValueError: on all processes, with what differs, and where.
@@ -141,9 +133,8 @@ class Comparison:
         for number, answer in enumerate(answers):
             if "failure" in answer:
                 raise InputError(f"process {number} cannot go on: {answer['failure']}")
-        first = answers[0]["facts"]
-        for number, answer in enumerate(answers):
-            other = answer["facts"]
+        first, *others = [answer["facts"] for answer in answers]
+        for number, other in enumerate(others, 1):
             differences = [
                 f"{name} is {first.get(name, 'absent')!r} in process 0 and "
                 f"{other.get(name, 'absent')!r} in process {number}"
@@ -157,7 +148,7 @@ class Comparison:
 
     @staticmethod
     def _exchange(message: dict) -> list[dict]:
-        """What each process says."""
+        """Returns the messages of all processes."""
         text = np.frombuffer(json.dumps(message).encode(), np.uint8)
         longest = multihost_utils.process_allgather(np.array(len(text))).max()
         padded = np.pad(text, (0, longest - len(text)), constant_values=ord(" "))
@@ -165,8 +156,6 @@ class Comparison:
 
 
 def is_lost_contact(error: Exception) -> bool:
-    """Whether an error of JAX's runtime means that another process is gone."""
-    if jax.process_count() == 1:
-        return False
+    """Returns whether an error of JAX's runtime means that another process is gone."""
     signs = ("gloo", "nccl", "unavailable", "deadline_exceeded", "aborted", "heartbeat", "barrier")
-    return any(sign in str(error).lower() for sign in signs)
+    return jax.process_count() > 1 and any(sign in str(error).lower() for sign in signs)

@@ -1,4 +1,4 @@
-"""SIGTERM, SIGHUP and Ctrl-C as a question that the loop asks after each step."""
+"""Turns SIGTERM, SIGHUP and Ctrl-C into a flag that the loop checks after each step."""
 
 import os
 import signal
@@ -29,13 +29,13 @@ class RunInterruptedError(Exception):
 class StopSignal:
     """Holds back SIGTERM, SIGHUP and the first Ctrl-C while a run goes on.
 
-    Use as a context manager. SIGHUP, of a terminal that closes, is left alone where it is ignored,
-    as under nohup. A second signal has its usual effect, at once. With several
-    processes a signal to any of them stops all at the same point, one or two seconds later: JAX's
-    preemption service agrees on one. There JAX holds back every SIGTERM.
+    Use as a context manager. SIGHUP, which a closing terminal sends, stays ignored where it is
+    ignored, as under nohup. A second signal has its usual effect, at once. With several processes,
+    a signal to any of them stops all at the same step, one or two seconds later: JAX's preemption
+    service agrees on the step. There, JAX holds back every SIGTERM.
 
     Attributes:
-      name: what was received, as in `RunInterruptedError`; None as long as `requested` is false.
+      name: the signal, as in `RunInterruptedError`; None as long as `requested` returns False.
     """
 
     def __init__(self):
@@ -46,7 +46,7 @@ class StopSignal:
         self._asked = 0
 
     def __enter__(self) -> "StopSignal":
-        if threading.current_thread() is threading.main_thread():  # only there it is possible
+        if threading.current_thread() is threading.main_thread():  # only there is it possible
             for number in _NAMES:
                 is_jaxs = number == signal.SIGTERM and self._together
                 is_ignored = number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN
@@ -58,7 +58,7 @@ class StopSignal:
         self._let_go()
 
     def _let_go(self) -> None:
-        """Gives signals their usual effect back."""
+        """Restores the usual effect of the signals."""
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
@@ -66,14 +66,14 @@ class StopSignal:
         self._let_go()
         self._received = _NAMES[number]
         if self._together:
-            os.kill(os.getpid(), signal.SIGTERM)  # for JAX, which tells the others
+            os.kill(os.getpid(), signal.SIGTERM)  # for JAX, which notifies the others
 
     def requested(self) -> bool:
-        """Whether to save and stop now; all processes must ask equally often."""
+        """Returns whether to save and stop now; all processes must call it equally often."""
         if self.name is None and not self._together:
             self.name = self._received
         elif self.name is None:
-            self._asked += 1  # from 1 on without a gap, since JAX names the next number
+            self._asked += 1  # from 1 on without a gap, since JAX agrees on the next number
             if multihost_utils.reached_preemption_sync_point(self._asked):
                 self.name = self._received or "SIGTERM"
         return self.name is not None

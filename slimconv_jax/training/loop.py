@@ -1,13 +1,13 @@
-"""A training run, from a config to its result."""
+"""Runs a training, from a config to its result."""
 
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import json
 import shlex
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import jax
 import ml_collections
@@ -42,7 +42,7 @@ from slimconv_jax.training.setup import Parts, create_initial, create_parts, use
 from slimconv_jax.training.step import TrainState, abstract_state, create_state
 
 _OF_A_HOST = ("dataset.data_dir", "loader.num_threads")
-"""The keys of a config in which the processes of a run may differ."""
+"""The keys of a config that may differ between the processes of a run."""
 
 
 def train(
@@ -53,16 +53,17 @@ def train(
 ) -> dict:
     """Trains and evaluates; continues from the newest intact checkpoint in the work directory.
 
-    Without one, it starts from the model at `config.init_from`; without that, from scratch.
+    Without a checkpoint, it starts from the model at `config.init_from`; without that, from
+    scratch.
 
     Args:
       config: as a file in `configs/` returns it; keys that it lacks have their defaults.
       workdir: gets `config.json`, `model.json`, `checkpoints/`, `metrics.jsonl`, `tensorboard/`
         and `curves.png`. All processes of a run must reach it.
-      devices: what to run on; all devices of all processes if None.
+      devices: the devices to run on; None for all devices of all processes.
 
     Returns:
-      The last evaluation of the weights themselves: `step` and what `summarize` gives.
+      The last evaluation of the weights themselves: `step` and the values of `summarize`.
 
     Raises:
       ValueError: if the config, the data or the work directory cannot be used, the training
@@ -73,17 +74,15 @@ def train(
     with contextlib.ExitStack() as held:
         comparison = held.enter_context(Comparison())
         workdir = absolute(workdir)
-        # What is wrong with a config is found before it claims the directory.
+        # A bad config raises here, before it claims the directory.
         parts = create_parts(complete(config), data_mesh(devices))
-        start = _claim(parts, workdir, comparison, held)
-        total_steps = parts.timetable.total_steps
-        done = _evaluations(read_metrics(workdir))
-        if start.step == total_steps and (total_steps, "test") in done:
-            result = done[total_steps, "test"]
-            say(f"{workdir} is complete, nothing to do: {describe(result)}")
-            return result
-        _announce(parts, workdir, start)
-        lines = _run(parts, workdir, start, done)
+        step, model, origin = _claim(parts, workdir, comparison, held)
+        tests = {line["step"]: line for line in read_metrics(workdir) if line["split"] == "test"}
+        if step == parts.timetable.total_steps and step in tests:
+            say(f"{workdir} is complete, nothing to do: {describe(tests[step])}")
+            return tests[step]
+        _announce(parts, origin)
+        lines = _run(parts, workdir, step, model, evaluated=step in tests)
     for data in (parts.train_data, parts.test_data):
         if data.skipped:
             say(describe_skipped(data.skipped))
@@ -91,26 +90,21 @@ def train(
     return _conclude(parts, workdir, lines)
 
 
-class _Start(NamedTuple):
-    """Where a run starts: after `step` steps, 0 for a new one, which has a `model`."""
-
-    step: int
-    model: ResNet | None
-    words: str
-
-
 def _claim(
     parts: Parts, workdir: epath.Path, comparison: Comparison, held: contextlib.ExitStack
-) -> _Start:
-    """Makes sure that the run can start, and makes the work directory its own while it is held."""
-    config = parts.config
+) -> tuple[int, ResNet | None, str]:
+    """Checks that the run can start, and locks the work directory for it until `held` ends.
+
+    Returns:
+      The steps done before, the model of a new run, and a description of what it starts from.
+    """
+    config, model, origin = parts.config, None, f"continuing {workdir}"
     is_new = not list_checkpoints(workdir)
     if is_new and config.init_from:
-        read_info(config.init_from)  # whether it is there, on every host
+        read_info(config.init_from)  # raises if it is missing, on every host
     comparison.require_same(_facts(parts, workdir))
-    model, words = None, f"continuing {workdir}"
     if is_new:
-        model, words = create_initial(config, len(parts.class_names))
+        model, origin = create_initial(config, len(parts.class_names))
 
     def claim() -> int:
         held.enter_context(hold_workdir(workdir))
@@ -118,31 +112,31 @@ def _claim(
         describe_workdir(parts.model, workdir, parts.info())
         return newest_intact(workdir)
 
-    return _Start(on_first(claim), model, words)
+    if step := on_first(claim):
+        origin = f"continuing {workdir} after step {step}"
+    return step, model, origin
 
 
 def _facts(parts: Parts, workdir: epath.Path) -> dict:
-    """What must be the same in all processes of a run."""
+    """Returns what must be the same in all processes of a run."""
     values = flatten(json.loads(parts.config.to_json_best_effort()))
+    names = parts.class_names
+    digest = hashlib.sha256(json.dumps(names).encode()).hexdigest()[:12]
+    first = f", from {names[0]!r} on" if names else ""
     return {
         **{f"config.{key}": value for key, value in values.items() if key not in _OF_A_HOST},
         "the architecture": json.dumps(dataclasses.asdict(parts.model.config)),
         "the number of training images": len(parts.train_data),
         "the number of test images": parts.num_test_images,
-        "the classes": _digest(parts.class_names),
+        "the classes": f"{len(names)}{first}, SHA-256 {digest}",
         "the work directory": str(workdir),
         "jax_enable_x64": jax.config.jax_enable_x64,
         **{f"the version of {name}": version for name, version in versions().items()},
     }
 
 
-def _evaluations(lines: Sequence[dict]) -> dict[tuple[int, str], dict]:
-    """The lines of evaluations by step and split."""
-    return {(line["step"], line["split"]): line for line in lines if line["split"] != "train"}
-
-
-def _announce(parts: Parts, workdir: epath.Path, start: _Start) -> None:
-    """Says what is about to be done."""
+def _announce(parts: Parts, origin: str) -> None:
+    """Prints what the run is going to do."""
     config, mesh, model = parts.config, parts.mesh, parts.model
     height, width, _ = parts.train_data.image_shape
     processes = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
@@ -154,44 +148,52 @@ def _announce(parts: Parts, workdir: epath.Path, start: _Start) -> None:
         f"{parts.num_test_images} test images, {len(parts.class_names)} classes\n"
         f"devices  {mesh.size} x {mesh.devices.flat[0].device_kind}{processes}\n"
         f"steps    {parts.timetable.total_steps} of {config.batch_size} images, {epochs}\n"
-        f"start    {start.words}{f' after step {start.step}' if start.step else ''}; compiling"
+        f"start    {origin}; compiling"
     )
 
 
 def _run(
-    parts: Parts, workdir: epath.Path, start: _Start, done: dict[tuple[int, str], dict]
+    parts: Parts, workdir: epath.Path, first_step: int, model: ResNet | None, *, evaluated: bool
 ) -> list[dict]:
-    """The loop over the steps; returns the lines of metrics."""
+    """Runs the steps after `first_step`; returns the lines of metrics.
+
+    Args:
+      parts: of the run.
+      workdir: of the run.
+      first_step: steps done before.
+      model: the initial model of a new run.
+      evaluated: whether the model has been evaluated after `first_step`.
+    """
     config, timetable = parts.config, parts.timetable
     with contextlib.ExitStack() as stack:
-        stop = stack.enter_context(StopSignal())  # first, so that the last save is waited for
+        stop = stack.enter_context(StopSignal())  # the outermost: the last save ends before it
         checkpoints = stack.enter_context(Checkpoints(workdir, to_keep=config.checkpoints_to_keep))
-        state = _initial_state(parts, start, checkpoints)
-        reporter = stack.enter_context(
-            Reporter(
-                workdir,
-                title=describe_model(parts.model.config),
-                first_step=start.step,
-                total_steps=timetable.total_steps,
-                steps_per_epoch=timetable.steps_per_epoch,
-                batch_size=config.batch_size,
-                log_every_steps=config.log_every_steps,
-                line_steps=timetable.checkpoint_steps,
-            )
+        everywhere, ema = replicated(parts.mesh), uses_ema(config)
+        if first_step:
+            like = abstract_state(parts.model, parts.optimizer, ema=ema)
+            state = checkpoints.restore(first_step, like=like, sharding=everywhere)
+        else:
+            state = jax.device_put(create_state(model, parts.optimizer, ema=ema), everywhere)
+        reporter = Reporter(
+            workdir,
+            timetable,
+            title=describe_model(parts.model.config),
+            first_step=first_step,
+            batch_size=config.batch_size,
+            log_every_steps=config.log_every_steps,
         )
-        profiler = stack.enter_context(
-            Profiler(workdir, first_step=start.step, num_steps=config.profile_steps)
-        )
-        if start.step in timetable.eval_steps and (start.step, "test") not in done:
-            _test(parts, start.step, state, reporter, stop)  # what an interruption prevented
+        stack.enter_context(reporter)
+        profiler = Profiler(workdir, first_step=first_step, num_steps=config.profile_steps)
+        stack.enter_context(profiler)
+        if first_step in timetable.eval_steps and not evaluated:
+            _test(parts, first_step, state, reporter, stop)  # an interruption prevented it
             if stop.name:
-                raise RunInterruptedError(stop.name, start.step)
+                raise RunInterruptedError(stop.name, first_step)
         saved_at = time.monotonic()
-        batches = parts.train_data.train_batches(
-            config.batch_size, seed=config.seed, first_step=start.step
-        )
+        order = {"seed": config.seed, "first_step": first_step}
+        batches = parts.train_data.train_batches(config.batch_size, **order)
         metrics = None
-        for step in range(start.step + 1, timetable.total_steps + 1):
+        for step in range(first_step + 1, timetable.total_steps + 1):
             asked = time.perf_counter()
             batch = next(batches)
             data_seconds = time.perf_counter() - asked
@@ -205,7 +207,7 @@ def _run(
                 _test(parts, step, state, reporter, stop)
             stopping = stop.requested()
             if stopping or step in timetable.checkpoint_steps or _is_due(config, step, saved_at):
-                reporter.flush(step)  # after which all is known to be finite
+                reporter.flush(step)  # raises if anything is not finite
                 best = [line["step"] for line in rank_evaluations(reporter.lines)]
                 checkpoints.save(step, state, best=best)
                 saved_at = time.monotonic()
@@ -216,31 +218,16 @@ def _run(
     return reporter.lines
 
 
-def _initial_state(parts: Parts, start: _Start, checkpoints: Checkpoints) -> TrainState:
-    """The state that a run starts with, on all devices."""
-    everywhere, ema = replicated(parts.mesh), uses_ema(parts.config)
-    if start.step:
-        like = abstract_state(parts.model, parts.optimizer, ema=ema)
-        return checkpoints.restore(start.step, like=like, sharding=everywhere)
-    return jax.device_put(create_state(start.model, parts.optimizer, ema=ema), everywhere)
-
-
 def _test(parts: Parts, step: int, state: TrainState, reporter: Reporter, stop: StopSignal) -> None:
-    """Evaluates and reports, unless it is told to stop meanwhile."""
-
-    def until_stop(batches: Iterable) -> Iterator:
-        for batch in batches:
-            if stop.requested():
-                return
-            yield batch
-
+    """Evaluates and reports, unless a signal asks to stop meanwhile."""
     reporter.wait()
     models = {"test": state.variables}
     if state.ema is not None:
         models["test_ema"] = {**state.variables, **state.ema}
     results = {}
     for name, variables in models.items():
-        batches = until_stop(parts.test_data.eval_batches(parts.config.eval_batch_size))
+        batches = parts.test_data.eval_batches(parts.config.eval_batch_size)
+        batches = itertools.takewhile(lambda _: not stop.requested(), batches)
         totals = parts.evaluate(variables, batches)
         results[name] = summarize({key: total.item() for key, total in totals.items()})
     if not stop.requested():
@@ -248,7 +235,7 @@ def _test(parts: Parts, step: int, state: TrainState, reporter: Reporter, stop: 
 
 
 def _is_due(config: ml_collections.ConfigDict, step: int, saved_at: float) -> bool:
-    """Whether `checkpoint_every_minutes` asks for a checkpoint, which the first process decides."""
+    """Returns whether `checkpoint_every_minutes` have passed, by the clock of the first process."""
     if not config.checkpoint_every_minutes or step % config.log_every_steps:
         return False
     minutes = (time.monotonic() - saved_at) / 60
@@ -256,8 +243,8 @@ def _is_due(config: ml_collections.ConfigDict, step: int, saved_at: float) -> bo
 
 
 def _conclude(parts: Parts, workdir: epath.Path, lines: Sequence[dict]) -> dict:
-    """Says how good the model is; returns its last evaluation."""
-    last = {line["split"]: line for line in lines if line["split"] != "train"}
+    """Prints how good the model is; returns its last evaluation."""
+    last = {line["split"]: line for line in lines}
     kept = {int(path.name) for path in list_checkpoints(workdir)}
     best = next(line for line in rank_evaluations(lines) if line["step"] in kept)
     say(f"test     {describe(last['test'])}")
@@ -272,12 +259,6 @@ def _conclude(parts: Parts, workdir: epath.Path, lines: Sequence[dict]) -> dict:
         f"files    {workdir}: {CHECKPOINTS}/, {METRICS}, {PICTURE}, {TENSORBOARD}/"
     )
     return last["test"]
-
-
-def _digest(class_names: Sequence[str]) -> str:
-    names = json.dumps(class_names)
-    first = f", from {class_names[0]!r} on" if class_names else ""
-    return f"{len(class_names)}{first}, SHA-256 {hashlib.sha256(names.encode()).hexdigest()[:12]}"
 
 
 def _duration(seconds: float) -> str:

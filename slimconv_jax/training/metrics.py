@@ -1,7 +1,6 @@
-"""`metrics.jsonl`: what is known of a run, one JSON object a line, and the file that holds it."""
+"""Reads and writes `metrics.jsonl`: the metrics of a run, one JSON object a line."""
 
 import io
-import itertools
 import json
 import math
 import os
@@ -15,38 +14,34 @@ from slimconv_jax.files import is_address, open_file, parse_json, read_bytes, re
 from slimconv_jax.storage.work_directory import METRICS
 
 SPLITS = {"train": "training", "test": "test", "test_ema": "test, averaged weights"}
-"""What a line may be about, and what a person calls it."""
+"""What a line may be about, and its label in pictures."""
 
 _LONGEST_LINE = 2**16
-"""The bytes of the longest line; ours have some hundred."""
+"""The bytes of the longest line; ours have a few hundred."""
 
 _KEYS = {"train": {"loss", "accuracy"}, "test": {"loss", "top1", "top5", "correct", "examples"}}
-"""What a line of each split must have, beside its step and epoch."""
+"""What a line of each split must have, besides its step and epoch."""
 
 
 def read_metrics(workdir: epath.Path, damaged: set[int] | None = None) -> list[dict]:
-    """The lines of a run's `metrics.jsonl`; none if there is no such file.
+    """Returns the lines of a run's `metrics.jsonl`; an empty list if there is no such file.
 
     Args:
       workdir: of the run.
-      damaged: gets the numbers, from 1, of the lines that are left out since they are not as
-        `MetricsFile` writes them, but for a last one that was cut off when its run was killed.
+      damaged: gets the numbers, from 1, of the lines that are left out because `MetricsFile` does
+        not write such lines, except for a last line that was cut off when its run was killed.
 
     Raises:
       ValueError: if the file cannot be read.
     """
     path = workdir / METRICS
-    metrics = []
+    metrics, damaged = [], set() if damaged is None else damaged
     try:
         with open_file(path) as file, io.BufferedReader(file) as stream:
-            for number in itertools.count(1):
-                text = stream.readline(_LONGEST_LINE)
-                if not text:
-                    break
+            for number, text in enumerate(iter(lambda: stream.readline(_LONGEST_LINE), b""), 1):
                 if (line := _parse_line(text)) is not None:
                     metrics.append(line)
                 elif text.endswith(b"\n") or len(text) == _LONGEST_LINE:
-                    damaged = damaged if damaged is not None else set()
                     damaged.add(number)
     except FileNotFoundError:
         return []
@@ -56,24 +51,23 @@ def read_metrics(workdir: epath.Path, damaged: set[int] | None = None) -> list[d
 
 
 def _parse_line(text: bytes) -> dict | None:
-    """A line of `metrics.jsonl`; None if it is damaged."""
+    """Parses a line of `metrics.jsonl`; returns None if it is damaged."""
     try:
         line = parse_json(text)
     except ValueError:
         return None
-    if not isinstance(line, dict) or not isinstance(line.get("split"), str):
+    if not isinstance(line, dict) or line.get("split") not in tuple(SPLITS):
         return None
     numbers = {key: value for key, value in line.items() if key != "split"}
     needed = _KEYS["train" if line["split"] == "train" else "test"] | {"step", "epoch"}
-    if not needed <= numbers.keys() or line["split"] not in SPLITS:
+    if not needed <= numbers.keys() or type(line["step"]) is not int:
         return None
-    if not all(type(value) in (int, float) and math.isfinite(value) for value in numbers.values()):
-        return None
-    return line if type(line["step"]) is int else None
+    is_finite = all(type(n) in (int, float) and math.isfinite(n) for n in numbers.values())
+    return line if is_finite else None
 
 
 def rank_evaluations(lines: Sequence[dict]) -> list[dict]:
-    """The evaluations in `metrics.jsonl`, the best first, and of equals the first."""
+    """Returns the evaluations in `metrics.jsonl`, the best first, and of equals the earliest."""
     tests = [line for line in lines if line["split"] != "train"]
     return sorted(tests, key=lambda line: (-line["top1"], line["loss"]))
 
@@ -84,7 +78,7 @@ class MetricsFile:
     Args:
       workdir: of the run.
       lines: those to begin with; others in the file are dropped.
-      damaged: the numbers of the lines that are damaged in the file; it is kept if there are some.
+      damaged: the numbers of damaged lines in the file; if there are some, a copy is kept.
 
     Raises:
       OSError: by all methods, if the file cannot be written.
@@ -107,14 +101,14 @@ class MetricsFile:
                 file.write("".join(json.dumps(line) + "\n" for line in lines))
 
     def close(self) -> None:
-        """Does nothing: every line is in the file already."""
+        """Does nothing; every line is in the file already."""
 
     def _rewrite(self) -> None:
         text = "".join(json.dumps(line) + "\n" for line in self._lines)
         replace_file(self._path, text.encode())
 
     def _keep(self, workdir: epath.Path, numbers: set[int]) -> None:
-        """Keeps a copy before what is damaged is dropped."""
+        """Keeps a copy of the file before damaged lines are dropped."""
         names = (f"damaged-{METRICS}{suffix}" for suffix in ("", *map(".{}".format, range(1, 100))))
         aside = next(path for name in names if not (path := workdir / name).exists())
         aside.write_bytes(read_bytes(self._path))

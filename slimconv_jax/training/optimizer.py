@@ -1,4 +1,4 @@
-"""The optimiser and its learning rate over time, put together from Optax."""
+"""Builds the optimiser and its learning-rate schedule from Optax."""
 
 from collections.abc import Callable, Sequence
 
@@ -15,7 +15,7 @@ OPTIMIZERS: dict[str, tuple[Callable, Sequence[str], str | None]] = {
     "lars": (optax.lars, ("momentum", "nesterov", "eps", "trust_coefficient"), "weight_decay_mask"),
     "lamb": (optax.lamb, ("b1", "b2", "eps"), "mask"),
 }
-"""For each name Optax's function, its options, and what it calls the mask of its weight decay.
+"""For each name, Optax's function, its options, and its name for the mask of the weight decay.
 
 SGD has no weight decay of its own.
 """
@@ -35,20 +35,22 @@ def create_schedule(
     milestones: Sequence[float] = (),
     decay_factor: float = 0.1,
 ) -> optax.Schedule:
-    """The learning rate of each step; the keyword-only arguments are keys of `config.optimizer`.
+    """Builds the schedule of the learning rate, by step.
+
+    The keyword-only arguments are keys of `config.optimizer`.
 
     Args:
       batch_size: images in a step.
       steps_per_epoch: steps in an epoch, not necessarily a whole number.
       total_steps: steps in the run.
       learning_rate: the highest, for batches of `base_batch_size`.
-      base_batch_size: the batch that `learning_rate` is for; for others the rate is scaled
+      base_batch_size: the batch size that `learning_rate` is for; for others the rate is scaled
         linearly (Goyal et al., 2017). None for no scaling.
       schedule: after the warm-up, "constant", "cosine" (down to 0 at the end of the run) or
         "multistep" (times `decay_factor` at each of the `milestones`).
       warmup_epochs: epochs of linear increase from 0.
       milestones: epochs since the beginning, in ascending order.
-      decay_factor: of a milestone.
+      decay_factor: the factor at each milestone.
 
     Raises:
       ValueError: if a setting is not one of those.
@@ -110,7 +112,7 @@ def create_optimizer(
     eps: float | None = None,
     trust_coefficient: float | None = None,
 ) -> optax.GradientTransformation:
-    """The optimiser; the keyword-only arguments are keys of `config.optimizer`.
+    """Builds the optimiser; the keyword-only arguments are keys of `config.optimizer`.
 
     Args:
       learning_rate_fn: from `create_schedule`.
@@ -119,8 +121,8 @@ def create_optimizer(
         momentum; with the others as in their papers.
       weight_decay_on: "kernels" for parameters of more than one dimension only, or "all". LARS
         adapts the rate of these parameters only, too.
-      clip_norm: the gradient is scaled down to this norm where it is longer; None for never.
-      momentum: of SGD and LARS; as the next ones, None for Optax's default.
+      clip_norm: the gradient is scaled down to this norm if its norm is larger; None for never.
+      momentum: of SGD and LARS; here and in the following, None for Optax's default.
       nesterov: whether the momentum is Nesterov's.
       b1: of AdamW and LAMB, decay of the mean of the gradients.
       b2: likewise, of their squares.

@@ -1,4 +1,6 @@
-"""A trace of some training steps for TensorBoard's profiler or Perfetto."""
+"""Traces training steps for TensorBoard's profiler or Perfetto."""
+
+import contextlib
 
 import jax
 from etils import epath
@@ -6,13 +8,13 @@ from etils import epath
 from slimconv_jax.console import say
 
 FIRST = 6
-"""Which step of a start is the first to be traced, when everything is compiled and warm."""
+"""The first step after a start to be traced; by then everything is compiled and warm."""
 
 
-class Profiler:
-    """Traces `num_steps` steps of a run, from the `FIRST` one after its start on.
+class Profiler(contextlib.AbstractContextManager):
+    """Traces `num_steps` steps of a run, beginning with the `FIRST` one after its start.
 
-    Use as a context manager, and call `before` and `after` each step.
+    Use as a context manager, and call `before` and `after` around each step.
 
     Args:
       workdir: gets `profile/`.
@@ -25,21 +27,18 @@ class Profiler:
         self._steps = range(first_step + FIRST, first_step + FIRST + num_steps)
         self._running = False
 
-    def __enter__(self) -> "Profiler":
-        return self
-
     def __exit__(self, *_) -> None:
         if self._running:  # the run ended before
             self._stop()
 
     def before(self, step: int) -> None:
-        """Takes notice that a step is about to begin."""
+        """Starts the trace before its first step."""
         if step in self._steps and not self._running:
             jax.profiler.start_trace(self._directory)
             self._running = True
 
     def after(self, step: int, metrics: dict[str, jax.Array]) -> None:
-        """Takes notice that a step was handed to the devices, with these metrics to come."""
+        """Ends the trace when its last step, of which these are the metrics, is computed."""
         if self._running and step == self._steps[-1]:
             jax.block_until_ready(metrics)
             self._stop()

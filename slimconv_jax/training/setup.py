@@ -1,4 +1,4 @@
-"""From a config to the parts of a run: data, model, steps; for the devices here or for others."""
+"""Builds the parts of a run from a config: data, model, steps; for the devices here or others."""
 
 import dataclasses
 import functools
@@ -14,7 +14,6 @@ from flax import nnx
 from slimconv_jax.data.datasets import load_splits
 from slimconv_jax.data.loader import ResidentDataset, StreamedDataset, load_dataset
 from slimconv_jax.data.preprocessing import normalize
-from slimconv_jax.data.sources import Source
 from slimconv_jax.data.transforms import MOST_SIDE, Transform
 from slimconv_jax.devices import batch_sharded
 from slimconv_jax.errors import InputError
@@ -25,20 +24,20 @@ from slimconv_jax.signatures import select
 from slimconv_jax.storage.model_directory import load_model
 from slimconv_jax.training.augment import augment
 from slimconv_jax.training.config import check_config
-from slimconv_jax.training.loss import cross_entropy
+from slimconv_jax.training.loss import create_loss
 from slimconv_jax.training.optimizer import create_optimizer, create_schedule
 from slimconv_jax.training.step import make_train_step
 
 
 @dataclasses.dataclass(frozen=True)
 class Timetable:
-    """When what happens in a run, in steps.
+    """The schedule of a run, in steps.
 
     Attributes:
       steps_per_epoch: not necessarily a whole number.
       total_steps: of the run.
       eval_steps: those after which the model is evaluated and saved.
-      checkpoint_steps: all those after which it is saved, but for `checkpoint_every_minutes`.
+      checkpoint_steps: all those after which it is saved, except for `checkpoint_every_minutes`.
     """
 
     steps_per_epoch: float
@@ -48,10 +47,10 @@ class Timetable:
 
 
 def create_timetable(config: ml_collections.ConfigDict, num_images: int) -> Timetable:
-    """When what happens in a run on so many training images.
+    """Returns the schedule of a run on `num_images` training images.
 
     Raises:
-      ValueError: if these are too few, or the run is too long.
+      ValueError: if there are too few images, or the run is too long.
     """
     if num_images < config.batch_size:
         raise InputError(
@@ -63,30 +62,28 @@ def create_timetable(config: ml_collections.ConfigDict, num_images: int) -> Time
     if total_steps >= 2**31:
         raise InputError(
             f"config.num_epochs={config.num_epochs} are {total_steps} steps of "
-            f"config.batch_size={config.batch_size}; a run has less than 2**31"
+            f"config.batch_size={config.batch_size}; a run must have fewer than 2**31"
         )
     eval_epochs = range(config.eval_every_epochs, config.num_epochs, config.eval_every_epochs)
-    eval_steps = {round(epoch * steps_per_epoch) for epoch in eval_epochs} | {total_steps}
+    eval_steps = frozenset(round(epoch * steps_per_epoch) for epoch in eval_epochs) | {total_steps}
     every = config.checkpoint_every_steps
-    more = range(every, total_steps, every) if every else ()
-    return Timetable(
-        steps_per_epoch, total_steps, frozenset(eval_steps), frozenset(eval_steps.union(more))
-    )
+    checkpoint_steps = eval_steps.union(range(every, total_steps, every) if every else ())
+    return Timetable(steps_per_epoch, total_steps, eval_steps, checkpoint_steps)
 
 
 @dataclasses.dataclass(frozen=True)
 class Parts:
-    """What a run is made of.
+    """The parts of a run.
 
     Attributes:
       config: complete.
       mesh: the devices.
-      model: abstract: it gives the structure of the computation.
+      model: abstract; it gives the structure of the computation.
       class_names: the name of each class.
       train_data: batches to train on.
       test_data: batches to evaluate on.
-      num_test_images: images in them.
-      timetable: when what happens.
+      num_test_images: the number of test images, including those that are skipped.
+      timetable: from `create_timetable`.
       optimizer: from `create_optimizer`.
       train_step: from `make_train_step`.
       evaluate: from `make_evaluate`.
@@ -105,7 +102,7 @@ class Parts:
     evaluate: Callable
 
     def info(self) -> dict[str, Any]:
-        """What `model.json` says beside the architecture; see `save_model`."""
+        """Returns what `model.json` says besides the architecture; see `save_model`."""
         size = self.config.transform.image_size
         return {
             "class_names": list(self.class_names),
@@ -115,7 +112,7 @@ class Parts:
 
 
 def create_parts(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> Parts:
-    """The parts of a run. Nothing is compiled yet, and nothing written.
+    """Builds the parts of a run; compiles and writes nothing.
 
     Args:
       config: from `complete`.
@@ -125,12 +122,14 @@ def create_parts(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> 
       ValueError: if the config or the data cannot be used.
     """
     check_config(config, mesh.size)
-    sources = load_splits(**config.dataset)
-    class_names = sources[0].class_names
+    train_source, test_source = load_splits(**config.dataset)
+    class_names = train_source.class_names
     model = abstract_model(num_classes=len(class_names), **config.model)
-    # What is wrong with a config is found before images are decoded, most of it.
-    _try_out(config, (MOST_SIDE, MOST_SIDE, 3), len(class_names))  # any image is as large
-    train_data, test_data = _load_data(config, sources, mesh)
+    # Finds most errors of a config before it decodes images, none of which is larger.
+    _try_out(config, (MOST_SIDE, MOST_SIDE, 3), len(class_names))
+    transform, sharding = Transform(**config.transform), batch_sharded(mesh)
+    train_data = load_dataset(train_source, transform, True, sharding, **config.loader)
+    test_data = load_dataset(test_source, transform, False, sharding, **config.loader)
     _try_out(config, train_data.image_shape, len(class_names))
     timetable = create_timetable(config, len(train_data))
     optimizer, train_step = create_step(
@@ -147,7 +146,7 @@ def create_parts(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> 
         class_names=class_names,
         train_data=train_data,
         test_data=test_data,
-        num_test_images=len(sources[1]),
+        num_test_images=len(test_source),
         timetable=timetable,
         optimizer=optimizer,
         train_step=train_step,
@@ -158,23 +157,11 @@ def create_parts(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> 
 def _try_out(
     config: ml_collections.ConfigDict, image_shape: tuple[int, int, int], num_classes: int
 ) -> None:
-    """Makes sure that images of a shape can be augmented and normalised."""
+    """Checks that images of a shape can be augmented and normalised."""
     image = jax.ShapeDtypeStruct((1, *image_shape), jnp.uint8)
     target = jax.ShapeDtypeStruct((1, num_classes), jnp.float32)
-    changes = functools.partial(augment, **config.augment)
-    jax.eval_shape(changes, jax.random.key(0), image, target)
+    jax.eval_shape(functools.partial(augment, **config.augment), jax.random.key(0), image, target)
     jax.eval_shape(create_normalize(config), image)
-
-
-def _load_data(
-    config: ml_collections.ConfigDict, sources: tuple[Source, Source], mesh: jax.sharding.Mesh
-) -> tuple[ResidentDataset | StreamedDataset, ...]:
-    """The data sets to train and to evaluate on."""
-    transform, sharding = Transform(**config.transform), batch_sharded(mesh)
-    return tuple(
-        load_dataset(source, transform, training, sharding, **config.loader)
-        for source, training in zip(sources, (True, False), strict=True)
-    )
 
 
 def create_step(
@@ -185,10 +172,10 @@ def create_step(
     total_steps: int,
     mesh: jax.sharding.Mesh,
 ) -> tuple[optax.GradientTransformation, functools.partial]:
-    """The optimiser of a run, and its training step, which is not compiled yet.
+    """Builds the optimiser of a run and its training step, which is not compiled yet.
 
     Args:
-      config: which `check_config` has passed.
+      config: a config that passed `check_config`.
       model: gives the structure of the computation; its arrays are not used.
       steps_per_epoch: not necessarily a whole number.
       total_steps: of the run.
@@ -200,12 +187,8 @@ def create_step(
     Raises:
       ValueError: if a setting is out of range.
     """
-    learning_rate_fn = create_schedule(
-        config.batch_size,
-        steps_per_epoch,
-        total_steps,
-        **select(config.optimizer, create_schedule),
-    )
+    options = select(config.optimizer, create_schedule)
+    learning_rate_fn = create_schedule(config.batch_size, steps_per_epoch, total_steps, **options)
     optimizer = create_optimizer(learning_rate_fn, **select(config.optimizer, create_optimizer))
     train_step = make_train_step(
         model,
@@ -216,36 +199,35 @@ def create_step(
         normalize=create_normalize(config),
         key=random_keys(config)[1],
         mesh=mesh,
-        loss=functools.partial(cross_entropy, **select(config.step, cross_entropy)),
+        loss=create_loss(**select(config.step, create_loss)),
         **select(config.step, make_train_step),
     )
     return optimizer, train_step
 
 
 def create_normalize(config: ml_collections.ConfigDict) -> Callable[[jax.Array], jax.Array]:
-    """From the images of a batch to what the model takes."""
+    """Returns the function that turns the images of a batch into inputs of the model."""
     return functools.partial(normalize, **config.normalize)
 
 
 def random_keys(config: ml_collections.ConfigDict) -> tuple[jax.Array, jax.Array]:
-    """The random keys of the initial parameters and of the steps."""
+    """Returns the random keys of the initial parameters and of the steps."""
     return tuple(jax.random.split(jax.random.key(config.seed)))
 
 
 def uses_ema(config: ml_collections.ConfigDict) -> bool:
-    """Whether a run keeps averaged weights."""
+    """Returns whether a run keeps averaged weights."""
     return config.step.ema_decay > 0
 
 
 def create_initial(config: ml_collections.ConfigDict, num_classes: int) -> tuple[ResNet, str]:
-    """The model that a run starts with, and in words where it is from.
+    """Returns the model that a run starts with, and a description of where it comes from.
 
     Raises:
-      ValueError: if `config.init_from` is not a model, or one of another architecture.
+      ValueError: if `config.init_from` is not a model, or has another architecture.
     """
-    model = create_model(
-        rngs=nnx.Rngs(random_keys(config)[0]), num_classes=num_classes, **config.model
-    )
+    rngs = nnx.Rngs(random_keys(config)[0])
+    model = create_model(rngs=rngs, num_classes=num_classes, **config.model)
     path = config.init_from
     if not path:
         return model, "from scratch"
@@ -254,7 +236,7 @@ def create_initial(config: ml_collections.ConfigDict, num_classes: int) -> tuple
     if dataclasses.replace(other.config, **same) != model.config:
         raise InputError(
             f"config.init_from={path!r} is {describe(other.config)}, and config.model is "
-            f"{describe(model.config)}; they must be the same but for the classes"
+            f"{describe(model.config)}; they may differ in the classes only"
         )
     said = f"from the weights of {path}"
     if other.config.num_classes != num_classes:

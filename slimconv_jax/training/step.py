@@ -1,4 +1,4 @@
-"""One training step: a pure function from state and batch to state and metrics."""
+"""Builds the training step: a pure function from state and batch to state and metrics."""
 
 import functools
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from slimconv_jax.devices import batch_sharded, replicated
 from slimconv_jax.errors import InputError, require_integer, require_number
 from slimconv_jax.models.layers import at_least_float32
 from slimconv_jax.models.variables import merge, variables
-from slimconv_jax.training.loss import cross_entropy
+from slimconv_jax.training.loss import Loss
 
 PyTree = Any
 Metrics = dict[str, jax.Array]
@@ -26,7 +26,7 @@ BATCH_NORM = ("global", "per_device", "frozen")
 
 
 class TrainState(NamedTuple):
-    """Everything a step changes. Nested dicts of arrays, which `jax.jit` takes in fastest.
+    """Everything that a step changes, as nested dicts of arrays, the fastest input of `jax.jit`.
 
     Attributes:
       step: steps done so far, int32.
@@ -42,7 +42,7 @@ class TrainState(NamedTuple):
 
     @property
     def params(self) -> PyTree:
-        """The collection that is learnt."""
+        """The collection of learnt parameters."""
         return self.variables["params"]
 
     @property
@@ -54,30 +54,32 @@ class TrainState(NamedTuple):
 def create_state(
     model: nnx.Module, optimizer: optax.GradientTransformation, *, ema: bool = False
 ) -> TrainState:
-    """The state of a run that has not begun; it holds the model's own arrays.
+    """Builds the state of a new run, which holds the model's own arrays.
 
     Args:
       model: with the initial parameters.
       optimizer: from `create_optimizer`.
-      ema: whether there is to be a moving average, which begins as a copy of the model.
+      ema: whether to keep a moving average, which starts as a copy of the model.
     """
-    start = variables(model)
-    average = jax.tree.map(jnp.copy, {name: start[name] for name in AVERAGED}) if ema else None
-    return TrainState(jnp.int32(0), start, optimizer.init(start["params"]), average)
+    return _state(optimizer, ema, variables(model))
 
 
 def abstract_state(
     model: nnx.Module, optimizer: optax.GradientTransformation, *, ema: bool = False
 ) -> TrainState:
-    """The shapes and dtypes of `create_state`, for a model that may be abstract itself."""
-    start = variables(model)
-    opt_state = jax.eval_shape(optimizer.init, start["params"])
-    average = {name: start[name] for name in AVERAGED} if ema else None
-    return TrainState(jax.ShapeDtypeStruct((), jnp.int32), start, opt_state, average)
+    """Returns the shapes and dtypes of `create_state`; the model may be abstract, too."""
+    return jax.eval_shape(functools.partial(_state, optimizer, ema), variables(model))
+
+
+def _state(
+    optimizer: optax.GradientTransformation, ema: bool, start: dict[str, PyTree]
+) -> TrainState:
+    average = jax.tree.map(jnp.copy, {name: start[name] for name in AVERAGED}) if ema else None
+    return TrainState(jnp.int32(0), start, optimizer.init(start["params"]), average)
 
 
 def _norm(tree: PyTree) -> jax.Array:
-    """The Euclidean norm of all leaves together, added up at once, not one after the other."""
+    """Computes the Euclidean norm of all leaves together, with one sum over all of them."""
     return jnp.sqrt(jnp.stack([jnp.square(x).sum() for x in jax.tree.leaves(tree)]).sum())
 
 
@@ -90,20 +92,20 @@ def make_train_step(
     normalize: Callable[[jax.Array], jax.Array],
     key: jax.Array,
     mesh: jax.sharding.Mesh,
-    loss: Callable[[jax.Array, jax.Array], jax.Array] = cross_entropy,
+    loss: Loss = optax.softmax_cross_entropy,
     *,
     accumulation_steps: int = 1,
     batch_norm: str = "global",
     ema_decay: float = 0.0,
 ) -> Callable[[TrainState, dict[str, jax.Array]], tuple[TrainState, Metrics]]:
-    """The compiled step, `state, metrics = step(state, batch)`.
+    """Builds the compiled step, `state, metrics = step(state, batch)`.
 
     The keyword-only arguments are the keys of `config.step`.
 
-    On TPUs the old state's memory is reused for the new one. The batch is split over the devices of
-    the mesh, and everything is computed as on one device that had the whole batch: gradient,
-    batch statistics and random numbers do not depend on the number of devices (with
-    `batch_norm="per_device"`, all but the statistics).
+    On TPUs the new state reuses the memory of the old one. The batch is split over the devices of
+    the mesh, and the results are those of one device with the whole batch: gradient, batch
+    statistics and random numbers do not depend on the number of devices (with
+    `batch_norm="per_device"`, all except the statistics).
 
     Args:
       model: gives the structure of the computation; its arrays are not used.
@@ -111,19 +113,19 @@ def make_train_step(
       learning_rate_fn: the schedule inside it, for the metrics.
       num_classes: outputs of the model.
       augment: maps a random key, `batch["image"]` and one-hot labels to images and targets.
-      normalize: maps these images to what the model takes.
+      normalize: maps these images to inputs of the model.
       key: the random key, into which the number of the step is folded.
       mesh: from `slimconv_jax.devices.data_mesh`.
       loss: maps logits and targets, both (N, num_classes), to losses (N,).
-      accumulation_steps: in how many parts the batch is computed, one after the other, which
-        takes less memory. The gradient is the mean of theirs; batch statistics are those of
-        each part. Part i has every `accumulation_steps`-th image from the i-th on.
-      batch_norm: what it normalises with: "global", the statistics of the whole batch
-        on all devices; "per_device", of each device's share, without communication within the
-        model, so that the numbers depend on how many devices there are (the running averages
-        are means over the devices); "frozen", the running averages, which stay as they are.
+      accumulation_steps: the number of parts in which the batch is computed, one after the
+        other, which takes less memory. The gradient is the mean over the parts; batch statistics
+        are those of each part. Part i has every `accumulation_steps`-th image, starting at i.
+      batch_norm: the statistics that normalise: "global", of the whole batch on all devices;
+        "per_device", of each device's share, without communication within the model, so that the
+        results depend on the number of devices (the running averages are means over the devices);
+        "frozen", the running averages, which do not change.
       ema_decay: per step, of the moving average of parameters and batch statistics; 0 for none.
-        It begins lower, at (1 + step) / (10 + step), so that it is not held up by the initial
+        It starts lower, at (1 + step) / (10 + step), so that the average soon forgets the initial
         values.
 
     Returns:
@@ -141,7 +143,7 @@ def make_train_step(
         raise InputError(
             f"step: batch_norm={batch_norm!r} must be one of {', '.join(map(repr, BATCH_NORM))}"
         )
-    # The key is an argument of the program, so that runs of other seeds find it in the cache.
+    # The key is an argument of the program, so that all seeds share one compiled program.
     impl = jax.random.key_impl(key)
     frozen = batch_norm == "frozen"
     model = nnx.view(model, use_running_average=frozen, raise_if_not_found=False)
@@ -158,15 +160,14 @@ def make_train_step(
         del rest["params"]
         return loss(logits, targets).mean(), (rest, accuracy)
 
-    def part(params, rest, images, targets):
-        """The other variables after some images, their gradient, loss and accuracy."""
-        (value, (rest, accuracy)), grads = jax.value_and_grad(loss_fn, has_aux=True)(
-            params, rest, images, targets
-        )
+    def part(params, *args):
+        """Returns the other variables after some images, their gradient, loss and accuracy."""
+        value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
+        (value, (rest, accuracy)), grads = value_and_grad(params, *args)
         return rest, grads, value, accuracy
 
     def whole(params, rest, images, targets):
-        """The same of a batch, in as many parts as there are to be."""
+        """Returns the same for a batch, computed in `accumulation_steps` parts."""
         if accumulation_steps == 1:
             return part(params, rest, images, targets)
 
@@ -175,7 +176,7 @@ def make_train_step(
             rest, *terms = part(params, rest, *batch)
             return (rest, *jax.tree.map(jnp.add, sums, terms)), None
 
-        # Of each device's images the parts take every so many, so that none has to move.
+        # Each part takes every n-th image of each device, so that none moves between devices.
         parts = jax.tree.map(
             lambda x: x.reshape(-1, accumulation_steps, *x.shape[1:]).swapaxes(0, 1),
             (images, targets),
@@ -192,16 +193,16 @@ def make_train_step(
         mesh=mesh,
         in_specs=(everywhere, everywhere, split, split),
         out_specs=everywhere,
-        check_vma=False,  # else JAX itself would add up the gradients, once for each part
+        check_vma=False,  # else JAX itself would sum the gradients, once for each part
     )
     def whole_on_all_devices(*args):
         rest, *means = whole(*args)
-        if batch_norm == "per_device":  # else they are the same on all devices
+        if batch_norm == "per_device":  # else the statistics are equal on all devices
             rest["batch_stats"] = jax.lax.pmean(rest["batch_stats"], "data")
         return rest, *jax.lax.pmean(means, "data")
 
     def train_step(key_data: jax.Array, state: TrainState, batch: dict[str, jax.Array]):
-        # In the precision of the parameters, which x64 alone does not change.
+        # In the precision of the parameters, which jax_enable_x64 alone does not change.
         params = state.params
         dtype = at_least_float32(jax.tree.leaves(params)[0].dtype)
         targets = jax.nn.one_hot(batch["label"], num_classes, dtype=dtype)
@@ -227,13 +228,12 @@ def make_train_step(
         }
         return TrainState(step, after, opt_state, ema), metrics
 
-    # A TPU's memory is the smallest. Elsewhere XLA copies what is donated, array by array, since
-    # it cannot see that each is read before it is written: 258 kernels of sc_resnet50 on a GPU.
-    donated = (1,) if mesh.devices.flat[0].platform == "tpu" else ()
+    # TPUs have the least memory. Elsewhere XLA copies donated arrays one by one, since it cannot
+    # see that each is read before it is written: 258 kernels of sc_resnet50 on a GPU.
     compiled = jax.jit(
         train_step,
         in_shardings=(replicated(mesh), replicated(mesh), batch_sharded(mesh)),
         out_shardings=replicated(mesh),
-        donate_argnums=donated,
+        donate_argnums=(1,) if mesh.devices.flat[0].platform == "tpu" else (),
     )
     return functools.partial(compiled, np.asarray(jax.random.key_data(key)))

@@ -1,7 +1,6 @@
-"""Metrics as events for TensorBoard, which tensorboardX frames and this hands over at once.
+"""Writes metrics as events for TensorBoard, in the file format of tensorboardX.
 
-Its own `SummaryWriter` writes in a thread of its own: when that cannot write, everything waits
-for it, for ever.
+Its `SummaryWriter` is not used: it writes in a thread, and hangs forever when that cannot write.
 """
 
 import os
@@ -17,8 +16,8 @@ class EventWriter:
     """A writer of scalars, in a new file in a directory.
 
     Args:
-      directory: is created if it is not there.
-      first_step: what other files there say of later steps is to be forgotten.
+      directory: is created if it does not exist.
+      first_step: TensorBoard drops what older files there say about later steps.
 
     Raises:
       OSError: by all methods, if a file cannot be written.
@@ -54,7 +53,7 @@ class EventWriter:
 
 
 def _import_tensorboardx() -> types.ModuleType:
-    """TensorboardX, without PyTorch, which takes seconds, and which it would use if it is there."""
+    """Imports tensorboardX without PyTorch, which it imports if it can, and which takes seconds."""
     hidden = "torch" not in sys.modules
     if hidden:
         sys.modules["torch"] = None

@@ -1,12 +1,12 @@
-"""The means of the training steps since the last line of metrics."""
+"""Averages the training steps since the last line of metrics."""
 
 import time
 
 
 class Window:
-    """Some training steps one after the other, and how long they take.
+    """Consecutive training steps, and how long they take.
 
-    The time begins with the first metrics that arrive, hence without compilation.
+    The time starts with the first metrics that arrive, so it does not include compilation.
 
     Args:
       batch_size: images in a step.
@@ -26,7 +26,7 @@ class Window:
         return len(self._metrics)
 
     def add(self, metrics: dict[str, float], data_seconds: float) -> None:
-        """Takes the metrics of a step, which have just arrived.
+        """Adds the metrics of a step, which have just arrived.
 
         Args:
           metrics: its metrics.
@@ -37,19 +37,20 @@ class Window:
             passed = now - self._last_arrival
             self._steps_timed += 1
             self._seconds += passed
-            # Steps are dispatched ahead: a batch may have been waited for before the last arrival.
+            # Steps are dispatched ahead: part of the wait may lie before the last arrival.
             self._data_seconds += min(data_seconds, passed)
         self._last_arrival = now
         self._metrics.append(metrics)
 
     def pause(self) -> None:
-        """Leaves out the time until the next step."""
+        """Excludes the time until the next step."""
         self._last_arrival = None
 
     def means(self) -> dict[str, float]:
-        """The mean of each metric; once a step was timed, `images_per_second` and `data_wait`.
+        """Returns the mean of each metric.
 
-        The latter is the share of the time in which the devices had nothing to do.
+        Once a step has been timed, also `images_per_second`, and `data_wait`: the share of the
+        time in which the devices had nothing to do.
         """
         means = {
             key: sum(metrics[key] for metrics in self._metrics) / len(self._metrics)
@@ -61,7 +62,7 @@ class Window:
         return means
 
     def end(self) -> dict[str, float]:
-        """The means; the next step begins a new window."""
+        """Returns the means; the next step begins a new window."""
         means = self.means()
         self._begin()
         return means

@@ -1,6 +1,6 @@
-"""Where the metrics of a run go: writers, each of which takes lines as `metrics.jsonl` has them.
+"""Creates the writers of a run's metrics, each of which takes lines as in `metrics.jsonl`.
 
-A writer has `write(lines)` and `close()`; both raise an OSError if they cannot. To add one, write
+A writer has `write(lines)` and `close()`; both raise an OSError if they fail. To add one, write
 its class and add a line to `create_writers`.
 """
 
@@ -17,7 +17,7 @@ from slimconv_jax.training.tensorboard import EventWriter
 
 
 class Writer(Protocol):
-    """What every writer offers; see the module's docstring."""
+    """The interface of every writer; see the module's docstring."""
 
     def write(self, lines: Sequence[dict]) -> None: ...
 
@@ -27,11 +27,11 @@ class Writer(Protocol):
 def create_writers(
     workdir: epath.Path, lines: Sequence[dict], *, title: str, first_step: int, damaged: set[int]
 ) -> list[Writer]:
-    """The writers of a run.
+    """Creates the writers of a run.
 
     Args:
       workdir: gets `metrics.jsonl`, `tensorboard/` and, at each evaluation, `curves.png`.
-      lines: that are there already, up to the first step.
+      lines: the existing ones, up to the first step.
       title: of the picture.
       first_step: steps done before.
       damaged: see `MetricsFile`.
@@ -51,7 +51,7 @@ class Picture:
 
     Args:
       workdir: of the run.
-      lines: that are there already.
+      lines: the existing ones.
       title: of the picture.
     """
 
@@ -59,10 +59,10 @@ class Picture:
         self._path, self._lines, self._title = workdir / PICTURE, list(lines), title
 
     def write(self, lines: Sequence[dict]) -> None:
-        """Takes lines, and draws all if there is an evaluation among them."""
+        """Takes lines, and draws all of them if there is a new evaluation."""
         self._lines += lines
         if any(line["split"] != "train" for line in lines):
             replace_file(self._path, draw_curves(self._lines, self._title))
 
     def close(self) -> None:
-        """Does nothing: the picture is there already."""
+        """Does nothing; the picture is drawn already."""

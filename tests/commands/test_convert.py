@@ -183,7 +183,7 @@ def test_blocks_of_no_known_architecture_are_a_warning(tmp_path, capsys):
     torch.save(as_tensors(random_state_dict(config)), tmp_path / "a.pth")
     assert convert(tmp_path / "a.pth", tmp_path / "model", "--no-parity") == 0
     errors = capsys.readouterr().err
-    assert "no architecture of these blocks" in errors and "(--arch sc_resnet14?)" in errors
+    assert "no architecture with these blocks" in errors and "(--arch sc_resnet14?)" in errors
     assert convert(tmp_path / "a.pth", tmp_path / "model", "--no-parity", "--overwrite") == 0
 
 

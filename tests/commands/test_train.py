@@ -83,8 +83,8 @@ CONFIG = f"--config={ROOT / 'configs' / 'digits.py'}"
         ([CONFIG, "--config.batch_size=x"], "invalid literal for int()"),
         ([CONFIG, "--config.model.name=sc_resnet41"], "error: unknown model 'sc_resnet41'"),
         ([CONFIG, "--flagfile=nowhere"], "error: the file of --flagfile cannot be read"),
-        ([CONFIG, "more"], "error: what is 'more'?"),
-        ([CONFIG, "--workdri=x"], "error: what is '--workdri=x'? A config is changed by --config."),
+        ([CONFIG, "more"], "error: unknown argument 'more'; "),
+        ([CONFIG, "--workdri=x"], "error: unknown argument '--workdri=x'; --config.KEY=VALUE"),
         ([CONFIG, "--num_processes=2"], "and --process_id give all three, or none"),
     ],
 )

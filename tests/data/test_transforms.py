@@ -261,7 +261,7 @@ def test_a_transform_of_no_size_leaves_images_alone():
 
 
 def test_an_image_that_is_a_line_is_refused():
-    message = "^cannot read the image line.png: of 2x1001 pixels, it is more than 500 times as long"
+    message = "^cannot read the image line.png: at 2x1001 pixels, it is more than 500 times as long"
     with pytest.raises(ValueError, match=message):
         Transform(224).for_evaluation(encode(np.zeros((1001, 2, 3))), "line.png")
 

@@ -151,20 +151,20 @@ def test_bad_input(model, saved, folder, tmp_path, capsys):
         ([tmp_path / "run2"], f"{tmp_path}/run2/config.json is damaged: "),
         (
             [tmp_path / "elsewhere" / "run"],
-            f"{tmp_path}/elsewhere/run/config.json says that its data lie in {folder}; to read "
+            f"{tmp_path}/elsewhere/run/config.json says that its data are in {folder}; to read "
             f"them from there, add --data-dir {folder}\n",
         ),
         ([listed, *images], f"{listed}/model.json is damaged: class_names is not a list of names"),
         ([saved, *images, "--image-size", "none"], "the images differ in size, so they need an im"),
         ([saved, *images, "--json", tmp_path], f"cannot write {tmp_path}: it is a directory"),
         ([nameless, *images], "the data have 3 classes and the model 7, without names to match"),
-        ([fewer, *images], "model.json is damaged: it names 5 classes of 7"),
-        ([damaged, *images], "model.json is damaged: its preprocessing is none"),
+        ([fewer, *images], "model.json is damaged: it names 5 classes, not 7"),
+        ([damaged, *images], "model.json is damaged: its preprocessing is not valid"),
         ([saved, *images, "--batch-size", "0"], "batch_size=0 must be an integer >= 1"),
         ([saved, *images, "--image-size", "-1"], "transform: image_size=-1 must be an integer"),
         ([saved, *images, "--std", "1", "0", "1"], "normalize: mean="),
         ([saved, *images, "--dtype", "float31"], "dtype='float31' is not a dtype"),
-        ([saved, *images, "--json", tmp_path / "no" / "a"], f"cannot write {tmp_path}/no/a: it is"),
+        ([saved, *images, "--json", tmp_path / "no" / "a"], f"cannot write {tmp_path}/no/a: there"),
     ):
         assert main(["evaluate", *map(str, arguments)]) == 1
         errors = capsys.readouterr().err

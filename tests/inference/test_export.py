@@ -164,7 +164,7 @@ def test_bad_input(model, saved, tmp_path, monkeypatch, capsys):
         ),
         (
             [saved, out, "--format", "torch", *uint8],
-            "--input and --image-size are for stablehlo and onnx; torch takes the weights alone",
+            "--input and --image-size are for stablehlo and onnx; torch has only weights",
         ),
         (
             [unsized, out, "--format", "stablehlo"],

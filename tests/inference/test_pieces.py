@@ -2,10 +2,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from slimconv_jax.devices import batch_sharded, data_mesh
 from slimconv_jax.inference import pieces
 from slimconv_jax.inference.pieces import in_pieces
+from slimconv_jax.models.zoo import create_model
+
+
+class FirstPixels(nnx.Module):
+    """Notes how many images it is called with."""
+
+    def __init__(self, seen):
+        self.seen = nnx.static(seen)
+
+    def __call__(self, images):
+        self.seen.append(len(images))
+        return first_pixels(images)
 
 
 def first_pixels(images):
@@ -20,12 +33,8 @@ def test_pieces_of_equal_size_and_no_more_pixels_than_allowed(count, piece, monk
     images = jnp.asarray(np.random.default_rng(0).normal(size=(count, 2, 5, 3)), jnp.float32)
     seen = []
 
-    def forward(images):
-        seen.append(len(images))
-        return first_pixels(images)
-
     mesh = data_mesh(jax.devices()[:1])
-    results = jax.jit(lambda images: in_pieces(forward, images, mesh=mesh))(images)
+    results = jax.jit(lambda images: in_pieces(FirstPixels(seen), images, mesh=mesh))(images)
     np.testing.assert_array_equal(results, first_pixels(images))
     assert set(seen) == {piece}
 
@@ -37,11 +46,26 @@ def test_each_device_takes_its_own_share_in_pieces(monkeypatch):
     images = jax.device_put(images, batch_sharded(mesh))
     seen = []
 
-    def forward(images):
-        seen.append(len(images))
-        return first_pixels(images)
-
-    split = jax.jit(lambda images: in_pieces(forward, images, mesh=mesh))
+    split = jax.jit(lambda images: in_pieces(FirstPixels(seen), images, mesh=mesh))
     np.testing.assert_array_equal(split(images), first_pixels(images))
     assert set(seen) == {2}
     assert "all-" not in split.lower(images).compile().as_text()
+
+
+def test_a_model_that_rematerialises_gives_the_same(monkeypatch):
+    monkeypatch.setattr(pieces, "PIXELS", 2 * 32 * 32)
+    model = create_model(
+        "sc_resnet14", width=8, num_classes=3, stem="cifar", remat=True, rngs=nnx.Rngs(0)
+    )
+    graphdef, state = nnx.split(nnx.view(model, use_running_average=True))
+    mesh = data_mesh(jax.devices()[:1])
+    images = jnp.asarray(np.random.default_rng(0).normal(size=(4, 32, 32, 3)), jnp.float32)
+
+    @jax.jit
+    def both(state, images):
+        return nnx.merge(graphdef, state)(images), in_pieces(
+            nnx.merge(graphdef, state), images, mesh=mesh
+        )
+
+    whole, pieced = both(state, images)
+    np.testing.assert_allclose(pieced, whole, rtol=1e-4, atol=1e-5)

@@ -96,7 +96,7 @@ def test_images_of_another_size_than_in_training(model, photos, tmp_path, capsys
     assert main(["predict", str(path), str(image)]) == 1
     assert capsys.readouterr().err == (
         "error: the model was trained on images of 16x16 pixels and takes them as they are, and "
-        "these have 30x20; --image-size N (image_size) brings them to a size\n"
+        "these have 30x20; --image-size N (image_size) resizes them\n"
     )
     assert len(predict(capsys, path, image, "--image-size", 16).splitlines()) == 6
 
@@ -128,7 +128,7 @@ def test_bad_input(model, saved, photos, tmp_path, capsys):
         ([saved, tmp_path / "empty"], "there are no images (.apng, "),
         ([saved, tmp_path / "secret.png"], f"cannot read {tmp_path}/secret.png: No such file"),
         ([saved, image, "--batch-size", 0], "batch_size=0 must be an integer >= 1"),
-        ([misnamed, image], "model.json is damaged: it names 5 classes of 7"),
+        ([misnamed, image], "model.json is damaged: it names 5 classes, not 7"),
         ([headless, image], f"{headless} has no classifier, so it predicts no classes"),
     ):
         assert main(["predict", *map(str, arguments)]) == 1

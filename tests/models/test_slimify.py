@@ -182,7 +182,7 @@ def test_what_slimconv_has_not_is_left_and_listed():
     strange = {
         "takes SlimConv's place": nnx.Conv(8, 8, (3, 3), rngs=rngs),
         "it is a Standardized, not an nnx.Conv itself": Standardized(8, 8, (3, 3), rngs=rngs),
-        "it has an input dilation, which SlimConv has not": nnx.Conv(
+        "it has an input dilation, which SlimConv does not have": nnx.Conv(
             8, 8, (3, 3), input_dilation=(1, 2), rngs=rngs
         ),
         "it has a mask, which": nnx.Conv(8, 8, (3, 3), mask=jnp.ones((3, 3, 8, 8)), rngs=rngs),
@@ -194,7 +194,7 @@ def test_what_slimconv_has_not_is_left_and_listed():
             8, 8, (3, 3), promote_dtype=lambda x, dtype: x, rngs=rngs
         ),
         "SlimConv would have 244 parameters instead of 146": nnx.Conv(8, 2, (3, 3), rngs=rngs),
-        "would have 69,888 multiply-adds a pixel of the output instead of 64,512": nnx.Conv(
+        "would have 69,888 multiply-adds per output pixel instead of 64,512": nnx.Conv(
             128, 56, (3, 3), strides=(3, 3), rngs=rngs
         ),
         "not divisible by 8 groups": nnx.Conv(8, 8, (3, 3), feature_group_count=8, rngs=rngs),
@@ -246,7 +246,7 @@ def test_what_slimify_refuses(vgg):
             "slimify: `where` chooses none of its 3 3x3 convolutions, such as ('stages', 0)",
         ),
         ((vgg, 2, "stages"), "slimify: where='stages' must be a function of a path and a"),
-        ((vgg, 2, None, (8, 8, 5)), "the model takes no image of 8x8x5: "),
+        ((vgg, 2, None, (8, 8, 5)), "the model does not take an image of 8x8x5: "),
         ((vgg, 2, None, (8, 8)), "image_size=(8, 8) must be an integer, or (H, W, C)"),
     ):
         names = ("model", "k", "where", "image_size")
@@ -264,6 +264,24 @@ def test_slimified_in_parts_a_resnet_has_the_config_of_none():
 
     whole, mixed = nnx.eval_shape(build)
     assert whole.config.reduction == 3 and mixed.config.reduction is None
+
+
+class Borrowed(nnx.Module):
+    """A convolution of a ResNet, which is found here before it is found there."""
+
+    def __init__(self):
+        net = abstract_resnet(ResNetConfig((1, 1, 1, 1), width=8, num_classes=3))
+        self.a, self.net = net.stages[0][0].conv2, net
+
+    def __call__(self, x):
+        return self.net(x)
+
+
+def test_a_convolution_of_a_bottleneck_that_is_found_elsewhere_first():
+    slim = nnx.eval_shape(lambda: sc.slimify(Borrowed(), image_size=32)[0])
+    unit = slim.net.stages[0][0].conv2.conv
+    assert isinstance(unit, ProjectedSlimConv) and slim.a.conv is unit
+    assert isinstance(slim.net.stages[1][0].conv2, sc.SlimConv)
 
 
 def test_nothing_replaced_is_a_warning():
@@ -292,7 +310,7 @@ def images():
 def test_the_mode_that_a_call_tells_reaches_the_new_layers(images):
     model, report = sc.slimify(CallTimeMode(rngs=nnx.Rngs(0)))
     assert type(model).__name__ == "CallTimeMode" and isinstance(model, CallTimeMode)
-    assert "follow the mode that calls of CallTimeMode(training=) tell" in str(report)
+    assert "follow the mode in calls of CallTimeMode(training=)" in str(report)
     call = nnx.jit(lambda model, x, training: model(x, training), static_argnums=2)
 
     def evaluated(model):
@@ -323,9 +341,9 @@ def test_the_innermost_module_that_is_told_a_mode_counts(images, train):
 
 def test_a_mode_that_the_new_layers_do_not_hear_is_noted():
     _, report = sc.slimify(ModeInAttribute(rngs=nnx.Rngs(0)), image_size=8)
-    assert "bn, a BatchNorm, is told its mode by the module that calls it" in str(report)
+    assert "bn, a BatchNorm, gets its mode from the module that calls it" in str(report)
     _, report = sc.slimify(Synchronised(rngs=nnx.Rngs(0)), image_size=8)
-    assert "told" not in str(report) and "tell" not in str(report)
+    assert "gets its mode" not in str(report) and "follow" not in str(report)
 
 
 def test_a_model_that_gets_state_is_told_so(vgg):

@@ -18,7 +18,7 @@ from slimconv_jax.inference.pieces import in_pieces
 from slimconv_jax.models.resnet import ResNetConfig
 from slimconv_jax.models.zoo import abstract_model, abstract_resnet
 from slimconv_jax.training.augment import augment
-from slimconv_jax.training.loss import cross_entropy
+from slimconv_jax.training.loss import create_loss
 from slimconv_jax.training.optimizer import OPTIMIZERS, create_optimizer
 from slimconv_jax.training.step import abstract_state, make_train_step
 
@@ -60,7 +60,7 @@ def inference():
     prepare = functools.partial(normalize, mean=(0.5,) * 3, std=(0.5,) * 3)
 
     def forward(state, x):
-        return in_pieces(lambda x: nnx.merge(graphdef, state)(prepare(x)), x, mesh=data_mesh())
+        return in_pieces(nnx.merge(graphdef, state), x, prepare=prepare, mesh=data_mesh())
 
     jax.eval_shape(forward, state, jax.ShapeDtypeStruct((8, 8, 8, 3), jnp.uint8))
 
@@ -99,7 +99,7 @@ def run_step(name, accumulation_steps=1, config=BASIC):
         normalize=functools.partial(normalize, mean=(0.5,) * 3, std=(0.5,) * 3),
         key=jax.random.key(0),
         mesh=data_mesh(jax.devices()[:1]),
-        loss=functools.partial(cross_entropy, label_smoothing=0.1),
+        loss=create_loss(label_smoothing=0.1),
         accumulation_steps=accumulation_steps,
         ema_decay=0.9,
     )

@@ -88,12 +88,12 @@ def test_checkpoints_that_cannot_be_listed_are_not_missing(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "checksums.json is missing"),
+        (None, "there is no file .*/checksums.json"),
         ("[]", "checksums.json is damaged: it has no checksums"),
         ("{", "checksums.json is damaged: it is not JSON"),
-        ('{"../secret": "0"}', r"names '\.\./secret' among its files, which is none in it"),
-        ('{"/dev/zero": "0"}', "names '/dev/zero' among its files"),
-        ('{"a\\u0000": "0"}', r"names 'a\\x00' among its files"),
+        ('{"../secret": "0"}', r"lists '\.\./secret', which is not the name of a file in it"),
+        ('{"/dev/zero": "0"}', "lists '/dev/zero', which is not the name of a file in it"),
+        ('{"a\\u0000": "0"}', r"lists 'a\\x00', which is not the name of a file in it"),
         ('{"model/zero": "0"}', "cannot read .*/model/zero: It is a pipe or a device"),
         ('{"model/pipe": "0"}', "cannot read .*/model/pipe: It is a pipe or a device"),
         ('{"model/none": "0"}', "cannot read .*/model/none: No such file"),

@@ -164,8 +164,8 @@ def test_truncated_files(tmp_path, zipped):
 def test_other_contents(tmp_path):
     path = tmp_path / "a.pth"
     for content, message in (
-        ([1, 2], "holds no state dict .* but a list"),
-        ({"epoch": 3, "loss": 0.1}, "holds no state dict .* but a dict of epoch, loss"),
+        ([1, 2], "holds a list, not a state dict"),
+        ({"epoch": 3, "loss": 0.1}, "holds a dict of epoch, loss, not a state dict"),
         ({"student": TENSORS, "teacher": TENSORS}, "several state dicts, 'student', 'teacher'"),
     ):
         save(content, path)

@@ -14,6 +14,7 @@ from torch_state_dict import as_tensors, random_state_dict
 from slimconv_jax import count_params, from_torch, to_torch
 from slimconv_jax.models.resnet import ResNetConfig
 from slimconv_jax.models.zoo import abstract_model
+from slimconv_jax.torch_interop import names
 from slimconv_jax.torch_interop.convert import clean_state_dict, rename
 
 SMALL = ResNetConfig((1, 1, 2, 1), reduction=2, width=8, num_classes=3, stem="cifar")
@@ -167,7 +168,7 @@ def test_a_tensor_that_no_network_has_is_unexpected(state_dict):
         from_torch(torch.nn.Linear(1, 1))
     with pytest.raises(
         ValueError,
-        match=r"a state dict has tensors by name, and this has 'epoch', 'state_dict'; of a wh",
+        match=r"a state dict has tensors by name, and this has 'epoch', 'state_dict'; from a wh",
     ):
         from_torch({"epoch": 1, "state_dict": state_dict})
 
@@ -177,7 +178,7 @@ def test_several_networks_are_refused(state_dict):
     with pytest.raises(ValueError, match=r"several networks, under .* 'student.' and 'teacher.'"):
         from_torch(two)
     same(to_torch(from_torch(rename(two, [(r"teacher\..*", "")]))), state_dict)
-    with pytest.raises(ValueError, match=r"fc.bias is there twice, with and without the name of"):
+    with pytest.raises(ValueError, match=r"fc.bias appears twice, with and without the name of"):
         from_torch(as_tensors(state_dict, "module.") | {"fc.bias": state_dict["fc.bias"]})
 
 
@@ -216,6 +217,15 @@ def test_rename(state_dict):
         rename(state_dict, [("^fc.*", "fc.x")])
 
 
+def test_another_convention_is_one_more_row(state_dict, monkeypatch):
+    stem = {"conv1.weight": "stem.conv.weight"}
+    foreign = {f"module.{stem.get(name, name)}": array for name, array in state_dict.items()}
+    with pytest.raises(ValueError, match=r"unexpected  stem\.conv\.weight"):
+        from_torch(foreign)
+    monkeypatch.setattr(names, "CONVENTIONS", (*names.CONVENTIONS, ("stem.conv", "stem.conv")))
+    same(to_torch(from_torch(foreign)), state_dict)
+
+
 def test_to_torch_takes_our_resnets_only():
     with pytest.raises(ValueError, match="takes a slimconv_jax ResNet, not a dict"):
         to_torch({})
@@ -250,9 +260,7 @@ def test_wrappers_are_taken_off_names(state_dict, wrap):
 
 def test_an_entry_in_and_out_of_a_wrapper_is_there_twice(state_dict):
     twice = state_dict | {"_orig_mod.fc.bias": state_dict["fc.bias"]}
-    with pytest.raises(
-        ValueError, match=r"^fc.bias is there twice, with and without the name of a"
-    ):
+    with pytest.raises(ValueError, match=r"^fc.bias appears twice, with and without the name of a"):
         from_torch(twice)
 
 

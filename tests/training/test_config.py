@@ -101,6 +101,12 @@ def test_every_key_can_be_set_on_the_command_line():
     assert (config.dataset.data_dir, config.checkpoint_every_minutes) == (None, 5.0)
 
 
+@pytest.mark.parametrize("key", ["normalize.mean[0]", "model.name[0]"])
+def test_an_element_of_a_value_cannot_be_set(key):
+    with pytest.raises(ValueError, match="digits cannot be changed like this: 0 is not a valid"):
+        read_config("digits", [f"--config.{key}=0.5"])
+
+
 def test_every_key_is_described():
     lines = list(describe_keys(read_config("digits", ["--config.model.k=8/3"]), width=80))
     assert all(len(line) <= 80 for text in lines for line in text.splitlines() if "= " not in line)

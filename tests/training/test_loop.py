@@ -258,7 +258,7 @@ def test_another_architecture_under_the_same_name_is_refused(run, tmp_path):
     description = json.loads((copy / "model.json").read_text())
     description["architecture"]["width"] = 16
     (copy / "model.json").write_text(json.dumps(description))
-    with pytest.raises(ValueError, match="of another architecture, of other width; choose"):
+    with pytest.raises(ValueError, match="of another architecture, with other width; choose"):
         train(small_config(), copy)
 
 

@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 import torch
 
-from slimconv_jax.training.loss import cross_entropy
+from slimconv_jax.training.loss import create_loss
 
 
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.3])
@@ -17,10 +17,10 @@ def test_cross_entropy_is_that_of_pytorch(label_smoothing):
         label_smoothing=label_smoothing,
         reduction="none",
     )
-    losses = cross_entropy(jnp.array(logits), jnp.array(targets), label_smoothing=label_smoothing)
+    losses = create_loss(label_smoothing=label_smoothing)(jnp.array(logits), jnp.array(targets))
     np.testing.assert_allclose(losses, expected, rtol=1e-5)
 
 
 def test_a_share_out_of_range_is_refused():
     with pytest.raises(ValueError, match=r"label_smoothing=1.0 must be a number >= 0 and < 1"):
-        cross_entropy(jnp.zeros((1, 2)), jnp.ones((1, 2)), label_smoothing=1.0)
+        create_loss(label_smoothing=1.0)

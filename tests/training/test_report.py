@@ -11,18 +11,17 @@ from tensorboardX.proto import event_pb2
 
 from slimconv_jax.training.metrics import rank_evaluations, read_metrics
 from slimconv_jax.training.report import Reporter
+from slimconv_jax.training.setup import Timetable
 
 
 def reporter(workdir, first_step=0):
     return Reporter(
         epath.Path(workdir),
+        Timetable(2.5, 10, eval_steps=frozenset({10}), checkpoint_steps=frozenset({5, 10})),
         title="a model",
         first_step=first_step,
-        total_steps=10,
-        steps_per_epoch=2.5,
         batch_size=4,
         log_every_steps=4,
-        line_steps={5, 10},
     )
 
 

@@ -1,4 +1,3 @@
-import functools
 import re
 
 import jax
@@ -12,7 +11,7 @@ from randomize import randomized
 from slimconv_jax.devices import data_mesh, replicated
 from slimconv_jax.models.layers import ConvBN
 from slimconv_jax.models.zoo import abstract_model
-from slimconv_jax.training.loss import cross_entropy
+from slimconv_jax.training.loss import create_loss
 from slimconv_jax.training.step import create_state, make_train_step
 
 OPTIMIZER = optax.sgd(0.1, momentum=0.9)
@@ -92,9 +91,7 @@ def test_a_step_is_what_its_parts_say():
     def noise(key, images, targets):
         return images + 2.55 * jax.random.normal(key, images.shape), jnp.roll(targets, 1, axis=0)
 
-    step, state = build(
-        model, augment=noise, loss=functools.partial(cross_entropy, label_smoothing=0.3)
-    )
+    step, state = build(model, augment=noise, loss=create_loss(label_smoothing=0.3))
     state, metrics = step(state, batch)
 
     targets = np.eye(3)[np.roll(batch["label"], 1)]
