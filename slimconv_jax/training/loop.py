@@ -174,14 +174,8 @@ def _run(
             state = checkpoints.restore(first_step, like=like, sharding=everywhere)
         else:
             state = jax.device_put(create_state(model, parts.optimizer, ema=ema), everywhere)
-        reporter = Reporter(
-            workdir,
-            timetable,
-            title=describe_model(parts.model.config),
-            first_step=first_step,
-            batch_size=config.batch_size,
-            log_every_steps=config.log_every_steps,
-        )
+        title = describe_model(parts.model.config)
+        reporter = Reporter(workdir, timetable, config, title=title, first_step=first_step)
         stack.enter_context(reporter)
         profiler = Profiler(workdir, first_step=first_step, num_steps=config.profile_steps)
         stack.enter_context(profiler)

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterator, Mapping
 
 import jax
+import ml_collections
 import rich.progress
 from etils import epath
 
@@ -36,10 +37,9 @@ class Reporter:
         interrupted after its last checkpoint, are dropped.
       timetable: of the run. Each of its `checkpoint_steps` gets a line of training metrics, so that
         a run that continues there writes the same lines as an uninterrupted one.
+      config: of the run.
       title: of the picture.
       first_step: steps done before.
-      batch_size: images in a step.
-      log_every_steps: how many steps a line of training metrics averages over.
       lines: of `metrics.jsonl`.
 
     Raises:
@@ -48,14 +48,13 @@ class Reporter:
 
     workdir: epath.Path
     timetable: Timetable
+    config: ml_collections.ConfigDict
     _: dataclasses.KW_ONLY
     title: str
     first_step: int
-    batch_size: int
-    log_every_steps: int
 
     def __post_init__(self):
-        self._window = Window(self.batch_size)
+        self._window = Window(self.config.batch_size)
         damaged: set[int] = set()
         lines = read_metrics(self.workdir, damaged)
         self.lines = [line for line in lines if line["step"] <= self.first_step]
@@ -153,7 +152,7 @@ class Reporter:
         text = _describe_training(self._window.means())
         self._bar.update(self._task, description="training", completed=step, metrics=text)
 
-        if step % self.log_every_steps == 0 or step in self.timetable.checkpoint_steps:
+        if step % self.config.log_every_steps == 0 or step in self.timetable.checkpoint_steps:
             self._end_window(step)
 
     def flush(self, step: int) -> None:
