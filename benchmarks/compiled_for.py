@@ -35,11 +35,11 @@ from slimconv_jax.benchmark.planning import (
     get_devices,
     lower_steps,
 )
-from slimconv_jax.benchmark.report import check_outputs, write_json
 from slimconv_jax.console import Status, run_script
 from slimconv_jax.data.preprocessing import normalize
 from slimconv_jax.data.transforms import IMAGENET_MEAN, IMAGENET_STD
 from slimconv_jax.devices import batch_sharded, data_mesh, replicated
+from slimconv_jax.files import check_outputs, write_json
 from slimconv_jax.models.complexity import count_program_macs
 from slimconv_jax.models.zoo import parse_model
 from slimconv_jax.training.config import read_config

@@ -23,9 +23,9 @@ from slimconv_jax.benchmark.measure import (
     environment,
     take_turns,
 )
-from slimconv_jax.benchmark.report import check_outputs
 from slimconv_jax.console import run_script
 from slimconv_jax.errors import require_integer
+from slimconv_jax.files import check_outputs
 
 BASE = Case("sc_resnet50", "train", 8, 64, "float32", "jax")
 AXES = {

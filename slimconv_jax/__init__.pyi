@@ -1,5 +1,6 @@
 from . import linen as linen
 from .errors import InputError as InputError
+from .errors import InputWarning as InputWarning
 from .inference.evaluate import evaluate as evaluate
 from .inference.export import export as export
 from .inference.predict import predict as predict

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator
 
 import rich.console
 import rich.progress
-import rich.status
 
 from slimconv_jax.errors import InputError, InputWarning, exhausted, missing, printable
 
@@ -173,7 +172,7 @@ def _print(to: rich.console.Console, text: str) -> None:
     to.print(printable(text), highlight=False, markup=False, soft_wrap=True)
 
 
-class Status(rich.status.Status):
+class Status:
     """Shows the current activity on standard error: one changing line, or lines on a plain log.
 
     Use as a context manager.
@@ -183,18 +182,21 @@ class Status(rich.status.Status):
     """
 
     def __init__(self):
-        super().__init__("", console=_stderr_console)
+        self._status = _stderr_console.status("")
         self.is_terminal = _stderr_console.is_terminal
 
-    def start(self) -> None:
-        """Starts the line that changes, on a terminal."""
+    def __enter__(self) -> "Status":
         if self.is_terminal:
-            super().start()
+            self._status.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._status.stop()
 
     def update(self, text: str) -> None:
         """Shows a new activity."""
         if self.is_terminal:
-            super().update(text)
+            self._status.update(text)
         else:
             _print(_stderr_console, text)
 

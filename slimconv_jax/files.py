@@ -8,7 +8,7 @@ import json
 import os
 import stat
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -255,3 +255,28 @@ def verify_files(
         there = list_files(part, f"{part.name}/") if part.is_dir() else [part.name]
         if unknown := [name for name in there if name not in checksums]:
             raise InputError(f"{directory / unknown[0]} has no checksum, so it is not read")
+
+
+def check_outputs(*paths: Path | None) -> None:
+    """Checks that files can be written, before long work.
+
+    Raises:
+      ValueError: if one is a directory, or its directory does not exist.
+    """
+    for path in filter(None, paths):
+        if path.is_dir():
+            raise InputError(f"cannot write {path}: it is a directory")
+        if not path.absolute().parent.is_dir():
+            raise InputError(f"cannot write {path}: there is no directory {path.parent}")
+
+
+def write_json(path: Path, report: Mapping | Sequence) -> None:
+    """Writes figures as JSON.
+
+    Raises:
+      ValueError: if the file cannot be written.
+    """
+    try:
+        path.write_text(json.dumps(report, indent=2) + "\n")
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror}") from None

@@ -138,14 +138,14 @@ def complaint(opener, seed, directory, good):
 
 REASONS = {
     **dict.fromkeys(
-        ("expanded", "many expanded", "zeros"), "claims [0-9,]+; no model file does that"
+        ("expanded", "many expanded", "zeros"), "claims [0-9,]+; at most [0-9,]+ are allowed"
     ),
     "memory": "claims|Unable to allocate",
     "code": "was refused: reading it would run",
     "long name": "has [0-9,]+ characters; at most 1000 are allowed",
     **dict.fromkeys(("tuples", "keys"), "has more than 10,000,000 items"),
     "in disguise": "has more than 10,000,000 items|damaged: 'ascii' codec",
-    "many files": "is part of a model in [0-9]+ files, by its name",
+    "many files": "is part of a model in [0-9]+ files, according to its name",
 }
 """What the sentence about some kinds must say, so that it is not another one after much work."""
 

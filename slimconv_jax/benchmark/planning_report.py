@@ -11,12 +11,12 @@ import jaxlib
 import ml_collections
 
 from slimconv_jax.benchmark import planning
-from slimconv_jax.benchmark.report import check_outputs, write_json
 from slimconv_jax.console import Status
 from slimconv_jax.data.datasets import load_splits
 from slimconv_jax.data.loader import image_shape
 from slimconv_jax.data.transforms import Transform
 from slimconv_jax.errors import InputError, require_integer
+from slimconv_jax.files import check_outputs, write_json
 from slimconv_jax.models.zoo import abstract_model, describe
 from slimconv_jax.training.config import check_config, read_config
 

@@ -1,8 +1,7 @@
 """The output of `slimconv benchmark`: tables, ratios, JSON and a chart."""
 
-import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +16,7 @@ from slimconv_jax.benchmark.measure import (
 )
 from slimconv_jax.console import Status
 from slimconv_jax.errors import InputError, require_integer
+from slimconv_jax.files import check_outputs, write_json
 
 CHARTS = (".png", ".svg", ".pdf")
 
@@ -102,7 +102,9 @@ def run(
       ValueError: if a file cannot be written, or a case cannot be measured.
     """
     require_integer("--repeats", repeats, 1)
-    check_outputs(json_path, chart_path, chart=chart_path)
+    check_outputs(json_path, chart_path)
+    if chart_path and chart_path.suffix not in CHARTS:
+        raise InputError(f"cannot draw {chart_path}: it must end in {', '.join(CHARTS)}")
     report = {"command": command, **environment(), "repeats": repeats, "results": []}
     print(describe_environment(report), flush=True)
     for cases in groups:
@@ -123,33 +125,6 @@ def run(
     )
     if chart_path:
         draw_chart(report, chart_path)
-
-
-def check_outputs(*paths: Path | None, chart: Path | None = None) -> None:
-    """Checks that files can be written, before anything is measured.
-
-    Raises:
-      ValueError: if one is a directory or has none to lie in, or a chart has an unknown suffix.
-    """
-    for path in filter(None, paths):
-        if path.is_dir():
-            raise InputError(f"cannot write {path}: it is a directory")
-        if not path.absolute().parent.is_dir():
-            raise InputError(f"cannot write {path}: there is no directory {path.parent}")
-    if chart and chart.suffix not in CHARTS:
-        raise InputError(f"cannot draw {chart}: it must end in {', '.join(CHARTS)}")
-
-
-def write_json(path: Path, report: Mapping | Sequence) -> None:
-    """Writes figures as JSON.
-
-    Raises:
-      ValueError: if the file cannot be written.
-    """
-    try:
-        path.write_text(json.dumps(report, indent=2) + "\n")
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror}") from None
 
 
 def draw_chart(report: dict, path: Path) -> None:

@@ -5,6 +5,8 @@ import os
 import shlex
 from pathlib import Path
 
+from slimconv_jax.signatures import select
+
 HELP = "images per second of architectures, here and in PyTorch, on this device"
 
 
@@ -65,7 +67,6 @@ def run(args: argparse.Namespace) -> None:
 
     from slimconv_jax.benchmark import measure, report
     from slimconv_jax.devices import find_devices
-    from slimconv_jax.signatures import select
 
     find_devices()
     args.implementations = report.choose_implementations(

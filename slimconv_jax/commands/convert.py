@@ -2,6 +2,8 @@
 
 import argparse
 
+from slimconv_jax.signatures import select
+
 HELP = "import the weights of a PyTorch checkpoint, and compare with PyTorch"
 
 _DESCRIPTION = """Imports the weights of a PyTorch checkpoint, and checks that the model computes
@@ -86,7 +88,6 @@ def run(args: argparse.Namespace) -> None:
     """Converts a checkpoint."""
     # Imported here since they take seconds.
     from slimconv_jax.devices import enable_compilation_cache, find_devices
-    from slimconv_jax.signatures import select
     from slimconv_jax.torch_interop.convert_checkpoint import convert_checkpoint
 
     enable_compilation_cache()

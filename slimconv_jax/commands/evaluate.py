@@ -3,7 +3,8 @@
 import argparse
 from pathlib import Path
 
-from slimconv_jax.commands.options import add_inference, add_saved_model, open_saved, select
+from slimconv_jax.commands.options import add_inference, add_saved_model, open_saved
+from slimconv_jax.signatures import select
 
 HELP = "loss, top-1, top-5 and speed of a saved model or a training run"
 
@@ -32,8 +33,8 @@ def run(args: argparse.Namespace) -> None:
     # Imported here since they take seconds.
     import jax
 
-    from slimconv_jax.benchmark.report import check_outputs, write_json
     from slimconv_jax.devices import enable_compilation_cache, find_devices
+    from slimconv_jax.files import check_outputs, write_json
     from slimconv_jax.inference.eval_step import describe, describe_skipped
     from slimconv_jax.inference.evaluate import evaluate, find_data
 
@@ -48,7 +49,7 @@ def run(args: argparse.Namespace) -> None:
         f"\n{saved.preprocessing}",
         flush=True,
     )
-    result = evaluate(saved, source, **select(args, "batch_size", "on_error", "max_pixels"))
+    result = evaluate(saved, source, **select(vars(args), evaluate))
     print(describe(result))
     print(
         "{images_per_second:,.0f} images/s from files to results; on the devices, a batch of "

@@ -3,6 +3,7 @@
 import argparse
 
 from slimconv_jax.commands.options import add_saved_model, open_saved
+from slimconv_jax.signatures import select
 
 HELP = "a saved model or training run, in another format"
 
@@ -42,7 +43,6 @@ def run(args: argparse.Namespace) -> None:
     from slimconv_jax.devices import find_devices
     from slimconv_jax.inference.export import check_format, export
     from slimconv_jax.models.zoo import describe
-    from slimconv_jax.signatures import select
 
     find_devices()
     check_format(args.format, **select(vars(args), check_format))

@@ -16,10 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Prints every architecture, or the published comparison."""
-    if args.published:
-        print_published()
-    else:
-        print_architectures()
+    (print_published if args.published else print_architectures)()
 
 
 def print_architectures() -> None:

@@ -3,7 +3,7 @@
 import argparse
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from slimconv_jax.errors import InputError
 
@@ -81,12 +81,8 @@ def open_saved(args: argparse.Namespace) -> "SavedModel":
     """Opens the model that the options of `add_saved_model` and `add_inference` describe."""
     from slimconv_jax.inference.saved import open_model
 
-    return open_model(args.model, **select(args, *_OPENING))
-
-
-def select(args: argparse.Namespace, *names: str) -> dict[str, Any]:
-    """Returns the named options that are given or have a default."""
-    return {name: getattr(args, name) for name in names if name in args}
+    given = {name: getattr(args, name) for name in _OPENING if name in args}
+    return open_model(args.model, **given)
 
 
 def expand_flag_files(arguments: Sequence[str]) -> list[str]:

@@ -3,6 +3,8 @@
 import argparse
 from pathlib import Path
 
+from slimconv_jax.signatures import select
+
 HELP = "what a training run needs on TPUs or GPUs that are not here, by their compilers"
 
 
@@ -43,6 +45,5 @@ def run(args: argparse.Namespace) -> None:
     """Prints what a training run needs on devices that are not here."""
     # Imported here since they take seconds.
     from slimconv_jax.benchmark import planning_report
-    from slimconv_jax.signatures import select
 
     planning_report.run(args.config, args.overrides, **select(vars(args), planning_report.run))

@@ -3,8 +3,9 @@
 import argparse
 import json
 
-from slimconv_jax.commands.options import add_inference, add_saved_model, open_saved, select
+from slimconv_jax.commands.options import add_inference, add_saved_model, open_saved
 from slimconv_jax.errors import printable
+from slimconv_jax.signatures import select
 
 HELP = "the likeliest classes of images"
 
@@ -32,7 +33,7 @@ def run(args: argparse.Namespace) -> None:
     find_devices()
     saved = open_saved(args)
     images = expand_paths(args.images)
-    predictions = predict(saved, images, **select(args, "batch_size", "on_error", "max_pixels"))
+    predictions = predict(saved, images, **select(vars(args), predict))
     if args.json:
         report = [
             {"image": image, "predictions": [guess._asdict() for guess in guesses]}

@@ -15,7 +15,8 @@ HELP = "train a model as a config says"
 _DESCRIPTION = """Trains a model as a config says.
 
 The work directory gets config.json, checkpoints/, metrics.jsonl, curves.png and TensorBoard's
-events. After Ctrl-C or SIGTERM, it saves the current step and stops; the same command continues.
+events. After Ctrl-C or SIGTERM, the run saves its current step and stops; the same command
+continues it.
 
 Every key of the config can be set on the command line, as in --config.optimizer.learning_rate=0.05
 or --config.model.k=8/3; None unsets a key. --help-config lists the keys. --flagfile FILE reads

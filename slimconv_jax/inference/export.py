@@ -107,8 +107,14 @@ def _export_program(
     height, width, _ = saved.info.get("image_shape", (None, None, 3))
     if preprocessing.image_size is None and height == width:  # as in training
         preprocessing = dataclasses.replace(preprocessing, image_size=height)
-    options = {"format": format, "input": input, "overwrite": overwrite}
-    error = export_program(saved.model, output, preprocessing=preprocessing, **options)
+    error = export_program(
+        saved.model,
+        output,
+        format=format,
+        preprocessing=preprocessing,
+        input=input,
+        overwrite=overwrite,
+    )
     size, images = preprocessing.image_size, "normalised float32" if input == "float" else input
     name = output_name(saved.model)
     return Exported(

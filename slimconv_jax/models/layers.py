@@ -56,15 +56,38 @@ class BatchNorm(nnx.BatchNorm):
       features: channels, the last axis of the input.
       momentum: share of the running average that each batch keeps.
       epsilon: added to the variance.
-      **options: as in `nnx.BatchNorm`. `scale_init` is the initialiser of the scale. `axis_name`
-        is that of the devices whose inputs are one batch, under `jax.shard_map` and the like, and
-        `axis_index_groups` makes the inputs of each group of devices one batch. `dtype` is that of
-        the output, inferred from input and parameters if None, and `param_dtype` that of scale and
-        bias; the statistics are float32. `rngs` is the source of the initial parameters.
+      scale_init: initialiser of the scale.
+      axis_name: of the devices whose inputs are one batch, under `jax.shard_map` and the like.
+      axis_index_groups: groups of those devices; the inputs of each group are one batch.
+      dtype: dtype of the output; inferred from input and parameters if None.
+      param_dtype: dtype of scale and bias; the statistics are float32.
+      rngs: source of the initial parameters.
     """
 
-    def __init__(self, features: int, *, momentum: float = 0.9, epsilon: float = 1e-5, **options):
-        super().__init__(features, momentum=momentum, epsilon=epsilon, **options)
+    def __init__(
+        self,
+        features: int,
+        *,
+        momentum: float = 0.9,
+        epsilon: float = 1e-5,
+        scale_init: Initializer = jax.nn.initializers.ones,
+        axis_name: str | None = None,
+        axis_index_groups: Sequence[Sequence[int]] | None = None,
+        dtype: Dtype | None = None,
+        param_dtype: Dtype = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        super().__init__(
+            features,
+            momentum=momentum,
+            epsilon=epsilon,
+            scale_init=scale_init,
+            axis_name=axis_name,
+            axis_index_groups=axis_index_groups,
+            dtype=dtype,
+            param_dtype=param_dtype,
+            rngs=rngs,
+        )
 
     def __call__(self, x: jax.Array, use_running_average: bool | None = None) -> jax.Array:
         """Normalises (..., features), over the whole batch in training mode."""

@@ -35,7 +35,8 @@ class ProjectedSlimConv(nnx.Module):
       use_bias: whether the 1x1 convolution has a bias.
       bias_init: its initialiser.
       bias_metadata: of the bias, such as its sharding (see `nnx.Conv`).
-      project_init: initialiser of the kernel of the 1x1 convolution.
+      kernel_init: initialiser of the kernels of all convolutions.
+      project_init: initialiser of the kernel of the 1x1 convolution; `kernel_init` if None.
       kernel_metadata: of the kernels of all convolutions, such as their sharding (see `nnx.Conv`).
       rngs: source of the initial parameters.
       **slimconv: the other arguments of `SlimConv`. The 1x1 convolution has the same `precision`,
@@ -53,13 +54,14 @@ class ProjectedSlimConv(nnx.Module):
         use_bias: bool = True,
         bias_init: Initializer = jax.nn.initializers.zeros,
         bias_metadata: Mapping[str, Any] = MappingProxyType({}),
-        project_init: Initializer = kaiming_normal,
+        kernel_init: Initializer = kaiming_normal,
+        project_init: Initializer | None = None,
         kernel_metadata: Mapping[str, Any] = MappingProxyType({}),
         rngs: nnx.Rngs,
         **slimconv,
     ):
         common = {"kernel_metadata": kernel_metadata, "rngs": rngs}
-        self.slimconv = SlimConv(in_features, **slimconv, **common)
+        self.slimconv = SlimConv(in_features, kernel_init=kernel_init, **slimconv, **common)
         conv = self.slimconv.upper.conv
         self.dtype, self.param_dtype, self.precision = conv.dtype, conv.param_dtype, conv.precision
         self.project = nnx.Conv(
@@ -67,7 +69,7 @@ class ProjectedSlimConv(nnx.Module):
             out_features,
             (1, 1),
             use_bias=use_bias,
-            kernel_init=project_init,
+            kernel_init=kernel_init if project_init is None else project_init,
             bias_init=bias_init,
             bias_metadata=bias_metadata,
             conv_general_dilated=conv_general_dilated,
@@ -163,7 +165,8 @@ def replacement(
     )
     if not may_grow:
         params = count_conv_params(conv, in_features), count_params(module)
-        macs = params[0] - conv.use_bias * out_features, _macs_per_pixel(module)
+        kernel = params[0] - conv.use_bias * out_features  # one multiply-add each per output pixel
+        macs = kernel, _macs_per_pixel(module)
         counts = {"parameters": params, "multiply-adds per output pixel": macs}
         for what, (before, after) in counts.items():
             if after >= before:

@@ -139,21 +139,26 @@ def resnet_config(
     name: str | os.PathLike,
     *,
     k: CompressionRatio | None = None,
+    num_classes: int = 1000,
+    stem: str = "imagenet",
+    width: int = 64,
     dilation: Sequence[bool] = (False, False, False),
-    **changes,
 ) -> ResNetConfig:
-    """Returns a named architecture with changes.
-
-    The arguments are `num_classes`, `stem`, `width` and these; they and the errors are those of
-    `create_model`.
-    """
+    """Returns a named architecture with changes; see `create_model` for arguments and errors."""
     config = named_config(name)
     if k is not None and config.reduction is None:
         raise InputError(f"{name} has no SlimConv, so it takes no k (k={k!r} was given)")
     reduction = config.reduction if k is None else reduction_from_k(k)
     dilation = tuple(dilation) if isinstance(dilation, Sequence) else dilation
     with _naming(name, reduction):
-        return dataclasses.replace(config, reduction=reduction, dilation=dilation, **changes)
+        return dataclasses.replace(
+            config,
+            reduction=reduction,
+            num_classes=num_classes,
+            stem=stem,
+            width=width,
+            dilation=dilation,
+        )
 
 
 @contextlib.contextmanager

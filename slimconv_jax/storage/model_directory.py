@@ -81,8 +81,15 @@ def save_model(
     if format not in FORMATS:
         raise InputError(f"format={format!r} must be one of {', '.join(map(repr, FORMATS))}")
     description = describe(model, format, info)
+    try:
+        json.dumps(description)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"info must be what JSON can hold: {error}") from None
     with _new_directory(path, overwrite=overwrite) as directory:
-        _write_weights(model, directory / _WEIGHTS[format])
+        try:
+            _write_weights(model, directory / _WEIGHTS[format])
+        except LIBRARY_ERRORS as error:  # of a full disk, say
+            raise InputError(f"cannot write {path}: {error}") from None
         description["files"] = {n: checksum(file) for n, file in list_files(directory).items()}
         (directory / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n")
 
@@ -314,9 +321,7 @@ def _new_directory(path: epath.PathLike, *, overwrite: bool) -> Iterator[epath.P
         if directory.exists():
             directory.rename(old)
         part.rename(directory)
-    except InputError:
-        raise
-    except LIBRARY_ERRORS as error:  # of a full disk, say
+    except OSError as error:
         raise InputError(f"cannot write {directory}: {error}") from None
     finally:
         if old.exists() and not directory.exists():

@@ -54,7 +54,9 @@ def checkpoint_files(path: epath.PathLike) -> list[epath.Path]:
         elif match := _SHARD.fullmatch(path.name):
             stem, number, count, suffix = match.groups()
             if len(count) > 5:  # as Hugging Face's have
-                raise InputError(f"{path} is part of a model in {count} files, by its name")
+                raise InputError(
+                    f"{path} is part of a model in {count} files, according to its name"
+                )
             numbers = (f"{i:0{len(number)}}" for i in range(1, int(count) + 1))
             names = [f"{stem}-{number}-of-{count}{suffix}" for number in numbers]
         files = [path.parent / name for name in names]
@@ -282,9 +284,11 @@ def require_size(what: str, size: int, path: Path | str, of: int) -> None:
     Raises:
       ValueError: if it claims far more.
     """
-    if size > _ALWAYS + _EXPANSION * of:
+    most = _ALWAYS + _EXPANSION * of
+    if size > most:
         raise InputError(
-            f"{path} is a file of {of:,} bytes, and {what} claims {size:,}; no model file does that"
+            f"{path} is a file of {of:,} bytes, and {what} claims {size:,}; at most {most:,} are "
+            "allowed"
         )
 
 

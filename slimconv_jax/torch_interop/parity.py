@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -145,27 +146,31 @@ def _activations(
     return {"stem": nnx.relu(model.stem(images)), **stages, "logits": model.head(maps[-1])}
 
 
-def _measure(output: np.ndarray, expected: np.ndarray) -> tuple[float, float, int, int, bool]:
-    """Measures one stage on one batch.
+class _Measured(NamedTuple):
+    """The errors of one stage on one batch, and how much there was to compare."""
 
-    Returns:
-      The largest error, the largest expected value, how many values are finite, how many there
-      are, and whether the same ones are finite in both.
-    """
+    max_abs_error: float
+    max_abs_expected: float
+    finite: int
+    size: int
+    same_finite: bool
+
+
+def _measure(output: np.ndarray, expected: np.ndarray) -> _Measured:
     output, expected = output.astype(np.float64), expected.astype(np.float64)
     finite, both = np.isfinite(expected), np.isfinite(expected) & np.isfinite(output)
-    return (
-        float(np.abs(output[both] - expected[both]).max(initial=0.0)),
-        float(np.abs(expected[finite]).max(initial=0.0)),
-        int(finite.sum()),
-        finite.size,
-        bool((finite == np.isfinite(output)).all()),
+    return _Measured(
+        max_abs_error=float(np.abs(output[both] - expected[both]).max(initial=0.0)),
+        max_abs_expected=float(np.abs(expected[finite]).max(initial=0.0)),
+        finite=int(finite.sum()),
+        size=finite.size,
+        same_finite=bool((finite == np.isfinite(output)).all()),
     )
 
 
-def _stage(name: str, shape: tuple[int, ...], parts: list[tuple]) -> StageParity:
-    errors, values, finite, sizes, same_finite = zip(*parts, strict=True)
-    max_abs_error, max_abs_expected = max(errors), max(values)
+def _stage(name: str, shape: tuple[int, ...], parts: list[_Measured]) -> StageParity:
+    max_abs_error = max(part.max_abs_error for part in parts)
+    max_abs_expected = max(part.max_abs_expected for part in parts)
     if max_abs_expected:
         max_rel_error = max_abs_error / max_abs_expected
     else:  # the reference is 0 throughout
@@ -175,6 +180,6 @@ def _stage(name: str, shape: tuple[int, ...], parts: list[tuple]) -> StageParity
         shape=shape,
         max_abs_error=max_abs_error,
         max_rel_error=max_rel_error,
-        finite=sum(finite) / sum(sizes),
-        same_finite=all(same_finite),
+        finite=sum(part.finite for part in parts) / sum(part.size for part in parts),
+        same_finite=all(part.same_finite for part in parts),
     )

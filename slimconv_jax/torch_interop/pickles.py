@@ -127,11 +127,14 @@ def _array_of_jax(function: Callable, args: tuple, state: tuple, _: Any) -> np.n
 def harmless() -> dict[str, Any]:
     """Returns what may stand beside the tensors of a training script's checkpoint, by full name."""
     types = [
-        *(datetime.datetime, PosixPath, PurePosixPath, argparse.Namespace),
+        *(datetime.datetime, argparse.Namespace),
         *(collections.defaultdict, collections.OrderedDict, np.ndarray, np.dtype),
         *(type(np.dtype(code)) for code in "?bBhHiIlLqQefdgFDSU"),
     ]
     allowed = {f"{kind.__module__}.{kind.__qualname__}": kind for kind in types}
+    for kind in (PosixPath, PurePosixPath):
+        for module in ("pathlib", "pathlib._local"):  # Python 3.13 writes the second
+            allowed[f"{module}.{kind.__name__}"] = kind
     for core in ("core", "_core"):  # NumPy renamed it; files have the old name or the new one
         for name in ("scalar", "_reconstruct"):
             allowed[f"numpy.{core}.multiarray.{name}"] = getattr(np._core.multiarray, name)

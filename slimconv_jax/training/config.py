@@ -221,21 +221,28 @@ def _split_overrides(
         match = re.fullmatch(r"--?(no)?config\.([^=]+)(=.*)?", argument, re.DOTALL)
         if match is None:
             raise InputError(f"unknown argument {argument!r}; --config.KEY=VALUE changes a config")
-        key, value = match[2], match[3]
+        negated, key, value = match.groups()
         _find(config, key)
-        taken = [argument]
         if value is None and following and not following.startswith("--"):
             value = f"={following}"
-            taken.append(following)
             next(arguments)
+        elif value is None and not negated and not _is_boolean(key):
+            raise InputError(f"--config.{key} needs a value")
         nothing.pop(key, None)
         if value not in ("=None", "=none"):
-            values += taken
+            values.append(f"--{negated or ''}config.{key}{value or ''}")
         elif "[" in key:
             raise InputError(f"config.{key} cannot be None; the whole of it can be set in the file")
         else:
             nothing[key] = None
     return values, nothing
+
+
+def _is_boolean(key: str) -> bool:
+    """Returns whether a key, such as "augment.flip", is True or False."""
+    where, _, name = key.rpartition(".")
+    parameter = keys(where).get(name)
+    return parameter is not None and type_of(parameter) is bool
 
 
 def _find(config: ml_collections.ConfigDict, key: str) -> None:

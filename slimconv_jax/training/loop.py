@@ -184,8 +184,9 @@ def _run(
             if stop.name:
                 raise RunInterruptedError(stop.name, first_step)
         saved_at = time.monotonic()
-        order = {"seed": config.seed, "first_step": first_step}
-        batches = parts.train_data.train_batches(config.batch_size, **order)
+        batches = parts.train_data.train_batches(
+            config.batch_size, seed=config.seed, first_step=first_step
+        )
         metrics = None
         for step in range(first_step + 1, timetable.total_steps + 1):
             asked = time.perf_counter()

@@ -1,6 +1,6 @@
 """What training minimises: the loss of each image.
 
-To add a loss, add what chooses it to the arguments of `create_loss`.
+To add a loss, add an argument to `create_loss` that selects it.
 """
 
 from collections.abc import Callable

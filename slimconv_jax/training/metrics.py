@@ -2,8 +2,8 @@
 
 import io
 import json
-import math
 import os
+import sys
 from collections.abc import Sequence
 
 from etils import epath
@@ -62,7 +62,8 @@ def _parse_line(text: bytes) -> dict | None:
     needed = _KEYS["train" if line["split"] == "train" else "test"] | {"step", "epoch"}
     if not needed <= numbers.keys() or type(line["step"]) is not int:
         return None
-    is_finite = all(type(n) in (int, float) and math.isfinite(n) for n in numbers.values())
+    most = sys.float_info.max  # an integer may be larger
+    is_finite = all(type(n) in (int, float) and abs(n) <= most for n in numbers.values())
     return line if is_finite else None
 
 

@@ -60,9 +60,14 @@ class Reporter:
         self.lines = [line for line in lines if line["step"] <= self.first_step]
         self._writers = []
         if jax.process_index() == 0:
-            options = {"title": self.title, "first_step": self.first_step, "damaged": damaged}
             with _writing(self.workdir):
-                self._writers = create_writers(self.workdir, self.lines, **options)
+                self._writers = create_writers(
+                    self.workdir,
+                    self.lines,
+                    title=self.title,
+                    first_step=self.first_step,
+                    damaged=damaged,
+                )
         self._bar = rich.progress.Progress(
             rich.progress.SpinnerColumn(),
             rich.progress.TextColumn("{task.description}"),
@@ -74,8 +79,10 @@ class Reporter:
             expand=True,
             disable=not console.is_terminal,
         )
-        steps = {"completed": self.first_step, "total": self.timetable.total_steps}
-        self._task = self._bar.add_task("compiling", metrics="", **steps)
+        total = self.timetable.total_steps
+        self._task = self._bar.add_task(
+            "compiling", completed=self.first_step, total=total, metrics=""
+        )
         self._pending = queue.Queue()
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._report_pending, name="reporter", daemon=True)
@@ -86,11 +93,12 @@ class Reporter:
         return self
 
     def __exit__(self, kind, error, traceback) -> None:
-        self._pending.put(None)
         if isinstance(error, KeyboardInterrupt):
             # After a second Ctrl-C nobody wants to wait for the devices: drops what is pending.
             self._error = self._error or error
+            self._pending.put(None)
         else:
+            self._pending.put(None)
             self._thread.join()
         self._bar.stop()
         try:

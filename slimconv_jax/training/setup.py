@@ -62,7 +62,7 @@ def create_timetable(config: ml_collections.ConfigDict, num_images: int) -> Time
     if total_steps >= 2**31:
         raise InputError(
             f"config.num_epochs={config.num_epochs} are {total_steps} steps of "
-            f"config.batch_size={config.batch_size}; a run must have fewer than 2**31"
+            f"config.batch_size={config.batch_size}; a run must have fewer than 2**31 steps"
         )
     eval_epochs = range(config.eval_every_epochs, config.num_epochs, config.eval_every_epochs)
     eval_steps = frozenset(round(epoch * steps_per_epoch) for epoch in eval_epochs) | {total_steps}
@@ -125,7 +125,7 @@ def create_parts(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> 
     train_source, test_source = load_splits(**config.dataset)
     class_names = train_source.class_names
     model = abstract_model(num_classes=len(class_names), **config.model)
-    # Finds most errors of a config before it decodes images, none of which is larger.
+    # Finds most errors of a config before images are decoded. No image is larger than this.
     _try_out(config, (MOST_SIDE, MOST_SIDE, 3), len(class_names))
     transform, sharding = Transform(**config.transform), batch_sharded(mesh)
     train_data = load_dataset(train_source, transform, True, sharding, **config.loader)
@@ -236,7 +236,7 @@ def create_initial(config: ml_collections.ConfigDict, num_classes: int) -> tuple
     if dataclasses.replace(other.config, **same) != model.config:
         raise InputError(
             f"config.init_from={path!r} is {describe(other.config)}, and config.model is "
-            f"{describe(model.config)}; they may differ in the classes only"
+            f"{describe(model.config)}; they may differ in the number of classes only"
         )
     said = f"from the weights of {path}"
     if other.config.num_classes != num_classes:

@@ -347,7 +347,7 @@ class Corruptions:
             )
 
 
-@pytest.mark.parametrize("every", [5, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("every", [10, pytest.param(1, marks=pytest.mark.slow)])
 def test_corrupted_checkpoints(tmp_path, state_dict, capsys, every):
     """Each ends in one clean error and nothing written, or in the model that the file holds."""
     count = right = 0

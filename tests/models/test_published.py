@@ -1,8 +1,11 @@
+import pytest
+
 from slimconv_jax import count_params
 from slimconv_jax.models.published import CIFAR100
 from slimconv_jax.models.zoo import abstract_model, parse_model
 
 
+@pytest.mark.long
 def test_compression_on_cifar100():
     def params(name, k):
         return count_params(abstract_model(name, k=k, num_classes=100, stem="cifar"))

@@ -125,6 +125,12 @@ def test_a_full_disk_leaves_what_was_there(tmp_path, model, format):
     assert os.listdir(tmp_path) == ["model"]
 
 
+def test_info_that_json_cannot_hold_is_refused_before_anything_is_written(tmp_path, model):
+    with pytest.raises(ValueError, match=r"info must be what JSON can hold: .*ndarray"):
+        save_model(model, tmp_path / "model", info={"x": np.ones(2)})
+    assert not os.listdir(tmp_path)
+
+
 def test_info_cannot_change_what_is_needed_to_load(tmp_path, model):
     save_model(model, tmp_path / "model", info={"format": "none", "architecture": {}, "a": 1})
     same(model, load_model(tmp_path / "model"))

@@ -101,6 +101,20 @@ def test_every_key_can_be_set_on_the_command_line():
     assert (config.dataset.data_dir, config.checkpoint_every_minutes) == (None, 5.0)
 
 
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["--config.model.k"],
+        ["--config.model.k", "--config.model.k=None", "--config.seed=7"],
+        ["--config.dataset.data_dir", "--config.model.k=8/3"],
+        ["--config.batch_size", "--config.normalize.mean=(0, 0, 0)"],
+    ],
+)
+def test_a_value_that_is_missing(overrides):
+    with pytest.raises(ValueError, match=f"{re.escape(overrides[0])} needs a value"):
+        read_config("digits", overrides)
+
+
 @pytest.mark.parametrize("key", ["normalize.mean[0]", "model.name[0]"])
 def test_an_element_of_a_value_cannot_be_set(key):
     with pytest.raises(ValueError, match="digits cannot be changed like this: 0 is not a valid"):

@@ -120,6 +120,10 @@ DAMAGED = {
     "long": b" " * 200_000 + b"\n",
     "bytes": b"\xff\x00\n",
     "empty": b"\n",
+    "huge": b'{"step": 5, "epoch": 2, "split": "train", "loss": 1, "accuracy": 0, "grad_norm": 1'
+    + b', "learning_rate": 1, "images_per_second": 1'
+    + b"0" * 400
+    + b"}\n",
 }
 
 
