@@ -32,10 +32,10 @@ from pathlib import Path
 
 from compression_report import BASELINE, OF_ONE_RUN, RESULT, Report, read_result
 from ml_collections import ConfigDict
+from scripts import core_shares, environment_apart, run_script
 
 import slimconv_jax as sc
-from slimconv_jax.benchmark.measure import core_shares, environment_apart
-from slimconv_jax.console import Status, run_script, say
+from slimconv_jax.console import Status, say
 from slimconv_jax.errors import InputError, require_integer
 from slimconv_jax.files import replace_file
 from slimconv_jax.models.published import CIFAR100

@@ -26,6 +26,7 @@ import ml_collections
 import optax
 from flax import linen as nn
 from flax import nnx
+from scripts import run_script
 
 import slimconv_jax as sc
 from slimconv_jax.benchmark.planning import (
@@ -35,7 +36,7 @@ from slimconv_jax.benchmark.planning import (
     get_devices,
     lower_steps,
 )
-from slimconv_jax.console import Status, run_script
+from slimconv_jax.console import Status
 from slimconv_jax.data.preprocessing import normalize
 from slimconv_jax.data.transforms import IMAGENET_MEAN, IMAGENET_STD
 from slimconv_jax.devices import batch_sharded, data_mesh, replicated

@@ -21,10 +21,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from scripts import run_script
 
 import slimconv_jax as sc
 from slimconv_jax.benchmark.measure import (
-    copy_rounds,
+    Rounds,
     describe_environment,
     environment,
     inference_program,
@@ -33,7 +34,6 @@ from slimconv_jax.benchmark.measure import (
     take_turns,
     train_program,
 )
-from slimconv_jax.console import run_script
 from slimconv_jax.data.preprocessing import normalize
 from slimconv_jax.errors import require_integer
 from slimconv_jax.inference.pieces import PIXELS
@@ -137,6 +137,23 @@ class Account:
             return optax.apply_updates(params, updates), state
 
         self.parts.append(Part(OPTIMIZER, update, params, (params, state), 0, ""))
+
+
+def copy_rounds() -> tuple[int, Rounds]:
+    """Returns the bytes that `x + 1` moves for an array too large for the caches, and its rounds.
+
+    The result reuses the memory of the argument, as within a larger program.
+    """
+    size = 2**26 if jax.default_backend() == "cpu" else 2**29
+    add_one = jax.jit(lambda x: x + 1, donate_argnums=0)
+    x = jnp.zeros(size, jnp.float32)
+
+    def step() -> jax.Array:
+        nonlocal x
+        x = add_one(x)
+        return x
+
+    return 2 * x.nbytes, repeated(step)
 
 
 def size_of(tree: Any) -> int:

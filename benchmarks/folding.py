@@ -15,10 +15,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from scripts import run_script
 
 import slimconv_jax as sc
 from slimconv_jax.benchmark.measure import repeated, take_turns
-from slimconv_jax.console import run_script
 from slimconv_jax.models.zoo import abstract_model
 
 

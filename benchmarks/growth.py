@@ -15,6 +15,7 @@ from pathlib import Path
 import jax
 import numpy as np
 from matplotlib.figure import Figure
+from scripts import run_script
 
 from slimconv_jax.benchmark.measure import (
     Case,
@@ -23,7 +24,6 @@ from slimconv_jax.benchmark.measure import (
     environment,
     take_turns,
 )
-from slimconv_jax.console import run_script
 from slimconv_jax.errors import require_integer
 from slimconv_jax.files import check_outputs
 

@@ -30,8 +30,8 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from scripts import run_script
 
-from slimconv_jax.console import run_script
 from slimconv_jax.data.loader import load_dataset
 from slimconv_jax.data.sources import ImageFolder
 from slimconv_jax.data.transforms import Transform, sample_crop

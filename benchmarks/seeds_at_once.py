@@ -18,10 +18,10 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from scripts import core_shares, environment_apart, run_script
 
 from slimconv_jax import create_model
-from slimconv_jax.benchmark.measure import core_shares, describe_environment, environment_apart
-from slimconv_jax.console import run_script
+from slimconv_jax.benchmark.measure import describe_environment
 from slimconv_jax.devices import data_mesh, enable_compilation_cache
 from slimconv_jax.errors import InputError, require_integer
 from slimconv_jax.models.zoo import abstract_model, normalize_model, parse_model

@@ -14,7 +14,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from slimconv_jax.console import run_script
+from scripts import run_script
+
 from slimconv_jax.errors import require_integer
 
 ROOT = Path(__file__).parents[1]

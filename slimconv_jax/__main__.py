@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Sequence
 
+from slimconv_jax import __version__
 from slimconv_jax.commands.options import expand_flag_files
 from slimconv_jax.console import ctrl_c_held_back, exit_status, prepare_console
 from slimconv_jax.errors import InputError
@@ -32,6 +33,7 @@ def main(argv: Sequence[str] | None = None, *, command: str | None = None) -> in
     prog = os.path.basename(sys.argv[0]) if command else "slimconv"
     style = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
     parser = argparse.ArgumentParser(prog=prog, **style)
+    parser.add_argument("--version", action="version", version=__version__)
     if command:
         _add_command(parser, command)
     else:
@@ -49,7 +51,7 @@ def main(argv: Sequence[str] | None = None, *, command: str | None = None) -> in
         args.parser.error(f"unrecognized arguments: {' '.join(rest)}")
     args.overrides = rest
     args.command_line = ["slimconv", *([command] if command else []), *argv]
-    return exit_status(lambda: _run(args), interrupted=args.interrupted)
+    return exit_status(lambda: _run(args), interrupted=args.interrupted, extra=args.extra)
 
 
 def _run(args: argparse.Namespace) -> int | None:
@@ -60,9 +62,8 @@ def _run(args: argparse.Namespace) -> int | None:
 
 def _add_command(parser: argparse.ArgumentParser, name: str) -> None:
     module = importlib.import_module(f"slimconv_jax.commands.{name}")
-    parser.set_defaults(
-        run=module.run, parser=parser, interrupted="interrupted", takes_overrides=False
-    )
+    defaults = {"interrupted": "interrupted", "takes_overrides": False, "extra": "train"}
+    parser.set_defaults(run=module.run, parser=parser, **defaults)
     module.add_arguments(parser)
 
 

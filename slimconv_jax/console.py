@@ -99,7 +99,9 @@ class _Output(io.FileIO):
             raise InputError(f"cannot write to standard output: {error.strerror}") from None
 
 
-def exit_status(command: Callable[[], int | None], *, interrupted: str = "interrupted") -> int:
+def exit_status(
+    command: Callable[[], int | None], *, interrupted: str = "interrupted", extra: str = "train"
+) -> int:
     """Runs a command, prints an error as one sentence on standard error; returns the exit status.
 
     The status is that of the command, or 0; 1 after bad input, a lack of memory, or if the reader
@@ -108,6 +110,7 @@ def exit_status(command: Callable[[], int | None], *, interrupted: str = "interr
     Args:
       command: the function to run.
       interrupted: the sentence after Ctrl-C.
+      extra: the extra of this package that the command needs.
     """
     try:
         try:
@@ -122,7 +125,7 @@ def exit_status(command: Callable[[], int | None], *, interrupted: str = "interr
     except ModuleNotFoundError as error:  # a package that only some commands need
         if (error.name or "").partition(".")[0] == "slimconv_jax":
             raise
-        message = missing(error.name or str(error), extra="train")
+        message = missing(error.name or str(error), extra=extra)
     except BrokenPipeError:
         return 1
     except KeyboardInterrupt:
@@ -145,13 +148,6 @@ def ctrl_c_held_back() -> Iterator[None]:
             signal.signal(signal.SIGINT, before)
     if received:
         raise KeyboardInterrupt
-
-
-def run_script(main: Callable[[], None]) -> None:
-    """Runs a script whose purpose is its output; see `exit_status`."""
-    prepare_console(needs_stdout=True)
-    if status := exit_status(main):
-        sys.exit(status)
 
 
 _format_warning_of_python = warnings.formatwarning

@@ -41,5 +41,5 @@ def meanings(function: Callable) -> dict[str, str]:
     """Returns the description of each argument in the docstring of a function or class."""
     text = inspect.getdoc(function) or ""
     section = re.search(r"^(?:Args|Attributes):\n((?:  .*\n|\n)+)", text + "\n", re.MULTILINE)
-    entries = re.findall(r"^  (\w+): ((?:.|\n(?!  \w))*)", section[1] if section else "", re.M)
+    entries = re.findall(r"^  (\w+): ((?:.|\n(?!  [\w*]))*)", section[1] if section else "", re.M)
     return {name: " ".join(meaning.split()) for name, meaning in entries}

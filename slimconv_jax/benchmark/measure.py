@@ -9,12 +9,9 @@ import dataclasses
 import datetime
 import importlib.metadata
 import itertools
-import json
 import os
 import platform
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -263,23 +260,6 @@ def matmul_rounds(dtype: str) -> tuple[int, Rounds]:
     return 2 * size**3, repeated(jax.jit(jnp.matmul), square, square)
 
 
-def copy_rounds() -> tuple[int, Rounds]:
-    """Returns the bytes that `x + 1` moves for an array too large for the caches, and its rounds.
-
-    The result reuses the memory of the argument, as within a larger program.
-    """
-    size = 2**26 if jax.default_backend() == "cpu" else 2**29
-    add_one = jax.jit(lambda x: x + 1, donate_argnums=0)
-    x = jnp.zeros(size, jnp.float32)
-
-    def step() -> jax.Array:
-        nonlocal x
-        x = add_one(x)
-        return x
-
-    return 2 * x.nbytes, repeated(step)
-
-
 def describe_device() -> str:
     """Describes the device that JAX computes on, in words."""
     if jax.default_backend() != "cpu":
@@ -380,27 +360,6 @@ def environment() -> dict:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[package] = importlib.metadata.version(package)
     return {"date": now, "device": describe_device(), "versions": versions}
-
-
-def core_shares(count: int) -> list[set[int]]:
-    """Splits the CPU cores of this process into `count` shares, for processes side by side.
-
-    Shares are empty where there are fewer cores, or where the system does not report them.
-    """
-    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
-    return [set(cores[index::count]) for index in range(count)]
-
-
-def environment_apart() -> dict:
-    """Calls `environment` in another process, so that this one leaves the device to others."""
-    code = (
-        "import json; from slimconv_jax.benchmark.measure import environment\n"
-        "print(json.dumps(environment()))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise InputError(f"JAX finds no device: {done.stderr.strip().splitlines()[-1]}")
-    return json.loads(done.stdout.splitlines()[-1])
 
 
 def describe_environment(where: dict) -> str:

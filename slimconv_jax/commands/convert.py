@@ -20,7 +20,7 @@ written. The network of the file's author is not in the file, so it is not compa
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of `convert`."""
     parser.description = _DESCRIPTION
-    parser.set_defaults(interrupted="interrupted; nothing was written")
+    parser.set_defaults(interrupted="interrupted; nothing was written", extra="torch")
     add = parser.add_argument
     add(
         "checkpoint",

@@ -10,6 +10,7 @@ HELP = "a saved model or training run, in another format"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of `export`."""
+    parser.set_defaults(extra="export")
     add_saved_model(parser)
     add = parser.add_argument
     add("output", metavar="OUT", help="the new file or directory")

@@ -11,7 +11,7 @@ HELP = "what a training run needs on TPUs or GPUs that are not here, by their co
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of `plan`."""
     parser.usage = "%(prog)s --config FILE --topology NAME [options] [--config.KEY=VALUE ...]"
-    parser.set_defaults(takes_overrides=True)
+    parser.set_defaults(takes_overrides=True, extra="plan")
     add = parser.add_argument
     add(
         "--config",

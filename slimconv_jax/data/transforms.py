@@ -273,7 +273,7 @@ class Transform:
       image_size: pixels a side; None leaves images as they are, which must all have one size.
       scale: of the random resized crop, the range of areas as fractions of the image's.
       ratio: of the random resized crop, the range of width over height.
-      max_pixels: of the largest image that is decoded; see `decode_image`.
+      max_pixels: the most pixels of an image file that is decoded.
 
     Raises:
       ValueError: if a range is not valid, or a number is too small or too large.

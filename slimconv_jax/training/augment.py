@@ -107,10 +107,11 @@ def augment(
       key: source of all randomness.
       images: (N, H, W, 3) uint8.
       targets: (N, classes) probabilities.
-      crop_padding: see `random_crop`.
-      flip: whether to mirror images at random; see `random_flip`.
-      mixup_alpha: see `mixup`; 0 for none.
-      cutmix_alpha: see `cutmix`; 0 for none. With both, each batch gets one or the other.
+      crop_padding: the most pixels by which an image moves in each direction; 0 for none.
+      flip: whether to mirror every image, left to right, with probability 1/2.
+      mixup_alpha: images are blended with shares from Beta(alpha, alpha); 0 for none.
+      cutmix_alpha: rectangles are pasted with areas from Beta(alpha, alpha); 0 for none. With both,
+        each batch gets one or the other.
 
     Returns:
       Images, uint8 or float32 with the same range, and targets.

@@ -30,7 +30,7 @@ from slimconv_jax.data.loader import load_dataset
 from slimconv_jax.data.preprocessing import normalize
 from slimconv_jax.data.transforms import Transform
 from slimconv_jax.errors import LIBRARY_ERRORS, InputError, require_integer, require_number
-from slimconv_jax.models.zoo import create_model
+from slimconv_jax.models.zoo import create_model, named_config
 from slimconv_jax.signatures import keys_of, meanings, type_of
 from slimconv_jax.training.augment import augment
 from slimconv_jax.training.loss import create_loss
@@ -120,7 +120,12 @@ def complete(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     """Returns a copy of a config that has every key; those that it lacks have their defaults.
 
     A key without a default becomes None.
+
+    Raises:
+      ValueError: if it is not a config.
     """
+    if not isinstance(config, ml_collections.ConfigDict):
+        raise InputError(f"a config is a ConfigDict, as read_config returns, not {config!r}")
     config = ml_collections.ConfigDict(config)  # copies the sections, too
     with config.unlocked():
         for where in SECTIONS:
@@ -153,6 +158,7 @@ def check_config(config: ml_collections.ConfigDict, num_devices: int) -> None:
     Raises:
       ValueError: if a key is unknown or missing, or a number is out of range.
     """
+    missing = []
     for where in SECTIONS:
         section, name = _section(config, where)
         if not isinstance(section, ml_collections.ConfigDict):
@@ -162,7 +168,10 @@ def check_config(config: ml_collections.ConfigDict, num_devices: int) -> None:
             raise unknown_key(name, unknown[0], allowed)
         for key, parameter in keys(where).items():
             if parameter.default is parameter.empty and section[key] is None:
-                raise InputError(f"{name} lacks the key {key!r}")
+                missing.append(f"{name}.{key}")
+    if missing:
+        raise InputError(f"the config lacks {', '.join(missing)}; --help-config lists all keys")
+    named_config(config.model.name)
     Run(**{key: config[key] for key in keys("")})
     parts = config.step.accumulation_steps
     require_integer("config.step.accumulation_steps", parts, 1)
@@ -282,8 +291,9 @@ def _load(path: str) -> ml_collections.ConfigDict:
     except LIBRARY_ERRORS as error:
         reason = error
         if not isinstance(error, SyntaxError | InputError):
-            *_, last = traceback.extract_tb(error.__traceback__)
-            reason = f"{type(error).__name__}: {error} ({last.filename}, line {last.lineno})"
+            frames = traceback.extract_tb(error.__traceback__)
+            lines = [f" (line {frame.lineno})" for frame in frames if frame.filename == file]
+            reason = f"{type(error).__name__}: {error}{lines[-1] if lines else ''}"
         raise InputError(f"the config file {file} cannot be used: {reason}") from None
     if not isinstance(config, ml_collections.ConfigDict):
         raise InputError(f"{file} is not a config file: its get_config must return a ConfigDict")

@@ -1,5 +1,6 @@
 """Turns SIGTERM, SIGHUP and Ctrl-C into a flag that the loop checks after each step."""
 
+import contextlib
 import os
 import signal
 import threading
@@ -65,6 +66,9 @@ class StopSignal:
     def _receive(self, number: int, frame) -> None:
         self._let_go()
         self._received = _NAMES[number]
+        if number == signal.SIGINT:
+            with contextlib.suppress(OSError):  # a terminal that is gone
+                os.write(2, b"\nstopping after the current step; Ctrl-C again stops at once\n")
         if self._together:
             os.kill(os.getpid(), signal.SIGTERM)  # for JAX, which notifies the others
 

@@ -14,6 +14,7 @@ from etils import epath
 
 from slimconv_jax.console import console, say
 from slimconv_jax.errors import InputError
+from slimconv_jax.storage.checkpoints import list_checkpoints
 from slimconv_jax.training.metrics import read_metrics
 from slimconv_jax.training.setup import Timetable
 from slimconv_jax.training.window import Window
@@ -190,10 +191,12 @@ class Reporter:
 
     def _require_finite(self, name: str, value: float, step: int) -> None:
         if not math.isfinite(value):
+            saved = list_checkpoints(self.workdir)
+            kept = "the checkpoints before it are kept" if saved else "no checkpoint was saved"
             raise InputError(
-                f"the {name} is {value} at step {step}: the training diverged; the checkpoints "
-                f"before it are kept in {self.workdir} (a lower optimizer.learning_rate, a longer "
-                "warm-up or optimizer.clip_norm may help, with another --workdir)"
+                f"the {name} is {value} at step {step}: the training diverged; {kept} in "
+                f"{self.workdir} (a lower optimizer.learning_rate, a longer warm-up "
+                "or optimizer.clip_norm may help, with another --workdir)"
             )
 
 

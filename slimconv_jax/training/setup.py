@@ -226,9 +226,14 @@ def create_initial(config: ml_collections.ConfigDict, num_classes: int) -> tuple
     Raises:
       ValueError: if `config.init_from` is not a model, or has another architecture.
     """
+    path = config.init_from
+    if not path and config.step.batch_norm == "frozen":
+        raise InputError(
+            "config.step.batch_norm='frozen' needs the statistics of a trained model: set "
+            "config.init_from, or config.step.batch_norm='global'"
+        )
     rngs = nnx.Rngs(random_keys(config)[0])
     model = create_model(rngs=rngs, num_classes=num_classes, **config.model)
-    path = config.init_from
     if not path:
         return model, "from scratch"
     other = load_model(path)

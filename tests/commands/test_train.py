@@ -77,7 +77,10 @@ CONFIG = f"--config={ROOT / 'configs' / 'digits.py'}"
         ),
         ([CONFIG, "--config.seed.x=3"], "error: config.seed is a value"),
         ([CONFIG, "--config.augment.crop_padding=-1", "--workdir", "config.x"], "crop_padding=-1"),
-        ([CONFIG, "--config.num_epochs=None"], "error: config lacks the key 'num_epochs'"),
+        (
+            [CONFIG, "--config.num_epochs=None"],
+            "error: the config lacks config.num_epochs; --help-config lists all keys",
+        ),
         ([f"--config={ROOT}/README.md"], f"error: the config file {ROOT}/README.md cannot be used"),
         ([f"--config={ROOT}"], f"error: the config {ROOT} is a directory, not a config file"),
         ([CONFIG, "--config.batch_size=x"], "invalid literal for int()"),

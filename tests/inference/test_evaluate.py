@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 
 import jax
 import numpy as np
@@ -121,21 +122,28 @@ def test_names_and_preprocessing_go_along_with_an_export(saved, tmp_path):
         assert load_model(path).config == load_model(saved).config
 
 
+def copy_with_info(saved, path, info):
+    """Copies a model, as `save_model` would have written it with this `info`."""
+    shutil.copytree(saved, path)
+    description = json.loads((path / "model.json").read_text())
+    (path / "model.json").write_text(json.dumps({**description, "info": info}))
+
+
 def test_bad_input(model, saved, folder, tmp_path, capsys):
     nameless, fewer, damaged = tmp_path / "nameless", tmp_path / "fewer", tmp_path / "damaged"
     save_model(model, nameless)
-    save_model(model, fewer, info={"class_names": NAMES[:5]})
-    save_model(model, damaged, info={"preprocessing": {"size": 3}})
+    copy_with_info(nameless, fewer, {"class_names": NAMES[:5]})
+    copy_with_info(nameless, damaged, {"preprocessing": {"size": 3}})
     for number, dataset in enumerate((5, {}, {"name": "digits", "size": 3})):
         run = tmp_path / f"run{number}"
-        save_model(model, run)
+        copy_with_info(nameless, run, {})
         (run / "config.json").write_text(json.dumps({"dataset": dataset}))
     elsewhere = {"name": "image_folder", "data_dir": str(folder), "test_split": "val"}
     (tmp_path / "elsewhere").mkdir()
-    save_model(model, tmp_path / "elsewhere" / "run", info={"class_names": NAMES})
+    copy_with_info(nameless, tmp_path / "elsewhere" / "run", {"class_names": NAMES})
     (tmp_path / "elsewhere" / "run" / "config.json").write_text(json.dumps({"dataset": elsewhere}))
     listed = tmp_path / "listed"
-    save_model(model, listed, info={"class_names": [["a"]]})
+    copy_with_info(nameless, listed, {"class_names": [["a"]]})
     images = ["--data", "image_folder", "--data-dir", str(folder), "--split", "val"]
     for arguments, message in (
         ([tmp_path / "none", *images], f"there is no directory {tmp_path}/none"),

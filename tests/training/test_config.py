@@ -13,6 +13,7 @@ from slimconv_jax.training.config import (
     describe_keys,
     read_config,
 )
+from slimconv_jax.training.setup import create_initial
 
 ROOT = Path(__file__).parents[2]
 
@@ -63,12 +64,12 @@ def test_bad_configs(config, key, value, message):
 @pytest.mark.parametrize("key", ["num_epochs", "optimizer.learning_rate", "model.name"])
 def test_missing_keys(key):
     config = digits.get_config()
-    *sections, key = key.split(".")
+    *sections, name = key.split(".")
     where = config
     for section in sections:
         where = where[section]
-    del where[key]
-    with pytest.raises(ValueError, match=f"lacks the key '{key}'"):
+    del where[name]
+    with pytest.raises(ValueError, match=rf"lacks config\.{re.escape(key)}; --help-config lists"):
         check_config(complete(config), num_devices=1)
 
 
@@ -99,6 +100,17 @@ def test_every_key_can_be_set_on_the_command_line():
     assert (config.transform.scale, config.loader.on_device) == ((0.5, 1.0), False)
     assert (config.init_from, config.model.dtype, config.model.k) == ("a b", "bfloat16", None)
     assert (config.dataset.data_dir, config.checkpoint_every_minutes) == (None, 5.0)
+
+
+def test_frozen_statistics_need_a_trained_model():
+    config = read_config("digits", ["--config.step.batch_norm=frozen", "--config.model.width=8"])
+    with pytest.raises(ValueError, match=r"needs the statistics .*: set config\.init_from, or"):
+        create_initial(config, num_classes=10)
+
+
+def test_a_name_is_not_a_config():
+    with pytest.raises(ValueError, match="a config is a ConfigDict, as read_config returns"):
+        complete("digits")
 
 
 @pytest.mark.parametrize(
