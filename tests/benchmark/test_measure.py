@@ -101,6 +101,7 @@ def test_measured_figures_agree_with_each_other():
     assert theirs["memory_bytes"] is None
 
 
+@pytest.mark.long
 def test_without_pytorch_the_rest_is_measured(monkeypatch, capsys, caching):
     monkeypatch.setitem(sys.modules, "torch", None)  # what `import torch` then fails on
     assert main(["benchmark", "resnet14", "--implementation", "torch"]) == 1

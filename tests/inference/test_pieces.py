@@ -52,6 +52,7 @@ def test_each_device_takes_its_own_share_in_pieces(monkeypatch):
     assert "all-" not in split.lower(images).compile().as_text()
 
 
+@pytest.mark.long
 def test_a_model_that_rematerialises_gives_the_same(monkeypatch):
     monkeypatch.setattr(pieces, "PIXELS", 2 * 32 * 32)
     model = create_model(

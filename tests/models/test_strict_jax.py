@@ -155,12 +155,9 @@ def test_statistics_keep_their_dtype_in_a_loop(build, dtype):
         jax.eval_shape(lambda state, x: jax.lax.scan(step, state, x), state, batches)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
-    "flags",
-    [
-        ("jax_debug_nans", "jax_debug_infs"),
-        pytest.param(("jax_check_tracer_leaks",), marks=pytest.mark.long),
-    ],
+    "flags", [("jax_debug_nans", "jax_debug_infs"), ("jax_check_tracer_leaks",)]
 )
 def test_flags_for_debugging_find_nothing(flags):
     before = {flag: getattr(jax.config, flag) for flag in flags}

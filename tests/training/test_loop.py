@@ -130,7 +130,7 @@ def test_one_device_and_eight_give_the_same_losses(tmp_path):
     assert losses[0] == pytest.approx(losses[1], abs=1e-4)
 
 
-@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize("damage", ["killed", pytest.param("truncated", marks=pytest.mark.long)])
 def test_an_interrupted_run_continues_to_the_same_result(run, tmp_path, capsys, damage):
     workdir, result = run
     copy = shutil.copytree(workdir, tmp_path / "copy")
@@ -262,6 +262,7 @@ def test_another_architecture_under_the_same_name_is_refused(run, tmp_path):
         train(small_config(), copy)
 
 
+@pytest.mark.long
 def test_photos_with_an_unreadable_one_among_them(tmp_path, capsys):
     files = {f"{name}/{i}.jpg": encode(smooth(40, 50, seed=i)) for name in "ab" for i in range(8)}
     write_folder(tmp_path, "train", files | {"a/3.jpg": b"damaged"})
