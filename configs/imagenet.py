@@ -6,8 +6,10 @@ r"""Any model of `slimconv list` on ImageNet, with the recipe that the paper's r
     python train.py --config imagenet:resnet50
 
 Published top-1 errors: sc_resnet50 22.77 % at k=4/3 and 24.48 % at k=8/3, sc_resnet101 22.16 %,
-sc_resnext101_32x3d 21.18 %. PyTorch's resnet50 has about 24 % with this recipe. The authors
-released weights of sc_resnet50 with a cosine, too, which ",cosine" asks for.
+sc_resnext101_32x3d 21.18 %. PyTorch's resnet50 has about 24 % with this recipe. Which schedule
+gave which error is not published. The authors released weights of sc_resnet50 with steps and with a
+cosine (",cosine"), and their table had 23.29 % until June 2020 and 22.77 % since: most likely 23.29
+belongs to the steps and 22.77 to the cosine.
 
 ImageNet is read from TensorFlow Datasets; add --config.dataset.data_dir=DIR where it is kept
 elsewhere than by default. For a directory of JPEGs add --config.dataset.name=image_folder

@@ -11,6 +11,7 @@ import struct
 import types
 import zipfile
 import zlib
+from collections.abc import Collection
 from numbers import Integral, Real
 
 LIBRARY_ERRORS = (
@@ -62,6 +63,12 @@ def require_number(name: str, value: object, *, least: float, below: float = 1e6
     if not is_number or not least <= value < below:  # also refuses NaN
         limit = "" if below == 1e6 and is_number and not value >= below else f" and < {below:g}"
         raise InputError(f"{name}={value!r} must be a number >= {least}{limit}")
+
+
+def require_choice(name: str, value: object, choices: Collection[str]) -> None:
+    """Raises an InputError unless `value` is one of some strings."""
+    if not isinstance(value, str) or value not in choices:
+        raise InputError(f"{name}={value!r} must be one of {', '.join(map(repr, choices))}")
 
 
 def import_extra(module: str, *, extra: str, package: str | None = None) -> types.ModuleType:

@@ -55,20 +55,26 @@ def conv_bn(x, p, train=False, **settings):
     return batch_norm(conv(x, p["conv"]["kernel"], **settings), p["bn"], train)
 
 
-def slimconv(x, p, reduction, strides=1, dilation=1, groups=1, lower_groups=1, train=False):
+def slimconv(
+    x, p, reduction, strides=1, dilation=1, groups=1, lower_groups=1, train=False, gating="flipped"
+):
     channels = x.shape[-1]
     a = channels // reduction
 
     # Reconstruct.
-    squeezed = x.mean(axis=(1, 2)) @ p["gate"]["squeeze"]["kernel"]
-    squeezed = relu(batch_norm(squeezed, p["gate"]["bn"], train))
-    logits = squeezed @ p["gate"]["excite"]["kernel"] + p["gate"]["excite"]["bias"]
-    w = 1 / (1 + np.exp(-logits))
+    if gating == "none":
+        w = np.ones((x.shape[0], channels))
+    else:
+        squeezed = x.mean(axis=(1, 2)) @ p["gate"]["squeeze"]["kernel"]
+        squeezed = relu(batch_norm(squeezed, p["gate"]["bn"], train))
+        logits = squeezed @ p["gate"]["excite"]["kernel"] + p["gate"]["excite"]["bias"]
+        w = 1 / (1 + np.exp(-logits))
     upper = lower = 0
     for chunk in range(reduction):
         for c in range(a):
             channel = chunk * a + c
-            weight = w[:, channel, None, None], w[:, channels - 1 - channel, None, None]
+            other = channels - 1 - channel if gating == "flipped" else channel
+            weight = w[:, channel, None, None], w[:, other, None, None]
             one = np.eye(a)[c]
             upper = upper + (weight[0] * x[..., channel])[..., None] * one
             lower = lower + (weight[1] * x[..., channel])[..., None] * one

@@ -1,23 +1,24 @@
-"""The script of the compression curve, on digits in place of CIFAR-100."""
+"""The sweeps of benchmarks/: the compression curve and the studies, on digits, not on CIFAR-100."""
 
-import argparse
 import json
 import os
 import signal
 import subprocess
 import sys
 
-import cifar100_compression as sweep
-import compression_report
+import ablation
+import cifar100_compression
 import pytest
+import sweep
 from PIL import Image
 
 from slimconv_jax.console import Status
+from slimconv_jax.training.config import read_config
 
 # How ml_collections loads a config file.
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
 
-SCRIPT = sweep.__file__
+SCRIPT = cifar100_compression.__file__
 WHERE = {"date": "today", "device": "an abacus", "versions": {"python": "3"}}
 
 
@@ -41,7 +42,7 @@ def sweep_here(monkeypatch):
 
     def run(arguments):
         monkeypatch.setattr(sys, "argv", [SCRIPT, *arguments])
-        sweep.run_script(sweep.main)
+        cifar100_compression.run_script(cifar100_compression.main)
 
     yield run
     for number, handler in handlers.items():
@@ -63,111 +64,101 @@ def test_a_sweep_is_interrupted_and_continued(tmp_path, sweep_here, capsys):
     assert "the same command continues" in output and errors.endswith("interrupted\n")
     assert not (tmp_path / "resnet14_seed1/result.json").exists()
     first = (tmp_path / "resnet14_seed0/metrics.jsonl").read_bytes()
-    (row,) = json.loads((tmp_path / "results.json").read_text())["models"]
-    assert list(row["top1_by_seed"]) == ["0"] and row["top1_sd"] is None
+    (only,) = sweep.read_results(tmp_path / "results.json")
+    assert only["seed"] == 0 and len(only["curves"]["test"]) == 1
 
     sweep_here(arguments(tmp_path))
     output = capsys.readouterr().out
     assert "1 of 2 runs are finished" in output
     assert (tmp_path / "resnet14_seed0/metrics.jsonl").read_bytes() == first
-    (row,) = json.loads((tmp_path / "results.json").read_text())["models"]
-    for seed in ("0", "1"):
+    results = sweep.read_results(tmp_path / "results.json")
+    for seed, result in enumerate(results):
         workdir = tmp_path / f"resnet14_seed{seed}"
         test = json.loads((workdir / "metrics.jsonl").read_text().splitlines()[-1])
-        assert row["top1_by_seed"][seed] == 100 * test["top1"]
+        assert result["top1"] == round(test["top1"], 4) == result["curves"]["test"][-1][2]
         assert f"top-1 {test['top1']:.2%}" in (workdir / "train.log").read_text()
-    assert f"| resnet14 | {row['params']:,} |" in output
+    assert len(results) == 2 and f"| resnet14 | {results[0]['params']:,} |" in output
 
 
-@pytest.fixture
-def args(tmp_path):
-    overrides = ["--config.model.stem=imagenet", "--config.dataset.data_dir=/data"]
-    return argparse.Namespace(workdir=tmp_path, epochs=4, width=16, seeds=3, overrides=overrides)
+VARIANTS = [
+    sweep.Variant(name, "cifar100:resnet14", {"model.width": 8, "num_epochs": n})
+    for name, n in (("first", 3), ("second one", 4))
+]
 
 
 def finish(run, top1, **changes):
     """Writes what a finished run leaves."""
-    run.workdir.mkdir(exist_ok=True)
-    config = sweep.read_config(sweep.config_of(run.model), run.overrides)
+    run.workdir.mkdir(exist_ok=True, parents=True)
+    config = read_config(run.variant.config, run.overrides)
     (run.workdir / "config.json").write_text(config.to_json_best_effort())
-    values = (run.model, run.seed, *run.counts.values(), top1, 100.0 + run.seed, 2, WHERE)
-    result = dict(zip(compression_report.RESULT, values, strict=True)) | changes
+    curves = {"train": [[0.5, 3, 0.1], [1, 2, 0.9]], "test": [[1, 2.5, top1]]}
+    values = (run.variant.name, run.seed, *run.counts.values(), top1, 2.5, 0.9, 100.0 + run.seed)
+    result = dict(zip(sweep.RESULT, (*values, 2, WHERE, curves), strict=True)) | changes
     (run.workdir / "result.json").write_text(json.dumps(result))
 
 
 @pytest.fixture
-def report(args):
-    baseline, *_ = sweep.plan("resnet50", args)
-    return compression_report.Report(args.workdir, baseline.settings, 1000, "a budget")
+def runs(tmp_path):
+    return sweep.plan_runs(VARIANTS, 3, tmp_path, ["--config.dataset.data_dir=/data"])
 
 
-def test_the_report(report, tmp_path, args):
-    accuracies = {
-        "ghost_resnet50": [0.19],
-        "resnet50": [0.20, 0.22, 0.24],
-        "sc_resnet50@4/3": [0.21, 0.24, 0.24],
-    }
-    for model, top1 in accuracies.items():
-        for run, value in zip(sweep.plan(model, args), top1, strict=False):
-            finish(run, value, params=600 if "@" in model else 1000)
-    report.write()
-    plain, slim, ghost = json.loads((tmp_path / "results.json").read_text())["models"]
+def test_rows_and_their_table(runs):
+    top1 = {"first": [0.20, 0.22, 0.24], "second one": [0.21, 0.24, 0.24]}
+    for run in runs:
+        params = 600 if run.variant is VARIANTS[1] else 1000
+        finish(run, top1[run.variant.name][run.seed], params=params)
+    results = [json.loads((run.workdir / "result.json").read_text()) for run in runs]
+    plain, slim = sweep.summarize(results, "first")
     assert plain["top1"] == pytest.approx(22) and plain["top1_sd"] == pytest.approx(2)
-    assert slim["compression"] == 0.4 and slim["published_top1"] == 78.5
-    assert slim["top1"] == pytest.approx(23)
-    assert slim["gain"] == pytest.approx(1) and slim["gain_sd"] == pytest.approx(1)
-    assert ghost["gain"] == pytest.approx(-1) and ghost["gain_sd"] is None
-    table = (tmp_path / "results.md").read_text()
-    assert table.startswith("a budget.\n")
-    start = f"| sc_resnet50@4/3 | 600 | 40.0% | {slim['macs']:,} | 3 |"
-    assert f"{start} 23.00 ± 1.73 | +1.00 ± 1.00 | 78.5 | 101 |" in table
-    assert (
-        f"| ghost_resnet50 | 1,000 | 0.0% | {ghost['macs']:,} | 1 | 19.00 | -1.00 |  | 100 |"
-        in table
-    )
-    assert table.endswith("Measured on an abacus, 2 runs at once (python 3).\n")
-    with Image.open(tmp_path / "compression.png") as picture:
-        assert picture.width > 500 and len(picture.getcolors(10**6)) > 100
+    assert slim["compression"] == 0.4 and slim["top1"] == pytest.approx(23)
+    # Student's t at 97.5 % with two degrees of freedom is 4.303.
+    assert slim["gain"] == pytest.approx(1)
+    assert slim["gain_ci"] == pytest.approx(4.303 / 3**0.5, rel=1e-3)
+    table = sweep.table([plain, slim], "first", {"second one": 78.5})
+    start = f"| second one | 600 | 40.0% | {slim['macs']:,} | 3 | 90.0 | 2.500 |"
+    assert f"{start} 23.00 ± 1.73 | +1.00 ± 2.48 | 78.5 | 101 |\n" in table
+    (alone,) = sweep.summarize(results[1:2], "first")
+    row = sweep.table([alone], "first", {}).splitlines()[-1]
+    assert row.endswith("| 1 | 90.0 | 2.500 | 21.00 | - | 100 |") and "| 600 | - |" in row
 
 
-def test_a_result_counts_for_its_own_settings_alone(report, args):
-    run, other, _ = sweep.plan("resnet14", args)
-    assert not run.is_finished()
+def test_a_result_counts_for_its_own_settings_alone(runs, tmp_path):
+    run, other, *_ = runs
+    assert run.result() is None
     finish(run, 0.2)
-    assert run.is_finished() and not other.is_finished()
+    assert run.result()["top1"] == 0.2 and other.result() is None
     # Where the data are is not a part of them.
-    args.overrides = [text.replace("/data", "/elsewhere") for text in args.overrides]
-    assert sweep.plan("resnet14", args)[0].is_finished()
-    assert [row["model"] for row in report.rows()] == ["resnet14"]
+    elsewhere, *_ = sweep.plan_runs(VARIANTS, 1, tmp_path, ["--config.dataset.data_dir=/other"])
+    assert elsewhere.result() == run.result()
+    longer, *_ = sweep.plan_runs(VARIANTS, 1, tmp_path, ["--config.num_epochs=5"])
+    assert longer.workdir == run.workdir and longer.result() is None
     finish(run, 0.2, params=1)  # of a file of channels that has changed
-    assert not run.is_finished()
-    finish(run, 0.2)
-    args.epochs = 5
-    (longer, *_) = sweep.plan("resnet14", args)
-    assert not longer.is_finished()
-    finish(longer, 0.3)
-    assert report.rows() == []  # of another budget
+    assert run.result() is None
 
 
-@pytest.mark.parametrize("text", ["", "3", "null", "[]", "{}", '{"model": "resnet14"}'])
-def test_a_damaged_result_is_none(args, text):
-    (run, *_) = sweep.plan("resnet14", args)
-    finish(run, 0.2)
-    (run.workdir / "result.json").write_text(text)
-    assert not run.is_finished()
+@pytest.mark.parametrize("text", ["", "3", "null", "[]", "{}", '{"variant": "first"}'])
+def test_a_damaged_result_is_none(runs, text):
+    finish(runs[0], 0.2)
+    (runs[0].workdir / "result.json").write_text(text)
+    assert runs[0].result() is None
+
+
+def test_variants_do_not_share_a_directory(tmp_path):
+    same = [sweep.Variant(name, "cifar100:resnet14", {}) for name in ("a b", "a/b")]
+    with pytest.raises(ValueError, match="two of the variants would have the same work directory"):
+        sweep.plan_runs(same, 1, tmp_path)
 
 
 @pytest.mark.process
-def test_a_disk_that_is_full_stops_the_sweep(args, report, sweep_here):
-    runs = sweep.plan("resnet14", args)
+def test_a_disk_that_is_full_stops_the_sweep(runs):
     for run in runs:
         run.workdir.mkdir()
         (run.workdir / "train.log").symlink_to("/dev/full")
-    with pytest.raises(ValueError, match=r"cannot write to .*resnet14_seed.: No space left"):
-        sweep.train_all(runs, 2, report)
+    with pytest.raises(ValueError, match=r"cannot write to .*_seed.: No space left"):
+        sweep.train_all(runs, 2, lambda results: None)
 
 
-def test_two_at_once_have_their_share_of_the_cores(args, monkeypatch):
+def test_two_at_once_have_their_share_of_the_cores(monkeypatch):
     cores = os.sched_getaffinity(0)
     monkeypatch.setattr(sweep, "environment_apart", lambda: WHERE)
     with Status() as status:
@@ -176,18 +167,20 @@ def test_two_at_once_have_their_share_of_the_cores(args, monkeypatch):
     assert shares[0] | shares[1] == cores and not shares[0] & shares[1]
 
 
-def read_recipe(model, args):
-    return sweep.read_config(sweep.config_of(model), sweep.recipe(model, args))
+def config_of(variant):
+    return read_config(variant.config, [f"--config.{k}={v}" for k, v in variant.settings.items()])
 
 
-def test_the_recipe(args):
-    config = read_recipe("sc_resnet50@8/3", args)
+def test_the_recipe_of_the_compression_curve():
+    variant = cifar100_compression.variant_of("sc_resnet50@8/3", 4, 16)
+    assert variant.published_top1 == 78.1
+    config = config_of(variant)
     assert (config.model.k, config.model.width, config.num_epochs) == ("8/3", 16, 4)
     assert (config.optimizer.schedule, config.optimizer.warmup_epochs) == ("cosine", 0.4)
-    budget = sweep.describe_budget(config, args.overrides)
+    overrides = ["--config.model.stem=imagenet", "--config.dataset.data_dir=/data"]
+    budget = cifar100_compression.describe_budget(4, 16, overrides)
     assert budget == "width 16, 4 epochs (cosine), model.stem=imagenet"
-    args.epochs = 200
-    config = read_recipe("ghost_resnet50", args)
+    config = config_of(cifar100_compression.variant_of("ghost_resnet50", 200, 64))
     assert config.model.name == "ghost_resnet50" and config.model.k is None
     assert config.optimizer.schedule == "multistep"
     assert config.optimizer.milestones == (60, 120, 160)
@@ -196,8 +189,36 @@ def test_the_recipe(args):
 def test_a_file_of_channels_has_the_recipe_without_k(tmp_path):
     path = tmp_path / "sc_found.json"  # whatever its name
     path.write_text(json.dumps({"stem": 8, "stages": [[[8, 8, 32]]] * 4}))
-    assert sweep.config_of(str(path)).endswith(f"/configs/cifar100.py:{path}")
-    assert sweep.config_of("sc_resnet14@2").endswith("/configs/cifar100.py:sc_resnet14")
+    variant = cifar100_compression.variant_of(str(path), 4, 16)
+    assert variant.config.endswith(f"/configs/cifar100.py:{path}")
+    assert variant.name == "sc_found" and "model.k" not in variant.settings
+
+
+@pytest.mark.parametrize("name", ablation.STUDIES)
+def test_a_study_can_be_planned_and_drawn(name, tmp_path, monkeypatch, capsys):
+    study = ablation.STUDIES[name]
+    variants = ablation.variants_of(study)
+    assert study.baseline in study.variants
+    configs = [config_of(variant) for variant in variants]
+    assert len({config.to_json_best_effort() for config in configs}) == len(variants)
+    where = {"params": 10, "macs": 10, "images_per_second": None, "jobs": 1, "where": WHERE}
+    curves = {"train": [[1, 4, 0.1], [2, 3, 0.3]], "test": [[2, 3, 0.2]]}
+    results = [
+        where
+        | {"variant": v.name, "seed": seed, "top1": 0.2 + seed / 100, "loss": 3.0}
+        | {"train_accuracy": 0.3, "curves": curves}
+        for seed in range(2)
+        for v in variants
+    ]
+    (tmp_path / "given.json").write_text(json.dumps({"title": "", "runs": results}))
+    command = ["ablation.py", name, "--results", str(tmp_path / "given.json")]
+    monkeypatch.setattr(sys, "argv", [*command, "--workdir", str(tmp_path)])
+    ablation.main()
+    assert study.prediction in (text := capsys.readouterr().out)
+    assert f"| {study.baseline} | 10 | 0.0% | 10 | 2 | 30.0 | 3.000 | 20.50 ± 0.71 |  | - |" in text
+    assert sweep.read_results(tmp_path / name / "results.json") == results
+    with Image.open(tmp_path / name / "results.png") as picture:
+        assert picture.width > 500 and len(picture.getcolors(10**6)) > 100
 
 
 @pytest.mark.parametrize(
@@ -210,7 +231,7 @@ def test_a_file_of_channels_has_the_recipe_without_k(tmp_path):
         ),
         (["--models", "resnet51"], "error: unknown model 'resnet51'; did you mean resnet50"),
         (["--models", "resnet50@2"], "error: resnet50 has no SlimConv, so it takes no k"),
-        (["--config.model.k=2"], "--config.model.k is for --models NAME@K, --width, --epochs"),
+        (["--config.model.k=2"], "--config.model.k is for other options to say; see --help"),
         (["--bogus"], "unrecognized argument --bogus; those of train.py are --config.KEY=VALUE"),
         pytest.param(
             ["--config.optimizer.learning_rate=-1", "--models", "resnet14"],

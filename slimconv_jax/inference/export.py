@@ -20,7 +20,13 @@ from flax import nnx
 
 from slimconv_jax.data.preprocessing import Preprocessing, normalize
 from slimconv_jax.data.transforms import MOST_SIDE
-from slimconv_jax.errors import LIBRARY_ERRORS, InputError, import_extra, require_integer
+from slimconv_jax.errors import (
+    LIBRARY_ERRORS,
+    InputError,
+    import_extra,
+    require_choice,
+    require_integer,
+)
 from slimconv_jax.files import new_file
 from slimconv_jax.inference.saved import SavedModel, open_model
 from slimconv_jax.models.resnet import ResNet
@@ -90,14 +96,13 @@ def check_format(format: str, *, input: str | None = None, image_size: int | Non
     Raises:
       ValueError: if not.
     """
-    if format not in FORMATS:
-        raise InputError(f"format={format!r} must be one of {', '.join(map(repr, FORMATS))}")
+    require_choice("format", format, FORMATS)
     if format not in PROGRAMS and (input is not None or image_size is not None):
         raise InputError(
             f"--input and --image-size are for {' and '.join(PROGRAMS)}; {format} has only weights"
         )
-    if input not in (None, *INPUTS):
-        raise InputError(f"input={input!r} must be one of {', '.join(map(repr, INPUTS))}")
+    if input is not None:
+        require_choice("input", input, INPUTS)
 
 
 def _export_program(

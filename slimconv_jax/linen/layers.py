@@ -42,6 +42,8 @@ class SlimConv(nn.Module):
     feature_group_count: int = 1
     lower_feature_group_count: int | None = None
     squeeze_ratio: int = 32
+    min_squeezed: int = 1
+    gating: str = "flipped"
     kernel_init: Initializer = kaiming_normal
     momentum: float = 0.9
     epsilon: float = 1e-5

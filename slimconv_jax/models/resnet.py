@@ -9,17 +9,18 @@ with ghost modules instead of convolutions, and networks with individual channel
 import contextlib
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from flax.typing import Dtype, Initializer
 
-from slimconv_jax.errors import InputError, require_integer
+from slimconv_jax.errors import InputError, require_choice, require_integer
 from slimconv_jax.models.ghost import GhostConvBN
-from slimconv_jax.models.layers import ConvBN, at_least_float32, uniform_fan_in
+from slimconv_jax.models.layers import ConvBN, at_least_float32, kaiming_normal, uniform_fan_in
 from slimconv_jax.models.operations import max_pool
-from slimconv_jax.models.slimconv import SlimConv
+from slimconv_jax.models.slimconv import GATINGS, SlimConv
 
 _MOST_BLOCKS = 200
 """The limit per stage. ResNet-152 has 36; a model of thousands takes minutes to build."""
@@ -35,13 +36,18 @@ class ResNetConfig:
     Attributes:
       blocks: residual blocks in each of the four stages.
       block: "bottleneck"; "basic", which has no SlimConv, since SlimConv needs the 1x1 convolution
-        that follows it in a bottleneck; or "ghost", a bottleneck whose convolutions are ghost
-        modules.
+        that follows it in a bottleneck; "ghost", a bottleneck whose convolutions are ghost
+        modules; or "se", a bottleneck with squeeze-and-excitation of its output.
       groups: groups of the 3x3 convolutions, in SlimConv those of the upper path.
       base_width: channels per group of a bottleneck's 3x3 convolution in the first stage,
         at the standard `width` of 64 (ResNeXt's "4d").
       reduction: r of every SlimConv; None for plain 3x3 convolutions.
       lower_groups: groups of SlimConv's lower 3x3 convolution; `groups` if None.
+      squeeze_ratio: of every SlimConv; see there, as for the next two.
+      min_squeezed: likewise.
+      gating: likewise.
+      sc_stages: for each stage, whether its blocks have SlimConv; the others have plain 3x3
+        convolutions.
       num_classes: outputs of the classifier; 0 for none, which leaves the pooled features.
       width: channels of the stem and planes of the first stage; the stages have 1, 2, 4
         and 8 times as many planes.
@@ -63,6 +69,10 @@ class ResNetConfig:
     base_width: int = 64
     reduction: int | None = None
     lower_groups: int | None = None
+    squeeze_ratio: int = 32
+    min_squeezed: int = 1
+    gating: str = "flipped"
+    sc_stages: tuple[bool, bool, bool, bool] = (True, True, True, True)
     num_classes: int = 1000
     width: int = 64
     stem: str = "imagenet"
@@ -70,26 +80,33 @@ class ResNetConfig:
     channels: tuple[int, tuple[tuple[tuple[int, int, int], ...], ...]] | None = None
 
     def __post_init__(self):
-        for name, least in (("num_classes", 0), ("width", 1), ("groups", 1), ("base_width", 1)):
-            require_integer(name, getattr(self, name), least, 2**20 if least == 0 else 2**12)
+        for name in ("width", "groups", "base_width", "squeeze_ratio", "min_squeezed"):
+            require_integer(name, getattr(self, name), 1, 2**12)
+        require_integer("num_classes", self.num_classes, 0)
         for stage, number in enumerate(self.blocks, 1):
             require_integer(f"stage {stage}: the number of blocks", number, 1, _MOST_BLOCKS)
         if len(self.blocks) != 4:
             raise InputError(f"blocks={self.blocks!r} must be four numbers, one for each stage")
-        for name, choices in (("block", BLOCKS), ("stem", STEMS)):
-            if (value := getattr(self, name)) not in choices:
-                raise InputError(f"{name}={value!r} must be one of {', '.join(map(repr, choices))}")
+        for name, choices in (("block", BLOCKS), ("stem", STEMS), ("gating", GATINGS)):
+            require_choice(name, getattr(self, name), choices)
+        for name, first in (("dilation", 2), ("sc_stages", 1)):
+            value, length = getattr(self, name), 5 - first
+            if not isinstance(value, tuple) or list(map(type, value)) != [bool] * length:
+                raise InputError(
+                    f"{name}={value!r} must be {length} booleans, one for each stage from {first} "
+                    "to 4"
+                )
         if self.block != "bottleneck" and self.reduction is not None:
             raise InputError(f"a {self.block} block has no SlimConv, so it takes no reduction")
+        if not any(self.sc_stages):
+            raise InputError("sc_stages leaves no stage with SlimConv; take the plain architecture")
+        if self.reduction is None and self.ablations:
+            settings = ", ".join(f"{name}={value!r}" for name, value in self.ablations.items())
+            raise InputError(f"{settings} is for SlimConv, and this architecture has none")
         if self.block != "basic" and self.width * self.base_width < 64:
             raise InputError(
                 f"width={self.width} with base_width={self.base_width} leaves the bottlenecks no "
                 f"channels; width must be at least {math.ceil(64 / self.base_width)}"
-            )
-        if not isinstance(self.dilation, tuple) or list(map(type, self.dilation)) != [bool] * 3:
-            raise InputError(
-                f"dilation={self.dilation!r} must be three booleans, one for each of stages 2, 3 "
-                "and 4: whether dilation replaces the stride"
             )
         if self.block == "ghost" and (any(self.dilation) or self.groups != 1):
             raise InputError("ghost modules take neither dilation nor groups")
@@ -130,6 +147,13 @@ class ResNetConfig:
                 )
 
     @property
+    def ablations(self) -> dict[str, Any]:
+        """The settings of SlimConv that are not those of the published networks, by attribute."""
+        names = ("squeeze_ratio", "min_squeezed", "gating", "sc_stages")
+        values = {name: getattr(self, name) for name in names}
+        return {n: value for n, value in values.items() if value != getattr(ResNetConfig, n)}
+
+    @property
     def stem_channels(self) -> int:
         """Channels of the stem's output."""
         return self.width if self.channels is None else self._scaled(self.channels[0])
@@ -153,6 +177,24 @@ class ResNetConfig:
         return max(channels * self.width // 64, 1)
 
 
+class SqueezeExcite(nnx.Module):
+    """Squeeze-and-excitation (Hu et al., CVPR 2018): one weight in (0, 1) per channel.
+
+    Global average pool, linear layer C -> C // 16, ReLU, linear layer back to C, sigmoid.
+    """
+
+    def __init__(self, features: int, *, dtype: Dtype | None, rngs: nnx.Rngs):
+        squeezed = max(features // 16, 1)
+        common = {"kernel_init": kaiming_normal, "dtype": dtype, "rngs": rngs}
+        self.squeeze = nnx.Linear(features, squeezed, **common)
+        self.excite = nnx.Linear(squeezed, features, **common)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps (N, H, W, C) to weights of shape (N, 1, 1, C)."""
+        pooled = x.mean(axis=(1, 2), keepdims=True)
+        return nnx.sigmoid(self.excite(nnx.relu(self.squeeze(pooled))))
+
+
 class BasicBlock(nnx.Module):
     """Two 3x3 convolutions and a shortcut, the block of ResNet-18 and -34."""
 
@@ -162,6 +204,7 @@ class BasicBlock(nnx.Module):
         channels: tuple[int, int, int],
         config: ResNetConfig,
         *,
+        has_slimconv: bool,
         strides: int,
         dilation: int,
         scale_init: Initializer,
@@ -185,7 +228,8 @@ class Bottleneck(nnx.Module):
     """1x1 convolution, SlimConv or 3x3 convolution, 1x1 convolution, and a shortcut.
 
     The middle one has the stride (ResNet v1.5). In a ghost bottleneck all of them are ghost
-    modules, including the shortcut's convolution.
+    modules, including the shortcut's convolution. In an SE bottleneck, squeeze-and-excitation
+    weights the output of the last one.
     """
 
     def __init__(
@@ -194,6 +238,7 @@ class Bottleneck(nnx.Module):
         channels: tuple[int, int, int],
         config: ResNetConfig,
         *,
+        has_slimconv: bool,
         strides: int,
         dilation: int,
         scale_init: Initializer,
@@ -209,14 +254,22 @@ class Bottleneck(nnx.Module):
             middle |= {"kernel_dilation": dilation, "feature_group_count": config.groups}
         first, second, self.out_features = channels
         self.conv1 = conv(in_features, first, 1, **common)
-        if config.reduction is None:
-            self.conv2 = conv(first, second, 3, **middle)
+        if has_slimconv:
+            self.conv2 = SlimConv(
+                first,
+                reduction=config.reduction,
+                lower_feature_group_count=config.lower_groups,
+                squeeze_ratio=config.squeeze_ratio,
+                min_squeezed=config.min_squeezed,
+                gating=config.gating,
+                **middle,
+            )
         else:
-            middle |= {"lower_feature_group_count": config.lower_groups}
-            self.conv2 = SlimConv(first, reduction=config.reduction, **middle)
+            self.conv2 = conv(first, second, 3, **middle)
         self.conv3 = conv(
             self.conv2.out_features, self.out_features, 1, scale_init=scale_init, **common
         )
+        self.se = SqueezeExcite(self.out_features, **common) if config.block == "se" else None
         self.shortcut = _shortcut(conv, in_features, self.out_features, strides, **common)
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -227,12 +280,20 @@ class Bottleneck(nnx.Module):
             y = nnx.relu(self.conv2(y))
         with jax.named_scope("conv3"):
             y = self.conv3(y)
+        if self.se is not None:
+            with jax.named_scope("se"):
+                y = y * self.se(y)
         with jax.named_scope("shortcut"):
             x = x if self.shortcut is None else self.shortcut(x)
         return nnx.relu(y + x)
 
 
-BLOCKS = {"basic": BasicBlock, "bottleneck": Bottleneck, "ghost": Bottleneck}
+BLOCKS = {
+    "basic": BasicBlock,
+    "bottleneck": Bottleneck,
+    "ghost": Bottleneck,
+    "se": Bottleneck,
+}
 
 
 def _shortcut(
@@ -314,6 +375,7 @@ class ResNet(nnx.Module):
                     features,
                     config.block_channels(stage, index),
                     config,
+                    has_slimconv=config.reduction is not None and config.sc_stages[stage],
                     strides=strides if index == 0 else 1,
                     dilation=first_dilation if index == 0 else dilation,
                     scale_init=scale_init,

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.typing import Dtype, Initializer, PaddingLike, PrecisionLike
 
-from slimconv_jax.errors import InputError, require_integer
+from slimconv_jax.errors import InputError, require_choice, require_integer
 from slimconv_jax.models.layers import (
     BatchNorm,
     ConvBN,
@@ -30,6 +30,9 @@ from slimconv_jax.models.layers import (
 from slimconv_jax.models.mode import running_average
 
 CompressionRatio = str | Fraction | float
+
+GATINGS = ("flipped", "plain", "none")
+"""What the gate of the lower path can be: that of the upper one reversed, the same, or none."""
 
 
 def reduction_from_k(k: CompressionRatio) -> int:
@@ -79,13 +82,14 @@ def _obstacle(in_features: int, reduction: int, upper_groups: int, lower_groups:
 class Gate(nnx.Module):
     """One weight in (0, 1) per channel, from the channels' global averages.
 
-    Global average pool, 1x1 convolution C -> C // squeeze_ratio (at least 1) without bias,
+    Global average pool, 1x1 convolution C -> max(C // squeeze_ratio, min_squeezed) without bias,
     batch norm, ReLU, 1x1 convolution back to C with bias, sigmoid. On a 1x1 map a
     1x1 convolution is a matrix product, hence `nnx.Linear`.
 
     Args:
       features: channels C.
       squeeze_ratio: channels per squeezed channel.
+      min_squeezed: squeezed channels at least.
       precision: of the products (see `nnx.Linear`).
       dtype: dtype of the computation; inferred from input and parameters if None.
       param_dtype: dtype of the parameters.
@@ -98,13 +102,14 @@ class Gate(nnx.Module):
         features: int,
         *,
         squeeze_ratio: int = 32,
+        min_squeezed: int = 1,
         precision: PrecisionLike = None,
         dtype: Dtype | None = None,
         param_dtype: Dtype = jnp.float32,
         rngs: nnx.Rngs,
         **norm,
     ):
-        squeezed = max(features // squeeze_ratio, 1)
+        squeezed = max(features // squeeze_ratio, min_squeezed)
         common = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         linear = {"kernel_init": kaiming_normal, "precision": precision, **common}
         self.squeeze = nnx.Linear(features, squeezed, use_bias=False, **linear)
@@ -144,7 +149,10 @@ class SlimConv(nnx.Module):
       feature_group_count: groups of the upper 3x3 convolution; must divide a.
       lower_feature_group_count: groups of the lower one; must divide b. The same as
         `feature_group_count` if None.
-      squeeze_ratio: the gate squeezes C channels to C // squeeze_ratio, at least 1.
+      squeeze_ratio: the gate squeezes C channels to C // squeeze_ratio.
+      min_squeezed: the channels that it squeezes them to at least.
+      gating: "flipped" as in the paper; for ablations "plain", which is w on both paths, or "none",
+        without a gate.
       kernel_init: initialiser of the kernels of the three convolutions; those of the gate, which
         are matrices, have their own.
       kernel_metadata: of the kernels of the three convolutions, such as their sharding (see
@@ -162,10 +170,11 @@ class SlimConv(nnx.Module):
     Attributes:
       out_features: channels of the output, a + b.
       reduction: r.
+      gate: the `Gate`; None without one.
 
     Raises:
       ValueError: if k is not 2r/3 for an integer r >= 2, or C is too small for r, or the
-        channels of a path do not divide by its groups.
+        channels of a path do not divide by its groups, or there is no such gating.
     """
 
     def __init__(
@@ -180,6 +189,8 @@ class SlimConv(nnx.Module):
         feature_group_count: int = 1,
         lower_feature_group_count: int | None = None,
         squeeze_ratio: int = 32,
+        min_squeezed: int = 1,
+        gating: str = "flipped",
         kernel_init: Initializer = kaiming_normal,
         kernel_metadata: Mapping[str, Any] = MappingProxyType({}),
         momentum: float = 0.9,
@@ -203,8 +214,10 @@ class SlimConv(nnx.Module):
             ("feature_group_count", feature_group_count, 1),
             ("lower_feature_group_count", lower_feature_group_count, 1),
             ("squeeze_ratio", squeeze_ratio, 1),
+            ("min_squeezed", min_squeezed, 1),
         ):
             require_integer(f"SlimConv: {name}", value, least)
+        require_choice("gating", gating, GATINGS)
         groups = feature_group_count, lower_feature_group_count
         if obstacle := _obstacle(in_features, reduction, *groups):
             possible = [
@@ -236,13 +249,15 @@ class SlimConv(nnx.Module):
             "padding": padding,
         }
         a, b = in_features // reduction, in_features // (2 * reduction)  # as in the docstring
-        self.gate = Gate(in_features, squeeze_ratio=squeeze_ratio, **common)
+        squeeze = {"squeeze_ratio": squeeze_ratio, "min_squeezed": min_squeezed}
+        self.gate = None if gating == "none" else Gate(in_features, **squeeze, **common)
         self.upper = ConvBN(a, a, 3, feature_group_count=feature_group_count, **conv3x3)
         self.lower_reduce = ConvBN(a, b, 1, **conv)
         self.lower = ConvBN(b, b, 3, feature_group_count=lower_feature_group_count, **conv3x3)
         self.in_features = in_features
         self.out_features = a + b
         self.reduction = reduction
+        self.gating = gating
 
     def __call__(self, x: jax.Array, use_running_average: bool | None = None) -> jax.Array:
         """Maps (..., H, W, in_features) to (..., H', W', out_features).
@@ -282,17 +297,20 @@ class SlimConv(nnx.Module):
             raise InputError(
                 f"SlimConv({self.in_features}) takes (..., H, W, {self.in_features}), not {x.shape}"
             )
-        with jax.named_scope("gate"):
-            weights = self.gate(x)
+        weights = []
+        if self.gate is not None:
+            with jax.named_scope("gate"):
+                weights.append(self.gate(x))
         with jax.named_scope("fold"):
             # A sum of parts, because a reshape of the channels would change the layout on
             # accelerators. One split, so that one pass puts the gradients together. In the dtype
             # of the computation, because in float32 the step of a bfloat16 run is 2 % longer.
             chunks = self._split(x)
-            return tuple(
-                functools.reduce(operator.add, map(operator.mul, self._split(w), chunks))
-                for w in (weights, jnp.flip(weights, axis=-1))
-            )
+            if self.gating == "flipped":
+                weights.append(jnp.flip(weights[0], axis=-1))
+            gated = [map(operator.mul, self._split(w), chunks) for w in weights] or [chunks]
+            folded = [functools.reduce(operator.add, parts) for parts in gated]
+            return folded[0], folded[-1]
 
     def _split(self, x: jax.Array) -> list[jax.Array]:
         """Splits (..., C) into r chunks of a consecutive channels, each (..., a)."""

@@ -195,9 +195,7 @@ def slimify(
             _use_following_conv(node, rngs)
             replaced[conv] = (replaced[conv][0], node.conv2, place)
         if type(node) is ResNet and node.config.channels is None:
-            units = [block.conv2 for stage in node.stages for block in stage]
-            if all(isinstance(unit, SlimConv) and unit.reduction == reduction for unit in units):
-                node.config = dataclasses.replace(node.config, reduction=reduction)
+            node.config = dataclasses.replace(node.config, **_slimconvs_of(node))
         return node
 
     slim = map_modules(replace, slim, "slimify")
@@ -353,6 +351,25 @@ def _sharding(variable: nnx.Variable) -> dict[str, Any]:
     names = ("out_sharding", "sharding_names", "sharding_rules", "mesh")
     metadata = variable.get_metadata()
     return {name: metadata[name] for name in names if metadata.get(name) is not None}
+
+
+def _slimconvs_of(net: ResNet) -> dict[str, Any]:
+    """Returns the fields of a ResNet's config that its SlimConvs determine.
+
+    Returns none if they are not all of one kind, in whole stages.
+    """
+
+    def kind(unit: nnx.Module) -> dict[str, Any] | None:
+        if isinstance(unit, SlimConv):
+            return {"reduction": unit.reduction, "gating": unit.gating}
+        return None if isinstance(unit, ConvBN) and type(unit.conv) is nnx.Conv else {}
+
+    stages = [[kind(block.conv2) for block in stage] for stage in net.stages]
+    kinds = [kind for stage in stages for kind in stage if kind is not None]
+    uniform = all(kind == stage[0] for stage in stages for kind in stage)
+    if not kinds or not uniform or any(kind != kinds[0] for kind in kinds):
+        return {}
+    return kinds[0] and kinds[0] | {"sc_stages": tuple(stage[0] is not None for stage in stages)}
 
 
 def _use_following_conv(block: Bottleneck, rngs: nnx.Rngs) -> None:

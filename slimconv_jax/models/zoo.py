@@ -8,6 +8,7 @@ import functools
 import os
 import types
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -43,9 +44,13 @@ ARCHITECTURES: dict[str, ResNetConfig] = {
         (4, 8, 18, 3), groups=32, base_width=3, reduction=3, lower_groups=16
     ),
     "ghost_resnet50": ResNetConfig((3, 4, 6, 3), block="ghost"),
+    "se_resnet50": ResNetConfig((3, 4, 6, 3), block="se"),
 }
 
-_FREE = ("reduction", "num_classes", "width", "stem", "dilation")
+_FREE = (
+    *("reduction", "squeeze_ratio", "min_squeezed", "gating", "sc_stages"),
+    *("num_classes", "width", "stem", "dilation"),
+)
 """The fields of an architecture that its name leaves open."""
 
 
@@ -60,6 +65,10 @@ def create_model(
     num_classes: int = 1000,
     *,
     k: CompressionRatio | None = None,
+    squeeze_ratio: int = 32,
+    min_squeezed: int = 1,
+    gating: str = "flipped",
+    sc_stages: Sequence[bool] = (True, True, True, True),
     stem: str = "imagenet",
     width: int = 64,
     dilation: Sequence[bool] = (False, False, False),
@@ -75,6 +84,12 @@ def create_model(
       num_classes: outputs of the classifier; 0 for none, which leaves the pooled features.
       k: compression ratio of every SlimConv, 2r/3 for an integer r >= 2, as a string
         ("8/3"), Fraction or number; None for the architecture's own. Sc models only.
+      squeeze_ratio: channels per squeezed channel in the gate of every SlimConv; Sc models only,
+        like the next three.
+      min_squeezed: squeezed channels at least.
+      gating: "flipped" as in the paper; for ablations "plain", the same gate on both paths, or
+        "none".
+      sc_stages: for each of the four stages, whether it has SlimConv.
       stem: "imagenet", or "cifar" for small images.
       width: channels of the stem and planes of the first stage, 64 in all published models; the
         channels of a JSON file are those at 64.
@@ -89,7 +104,16 @@ def create_model(
         architecture do not divide by its groups at this k and width.
     """
     config = resnet_config(
-        name, k=k, num_classes=num_classes, stem=stem, width=width, dilation=dilation
+        name,
+        k=k,
+        squeeze_ratio=squeeze_ratio,
+        min_squeezed=min_squeezed,
+        gating=gating,
+        sc_stages=sc_stages,
+        num_classes=num_classes,
+        stem=stem,
+        width=width,
+        dilation=dilation,
     )
     options = {"zero_init_residual": zero_init_residual, "remat": remat, "dtype": dtype}
     with _naming(name, config.reduction):
@@ -136,29 +160,16 @@ def named_config(name: str | os.PathLike) -> ResNetConfig:
 
 
 def resnet_config(
-    name: str | os.PathLike,
-    *,
-    k: CompressionRatio | None = None,
-    num_classes: int = 1000,
-    stem: str = "imagenet",
-    width: int = 64,
-    dilation: Sequence[bool] = (False, False, False),
+    name: str | os.PathLike, *, k: CompressionRatio | None = None, **changes: Any
 ) -> ResNetConfig:
     """Returns a named architecture with changes; see `create_model` for arguments and errors."""
     config = named_config(name)
     if k is not None and config.reduction is None:
         raise InputError(f"{name} has no SlimConv, so it takes no k (k={k!r} was given)")
     reduction = config.reduction if k is None else reduction_from_k(k)
-    dilation = tuple(dilation) if isinstance(dilation, Sequence) else dilation
+    changes = {n: tuple(v) if isinstance(v, list) else v for n, v in changes.items()}
     with _naming(name, reduction):
-        return dataclasses.replace(
-            config,
-            reduction=reduction,
-            num_classes=num_classes,
-            stem=stem,
-            width=width,
-            dilation=dilation,
-        )
+        return dataclasses.replace(config, reduction=reduction, **changes)
 
 
 @contextlib.contextmanager
@@ -266,6 +277,7 @@ def describe(config: ResNetConfig) -> str:
     words = [name_of(config) or f"{config.block} blocks {config.blocks}, {kind}"]
     if config.reduction is not None:
         words.append(f"k={k_from_reduction(config.reduction)}")
+        words += (f"{name} {value}" for name, value in config.ablations.items())
     words.append(f"{config.num_classes} classes" if config.num_classes else "no classifier")
     if config.stem != "imagenet":
         words.append(f"{config.stem} stem")

@@ -25,7 +25,7 @@ from flax.typing import Dtype
 
 from slimconv_jax import __version__
 from slimconv_jax.devices import find_devices
-from slimconv_jax.errors import LIBRARY_ERRORS, InputError, import_extra
+from slimconv_jax.errors import LIBRARY_ERRORS, InputError, import_extra, require_choice
 from slimconv_jax.files import (
     MissingFileError,
     absolute,
@@ -78,8 +78,7 @@ def save_model(
         be written, or the model is not one of this package.
     """
     require_resnet(model, "save_model")
-    if format not in FORMATS:
-        raise InputError(f"format={format!r} must be one of {', '.join(map(repr, FORMATS))}")
+    require_choice("format", format, FORMATS)
     description = describe(model, format, info)
     try:
         json.dumps(description)

@@ -4,6 +4,7 @@ Names are the released ones. Every block votes, so that one damaged or missing e
 the network into another one, but is reported.
 """
 
+import itertools
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -19,7 +20,10 @@ _LEAST_NAMES = 3
 
 
 def read_architecture(
-    shapes: Mapping[str, tuple[int, ...]], *, k: CompressionRatio | None = None
+    shapes: Mapping[str, tuple[int, ...]],
+    *,
+    k: CompressionRatio | None = None,
+    gating: str | None = None,
 ) -> ResNetConfig:
     """Reads the architecture of a state dict off the shapes of its entries.
 
@@ -30,9 +34,11 @@ def read_architecture(
       shapes: the shape of each entry, by released name, without prefix.
       k: the compression ratio, needed only in very narrow networks, where several
         fit the shapes.
+      gating: of the SlimConvs; None for "flipped", as published. Shapes do not show it.
 
     Raises:
-      ValueError: if these are not entries of a ResNet, or have another k.
+      ValueError: if these are not entries of a ResNet, or have another k, or there is no such
+        gating.
     """
     blocks: dict[tuple[int, int], dict[str, tuple[int, ...]]] = {}
     for name, shape in shapes.items():
@@ -50,7 +56,11 @@ def read_architecture(
             f"{some}"
         )
 
-    ghost = any(_PRIMARY in name for block in blocks.values() for name in block)
+    kinds = [
+        kind
+        for kind, sign in (("ghost", _PRIMARY), ("se", "se.fc"))
+        if any(sign in name for block in blocks.values() for name in block)
+    ]
     for block in blocks.values():  # as if ghost modules were convolutions
         block |= {
             name.replace(_PRIMARY, ""): (2 * shape[0], *shape[1:])
@@ -68,14 +78,18 @@ def read_architecture(
         raise InputError(f"no block has a convolution {outputs}, as the blocks of a ResNet have")
     settings = {
         "blocks": tuple(depths),
-        "block": "ghost" if ghost else "basic" if basic else "bottleneck",
+        "block": "basic" if basic else (*kinds, "bottleneck")[0],
         "width": width,
         **read_ends(shapes),
     }
     if not basic:
         settings |= _bottleneck_settings(blocks, width, k)
-    elif k is not None:
-        raise InputError(f"k={k} was asked for, and the entries have no SlimConv")
+    if "reduction" not in settings:
+        for name, value in (("k", k), ("gating", gating)):
+            if value is not None:
+                raise InputError(f"{name}={value} was asked for, and the entries have no SlimConv")
+    else:
+        settings |= _gate_settings(blocks, gating)
     try:
         return ResNetConfig(**settings)
     except InputError as error:
@@ -123,8 +137,6 @@ def _bottleneck_settings(blocks: Mapping, width: int, k: CompressionRatio | None
         for base_width in _base_widths(planes, features // settings["groups"])
     )
     if not lower_groups:
-        if k is not None:
-            raise InputError(f"k={k} was asked for, and the entries have no SlimConv")
         return settings
     votes = Counter(reductions)
     possible = sorted(r for r in votes if votes[r] == max(votes.values()))
@@ -140,6 +152,33 @@ def _bottleneck_settings(blocks: Mapping, width: int, k: CompressionRatio | None
     if (of_lower := _most_voted(lower_groups)) != settings["groups"]:
         settings["lower_groups"] = of_lower
     return settings
+
+
+def _gate_settings(blocks: Mapping, gating: str | None) -> dict:
+    """Reads where SlimConv is, and the width of its gates, off the shapes of its convolutions."""
+    is_unit = {"conv2.conv2_1.0.weight", "conv2.conv2_2.3.weight"}.intersection
+    settings = {
+        "sc_stages": tuple(
+            any(is_unit(block) for (s, _), block in blocks.items() if s == stage)
+            for stage in range(4)
+        )
+    }
+    gates = (_conv(block, "conv2.fc.0.weight") for block in blocks.values())
+    squeezed = Counter((gate[1], gate[0]) for gate in gates if gate)
+    if gating is not None:
+        settings["gating"] = gating
+    if not squeezed:
+        return settings
+
+    def fitting(ratio: int, least: int) -> int:
+        return sum(n for (c, s), n in squeezed.items() if max(c // ratio, least) == s)
+
+    candidates = [(32, 1)]
+    if fitting(*candidates[0]) < squeezed.total():
+        ratios = range(1, min(max(c for c, _ in squeezed), 2**12) + 1)
+        candidates += itertools.product(ratios, sorted({1, *(s for _, s in squeezed)}))
+    ratio, least = max(candidates, key=lambda candidate: fitting(*candidate))
+    return settings | {"squeeze_ratio": ratio, "min_squeezed": least}
 
 
 def _conv(block: Mapping[str, tuple[int, ...]], name: str) -> tuple[int, ...] | None:

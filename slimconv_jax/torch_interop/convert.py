@@ -37,6 +37,7 @@ def from_torch(
     *,
     arch: str | os.PathLike | None = None,
     k: CompressionRatio | None = None,
+    gating: str | None = None,
     dtype: Dtype | None = None,
 ) -> ResNet:
     """Builds the model of a PyTorch state dict, in evaluation mode.
@@ -55,6 +56,7 @@ def from_torch(
         width of the file), which are not read off shapes.
       k: the compression ratio that it must have; needed where the network is so narrow that
         several fit its shapes.
+      gating: of its SlimConvs, "plain" or "none" for the networks of ablations; see `SlimConv`.
       dtype: dtype of the computation, as in `create_model`.
 
     Warns:
@@ -76,12 +78,13 @@ def from_torch(
         )
     shapes = {name: array.shape for name, array in arrays.items()}
     if arch is not None and is_channels_file(arch):
-        if k is not None:
-            raise InputError(f"{arch} has no SlimConv, so it takes no k (k={k!r} was given)")
+        for name, value in (("k", k), ("gating", gating)):
+            if value is not None:
+                raise InputError(f"{arch} has no SlimConv, so it takes no {name} ({value!r})")
         config = dataclasses.replace(named_config(arch), **read_ends(shapes))
     else:
         try:
-            config = read_architecture(shapes, k=k)
+            config = read_architecture(shapes, k=k, gating=gating)
         except InputError as error:
             raise InputError(f"{looks_like(shapes)}{error}") from None
         if arch is not None and name_of(config) != arch:

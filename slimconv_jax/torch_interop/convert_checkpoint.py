@@ -45,6 +45,7 @@ def convert_checkpoint(
     format: str = "orbax",
     arch: str | os.PathLike | None = None,
     k: CompressionRatio | None = None,
+    gating: str | None = None,
     key: str | None = None,
     renames: Sequence[tuple[str, str]] = (),
     class_names: os.PathLike | str | None = None,
@@ -66,6 +67,7 @@ def convert_checkpoint(
       format: of the weights; see `save_model`.
       arch: see `from_torch`.
       k: see `from_torch`.
+      gating: see `from_torch`.
       key: where in the file the state dict is, keys joined by dots; None to search for it.
       renames: see `rename`.
       class_names: a file with the name of each class, one a line.
@@ -104,7 +106,7 @@ def convert_checkpoint(
 
     with timed(times, "converting"), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        model = from_torch(state_dict, arch=arch, k=k)
+        model = from_torch(state_dict, arch=arch, k=k, gating=gating)
     say(f"model   {describe(model.config)}: {count_params(model):,} parameters")
     for warning in caught:
         print(f"warning: {warning.message}", file=sys.stderr)

@@ -36,6 +36,9 @@ CONVENTIONS = (
     ("layer{layer}.{i}.conv2.conv2_2.1", "stages.{stage}.{i}.conv2.lower_reduce.bn"),
     ("layer{layer}.{i}.conv2.conv2_2.3", "stages.{stage}.{i}.conv2.lower.conv"),
     ("layer{layer}.{i}.conv2.conv2_2.4", "stages.{stage}.{i}.conv2.lower.bn"),
+    # timm's squeeze-and-excitation.
+    ("layer{layer}.{i}.se.fc1", "stages.{stage}.{i}.se.squeeze"),
+    ("layer{layer}.{i}.se.fc2", "stages.{stage}.{i}.se.excite"),
     # The ghost modules of GhostNet.
     ("layer{layer}.{i}.conv{n}.primary_conv.0", "stages.{stage}.{i}.conv{n}.primary.conv"),
     ("layer{layer}.{i}.conv{n}.primary_conv.1", "stages.{stage}.{i}.conv{n}.primary.bn"),

@@ -23,30 +23,34 @@ def _conv_bn(in_channels, out_channels, size, stride=1, dilation=1, groups=1):
 class SlimConv(nn.Module):
     """Gate, fold twice, convolve both halves (paper, section III), for (N, C, H, W)."""
 
-    def __init__(self, channels, reduction, stride, dilation, upper_groups, lower_groups):
+    def __init__(self, channels, stride, dilation, config):
         super().__init__()
-        self.reduction = reduction
-        upper, lower = channels // reduction, channels // (2 * reduction)
-        squeezed = max(channels // 32, 1)
+        self.reduction, self.gating = config.reduction, config.gating
+        upper, lower = channels // config.reduction, channels // (2 * config.reduction)
+        upper_groups, lower_groups = config.groups, config.lower_groups or config.groups
         self.conv2_1 = _conv_bn(upper, upper, 3, stride, dilation, upper_groups)
         self.conv2_2 = nn.Sequential(
             *_conv_bn(upper, lower, 1),
             nn.ReLU(),
             *_conv_bn(lower, lower, 3, stride, dilation, lower_groups),
         )
-        self.fc = nn.Sequential(
-            *_conv_bn(channels, squeezed, 1),
-            nn.ReLU(),
-            nn.Conv2d(squeezed, channels, 1),
-            nn.Sigmoid(),
-        )
+        if config.gating != "none":
+            squeezed = max(channels // config.squeeze_ratio, config.min_squeezed)
+            self.fc = nn.Sequential(
+                *_conv_bn(channels, squeezed, 1),
+                nn.ReLU(),
+                nn.Conv2d(squeezed, channels, 1),
+                nn.Sigmoid(),
+            )
 
     def forward(self, x):
-        weights = self.fc(x.mean((2, 3), keepdim=True))
+        upper = lower = x
+        if self.gating != "none":
+            weights = self.fc(x.mean((2, 3), keepdim=True))
+            upper = weights * x
+            lower = (weights.flip(1) if self.gating == "flipped" else weights) * x
         chunk = x.shape[1] // self.reduction
-        upper, lower = (
-            sum((w * x).split(chunk, dim=1)[: self.reduction]) for w in (weights, weights.flip(1))
-        )
+        upper, lower = (sum(y.split(chunk, dim=1)[: self.reduction]) for y in (upper, lower))
         return torch.cat([self.conv2_1(upper), self.conv2_2(lower)], dim=1)
 
 
@@ -67,7 +71,7 @@ class GhostModule(nn.Module):
 class BasicBlock(nn.Module):
     """Two 3x3 convolutions and a shortcut."""
 
-    def __init__(self, in_channels, channels, stride, dilation, config):
+    def __init__(self, in_channels, channels, stride, dilation, config, stage):
         super().__init__()
         planes = self.out_channels = channels[-1]
         self.conv1 = _conv(in_channels, planes, 3, stride, dilation)
@@ -84,35 +88,45 @@ class BasicBlock(nn.Module):
 class Bottleneck(nn.Module):
     """1x1 convolution, SlimConv or 3x3 convolution, 1x1 convolution, and a shortcut."""
 
-    def __init__(self, in_channels, channels, stride, dilation, config):
+    def __init__(self, in_channels, channels, stride, dilation, config, stage):
         super().__init__()
         width, inner, self.out_channels = channels
         self.conv1 = _conv(in_channels, width, 1)
         self.bn1 = nn.BatchNorm2d(width)
-        if config.reduction is None:
+        if config.reduction is None or not config.sc_stages[stage]:
             self.conv2 = _conv(width, inner, 3, stride, dilation, config.groups)
             self.bn2 = nn.BatchNorm2d(inner)
         else:
-            lower_groups = config.lower_groups or config.groups
-            self.conv2 = SlimConv(
-                width, config.reduction, stride, dilation, config.groups, lower_groups
-            )
+            self.conv2 = SlimConv(width, stride, dilation, config)
             inner = width // config.reduction + width // (2 * config.reduction)
             self.bn2 = nn.Identity()
         self.conv3 = _conv(inner, self.out_channels, 1)
         self.bn3 = nn.BatchNorm2d(self.out_channels)
+        self.se = SqueezeExcite(self.out_channels) if config.block == "se" else nn.Identity()
         self.downsample = _downsample(in_channels, self.out_channels, stride)
 
     def forward(self, x):
         y = torch.relu(self.bn1(self.conv1(x)))
         y = torch.relu(self.bn2(self.conv2(y)))
-        return torch.relu(self.bn3(self.conv3(y)) + self.downsample(x))
+        return torch.relu(self.se(self.bn3(self.conv3(y))) + self.downsample(x))
+
+
+class SqueezeExcite(nn.Module):
+    """One weight per channel from the channels' averages (Hu et al., 2018)."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.fc1 = nn.Conv2d(channels, max(channels // 16, 1), 1)
+        self.fc2 = nn.Conv2d(max(channels // 16, 1), channels, 1)
+
+    def forward(self, x):
+        return self.fc2(self.fc1(x.mean((2, 3), keepdim=True)).relu()).sigmoid() * x
 
 
 class GhostBottleneck(nn.Module):
     """A bottleneck whose convolutions are ghost modules."""
 
-    def __init__(self, in_channels, channels, stride, dilation, config):
+    def __init__(self, in_channels, channels, stride, dilation, config, stage):
         super().__init__()
         first, second, self.out_channels = channels
         self.conv1 = GhostModule(in_channels, first, 1)
@@ -162,8 +176,8 @@ class ResNet(nn.Module):
             self.conv1 = _conv(3, channels, 3)
             self.maxpool = nn.Identity()
         self.bn1 = nn.BatchNorm2d(channels)
-        blocks_by_name = {"basic": BasicBlock, "bottleneck": Bottleneck, "ghost": GhostBottleneck}
-        block_type = blocks_by_name[config.block]
+        special = {"basic": BasicBlock, "ghost": GhostBottleneck}
+        block_type = special.get(config.block, Bottleneck)
         dilation = 1
         for stage, count in enumerate(config.blocks):
             stride, first_dilation = (1 if stage == 0 else 2), dilation
@@ -173,7 +187,7 @@ class ResNet(nn.Module):
             for index in range(count):
                 setting = (stride, first_dilation) if index == 0 else (1, dilation)
                 outputs = _channels(config, stage, index)
-                blocks.append(block_type(channels, outputs, *setting, config))
+                blocks.append(block_type(channels, outputs, *setting, config, stage))
                 channels = blocks[-1].out_channels
             self.add_module(f"layer{stage + 1}", nn.Sequential(*blocks))
         self.fc = nn.Linear(channels, config.num_classes) if config.num_classes else nn.Identity()

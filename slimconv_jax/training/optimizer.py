@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import jax
 import optax
 
-from slimconv_jax.errors import InputError, require_number
+from slimconv_jax.errors import InputError, require_choice, require_number
 
 _OPTIONS = ("momentum", "nesterov", "b1", "b2", "eps", "trust_coefficient")
 
@@ -55,10 +55,7 @@ def create_schedule(
     Raises:
       ValueError: if a setting is not one of those.
     """
-    if schedule not in SCHEDULES:
-        raise InputError(
-            f"optimizer: schedule={schedule!r} must be one of {', '.join(map(repr, SCHEDULES))}"
-        )
+    require_choice("optimizer: schedule", schedule, SCHEDULES)
     for name, value in (
         ("learning_rate", learning_rate),
         ("warmup_epochs", warmup_epochs),
@@ -132,10 +129,7 @@ def create_optimizer(
     Raises:
       ValueError: if a setting is out of range, or the optimiser has no such option.
     """
-    if name not in OPTIMIZERS:
-        raise InputError(
-            f"optimizer: name={name!r} must be one of {', '.join(map(repr, OPTIMIZERS))}"
-        )
+    require_choice("optimizer: name", name, OPTIMIZERS)
     if weight_decay_on not in ("kernels", "all"):
         raise InputError(
             f"optimizer: weight_decay_on={weight_decay_on!r} must be 'kernels' or 'all'"

@@ -12,7 +12,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 
 from slimconv_jax.devices import batch_sharded, replicated
-from slimconv_jax.errors import InputError, require_integer, require_number
+from slimconv_jax.errors import require_choice, require_integer, require_number
 from slimconv_jax.models.layers import at_least_float32
 from slimconv_jax.models.variables import merge, variables
 from slimconv_jax.training.loss import Loss
@@ -139,10 +139,7 @@ def make_train_step(
     """
     require_integer("step: accumulation_steps", accumulation_steps, 1)
     require_number("step: ema_decay", ema_decay, least=0, below=1)
-    if batch_norm not in BATCH_NORM:
-        raise InputError(
-            f"step: batch_norm={batch_norm!r} must be one of {', '.join(map(repr, BATCH_NORM))}"
-        )
+    require_choice("step: batch_norm", batch_norm, BATCH_NORM)
     # The key is an argument of the program, so that all seeds share one compiled program.
     impl = jax.random.key_impl(key)
     frozen = batch_norm == "frozen"

@@ -19,6 +19,8 @@ CASES = [
     (50, 4, {"kernel_dilation": 2}),
     (48, 3, {"feature_group_count": 8, "lower_feature_group_count": 4}),
     (80, 5, {"feature_group_count": 2, "strides": 2, "kernel_dilation": 2, "squeeze_ratio": 16}),
+    (20, 2, {"gating": "plain", "min_squeezed": 7}),
+    (20, 3, {"gating": "none"}),
 ]
 
 
@@ -43,6 +45,10 @@ def test_output_equals_numpy(channels, reduction, settings, train):
                 groups=groups,
                 lower_groups=settings.get("lower_feature_group_count", groups),
                 train=train,
+                gating=unit.gating,
+            )
+            assert unit.gate is None or unit.gate.bn.num_features == max(
+                channels // settings.get("squeeze_ratio", 32), settings.get("min_squeezed", 1)
             )
             y = np.asarray(apply(unit, jnp.asarray(x, dtype)))
         assert y.dtype == dtype
@@ -81,6 +87,7 @@ def test_impossible_k(k):
         (64, {"k": 2, "reduction": 3}, "not both"),
         (64, {"reduction": 1}, "reduction=1 must be an integer >= 2"),
         (64, {"squeeze_ratio": 0}, "squeeze_ratio=0"),
+        (64, {"gating": None}, "gating=None must be one of 'flipped', 'plain', 'none'"),
         (64.0, {}, "in_features=64.0"),
     ],
 )

@@ -1,5 +1,6 @@
 """SlimConv put into networks of NNX."""
 
+import dataclasses
 import pickle
 
 import jax
@@ -15,7 +16,7 @@ import slimconv_jax as sc
 from slimconv_jax.models.complexity import layers
 from slimconv_jax.models.projected import ProjectedSlimConv
 from slimconv_jax.models.resnet import ResNetConfig
-from slimconv_jax.models.zoo import abstract_model, abstract_resnet
+from slimconv_jax.models.zoo import abstract_model, abstract_resnet, require_resnet
 
 
 def shapes(model):
@@ -222,9 +223,9 @@ def test_where_chooses(vgg):
 
 
 def test_a_resnet_changed_in_part_is_no_named_one_any_more(tmp_path):
-    config = ResNetConfig((1, 1, 1, 1), width=8, num_classes=3)
+    config = ResNetConfig((1, 1, 1, 2), width=8, num_classes=3)
     plain = randomized(lambda: abstract_resnet(config))
-    partly, _ = sc.slimify(plain, where=lambda path, conv: path[1] == 3)
+    partly, _ = sc.slimify(plain, where=lambda path, conv: path[1:3] == (3, 1))
     x = np.ones((1, 32, 32, 3), np.float32)
     assert apply(partly, x).shape == (1, 3) and partly.config.reduction is None
     for model in (partly, sc.fold_batch_norm(plain)):
@@ -255,15 +256,20 @@ def test_what_slimify_refuses(vgg):
         assert str(error.value).startswith(message) and "\n" not in str(error.value)
 
 
-def test_slimified_in_parts_a_resnet_has_the_config_of_none():
+def test_slimified_in_parts_a_resnet_has_the_config_of_whole_stages():
     config = ResNetConfig((1, 1, 1, 1), width=8)
 
     def build():
         half, _ = sc.slimify(abstract_resnet(config), k=2, where=lambda path, _: path[1] < 2)
-        return [sc.slimify(half, k=k)[0] for k in (2, "8/3")]
+        return half, *(sc.slimify(half, k=k)[0] for k in (2, "8/3"))
 
-    whole, mixed = nnx.eval_shape(build)
-    assert whole.config.reduction == 3 and mixed.config.reduction is None
+    half, whole, mixed = nnx.eval_shape(build)
+    of_half = dataclasses.replace(config, reduction=3, sc_stages=(True, True, False, False))
+    assert half.config == of_half and whole.config == dataclasses.replace(config, reduction=3)
+    for model in (half, whole):
+        require_resnet(model, "the test")
+    with pytest.raises(ValueError, match="this one was changed"):
+        require_resnet(mixed, "the test")
 
 
 class Borrowed(nnx.Module):

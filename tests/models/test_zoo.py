@@ -57,7 +57,12 @@ def test_abstract_model_has_the_shapes_that_create_model_gives():
         ("sc_resnet14", {"width": 0}, "width=0 must be an integer >= 1"),
         ("resnet14", {"num_classes": 2.0}, "num_classes=2.0"),
         ("resnet14", {"stem": "big"}, "stem='big' must be one of 'imagenet', 'cifar'"),
-        ("resnet14", {"dilation": (True, True)}, "must be three booleans"),
+        ("resnet14", {"dilation": (True, True)}, "must be 3 booleans"),
+        ("sc_resnet14", {"sc_stages": (True, True)}, "must be 4 booleans"),
+        ("sc_resnet14", {"sc_stages": [False] * 4}, "leaves no stage with SlimConv"),
+        ("sc_resnet14", {"gating": "reversed"}, "gating='reversed' must be one of 'flipped', 'pl"),
+        ("sc_resnet14", {"min_squeezed": 0}, "min_squeezed=0 must be an integer >= 1"),
+        ("resnet14", {"gating": "none"}, "gating='none' is for SlimConv, and this architecture"),
     ],
 )
 def test_bad_input(name, overrides, message):

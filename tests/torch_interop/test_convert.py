@@ -1,3 +1,4 @@
+import dataclasses
 import re
 import warnings
 from collections import OrderedDict
@@ -25,6 +26,11 @@ KINDS = {
     "bottleneck": ResNetConfig((1, 2, 1, 1), groups=2, base_width=32, width=8),
     "basic": ResNetConfig((1, 1, 1, 2), block="basic", width=8, num_classes=1),
     "ghost": ResNetConfig((1, 2, 1, 1), block="ghost", width=8, num_classes=3),
+    "se": ResNetConfig((1, 2, 1, 1), block="se", width=8, num_classes=3),
+    "narrow gates": dataclasses.replace(SMALL, squeeze_ratio=5, min_squeezed=3),
+    "two stages": dataclasses.replace(SMALL, sc_stages=(False, True, False, True)),
+    "plain gates": dataclasses.replace(SMALL, gating="plain"),
+    "no gates": dataclasses.replace(SMALL, gating="none"),
 }
 
 
@@ -43,7 +49,9 @@ def same(one, other):
 @pytest.mark.parametrize("config", KINDS.values(), ids=KINDS)
 def test_there_and_back_is_exact(config):
     start = random_state_dict(config)
-    model = from_torch(start)
+    # The only setting that shapes do not show.
+    gating = None if config.gating == "flipped" else config.gating
+    model = from_torch(start, gating=gating)
     assert model.config == config
     back = to_torch(model)
     same(back, start)
@@ -52,7 +60,7 @@ def test_there_and_back_is_exact(config):
     back["fc.bias"][:] += 1  # no part of the model
     same(to_torch(model), start)
     back = to_torch(model)
-    again = from_torch(back)
+    again = from_torch(back, gating=gating)
     for one, other in zip(*map(nnx.to_flat_state, map(nnx.state, (model, again))), strict=True):
         assert one[0] == other[0]
         np.testing.assert_array_equal(one[1][...], other[1][...])
@@ -288,7 +296,7 @@ def test_tensors_of_all_kinds_are_read(state_dict, change):
     ("names", "what"),
     [
         (["conv1.0.weight", "layer1.0.conv1.weight"], "a ResNet with a deep stem (ResNet-C or -D)"),
-        (["layer1.0.se.fc1.weight"], "a ResNet with squeeze-and-excitation (SE-ResNet)"),
+        (["layer1.0.se_module.fc1.weight"], "an SE-ResNet of another library than timm"),
         (["layer1.0.convs.0.weight"], "a Res2Net"),
         (["blocks.0.attn.qkv.weight"], "a vision transformer"),
         (["features.0.weight"], "a VGG, AlexNet or MobileNet"),

@@ -1,0 +1,220 @@
+"""Studies of SlimConv on CIFAR-100: which part of it does the work, and when does it pay.
+
+    python benchmarks/ablation.py STUDY --config.dataset.data_dir=DIR \
+        [--seeds N] [--jobs N] [--config.KEY=VALUE ...]
+
+DIR is where TensorFlow Datasets keeps CIFAR-100, by default ~/tensorflow_datasets. A study is a
+question, a prediction that was written down before it ran, and variants that are trained at one
+budget. Studies of the same budget share the runs of variants that they have in common. The same
+command continues where it was stopped; see `sweep` for what it writes.
+
+    python benchmarks/ablation.py STUDY --results docs/ablation/STUDY.json
+
+draws the table and the figure again, without training.
+"""
+
+import argparse
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib import colormaps
+from matplotlib.figure import Figure
+from scripts import run_script
+from sweep import (
+    ROOT,
+    Variant,
+    add_options,
+    parse_options,
+    plan_runs,
+    read_results,
+    train_all,
+    write_report,
+)
+
+from slimconv_jax.models.zoo import parse_model
+
+SMALL = {
+    "model.stem": "imagenet",  # of stride 4, which makes 32x32 pixels 8x8
+    "model.zero_init_residual": True,
+    "model.dtype": "float32",
+    "optimizer.learning_rate": 0.05,
+    "optimizer.schedule": "cosine",
+    "optimizer.milestones": (),
+    "optimizer.warmup_epochs": 3,
+    "checkpoint_every_minutes": 5,
+    "checkpoints_to_keep": 1,
+}
+"""What two CPU cores can train; the rest is the recipe of configs/cifar100.py."""
+
+BUDGETS = {
+    "fifth": SMALL
+    | {
+        "model.width": 32,
+        "dataset.train_split": "train[:20%]",
+        "num_epochs": 60,
+        "eval_every_epochs": 5,
+    },
+    "short16": SMALL
+    | {
+        "model.width": 16,
+        "dataset.train_split": "train[:80%]",
+        "dataset.test_split": "train[80%:]",  # a choice is made with it
+        "optimizer.learning_rate": 0.1,
+        "optimizer.warmup_epochs": 0.4,
+        "model.zero_init_residual": False,
+        "num_epochs": 4,
+    },
+}
+BUDGETS["short32"] = BUDGETS["short16"] | {"model.width": 32}
+BUDGETS["whole"] = BUDGETS["fifth"] | {"dataset.train_split": "train", "num_epochs": 40}
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+    """A question, and the runs that answer it.
+
+    Attributes:
+      question: what it is about.
+      prediction: what was expected before it ran.
+      budget: a key of `BUDGETS`.
+      variants: a model, NAME or NAME@K, and changes of its config, by the name of the variant.
+      baseline: the variant that the others are compared with.
+    """
+
+    question: str
+    prediction: str
+    budget: str
+    variants: dict[str, tuple[str, dict[str, Any]]]
+    baseline: str = "resnet50"
+
+
+PLAIN = {"resnet50": ("resnet50", {})}
+THREE = PLAIN | {f"k={k}": (f"sc_resnet50@{k}", {}) for k in ("4/3", "8/3")}
+SQUEEZED = PLAIN | {
+    f"k=4/3, {n} squeezed at least": ("sc_resnet50@4/3", {"model.min_squeezed": n})
+    for n in (1, 2, 4, 8)
+}
+_GATE = (
+    "How much of the 4.3 points that SlimConv is behind after four epochs at width 16 is the gate, "
+    "which squeezes 16 channels to one?"
+)
+_GATE_PREDICTION = (
+    "Little: after four epochs all weights of a gate are still near their start, about one half. "
+    "At most one point, and nothing beyond the noise from 2 to 8."
+)
+
+STUDIES = {
+    "gate16": Study(f"{_GATE} Width 16.", _GATE_PREDICTION, "short16", SQUEEZED),
+    "gate32": Study(f"{_GATE} Width 32.", _GATE_PREDICTION, "short32", SQUEEZED),
+    "training": Study(
+        "Trained until the training images fit, on a fifth of them: does the order turn?",
+        "k=4/3 is within a point of resnet50, since it fits the training images less and "
+        "generalises better in relation; k=8/3 is behind both by about a point.",
+        "fifth",
+        THREE,
+    ),
+    "training-whole": Study(
+        "The same on all training images.",
+        "With five times the images there is less to regularise: k=4/3 is behind by up to a point.",
+        "whole",
+        THREE,
+    ),
+    "gating": Study(
+        "Is it the flipped gate, any gate, or the fold? And do a narrower ResNet of the same "
+        "multiply-adds, or a ResNet with squeeze-and-excitation, do as well?",
+        "Flipped and plain gates are equal within the noise; without a gate it is half a point "
+        "less. The narrower ResNet (width 26) is behind k=4/3 by half a point; "
+        "squeeze-and-excitation is ahead of all by a point.",
+        "fifth",
+        {
+            "k=4/3": ("sc_resnet50@4/3", {}),
+            "k=4/3, plain gate": ("sc_resnet50@4/3", {"model.gating": "plain"}),
+            "k=4/3, no gate": ("sc_resnet50@4/3", {"model.gating": "none"}),
+            **PLAIN,
+            "resnet50, width 26": ("resnet50", {"model.width": 26}),
+            "se_resnet50": ("se_resnet50", {}),
+        },
+        baseline="k=4/3",
+    ),
+}
+
+
+def variants_of(study: Study) -> list[Variant]:
+    """Returns the variants of a study, with all their settings."""
+    variants = []
+    for name, (model, changes) in study.variants.items():
+        architecture, k = parse_model(model)
+        settings = BUDGETS[study.budget] | ({"model.k": k} if k else {}) | changes
+        variants.append(Variant(name, f"{ROOT}/configs/cifar100.py:{architecture}", settings))
+    return variants
+
+
+def draw(results: Sequence[dict], rows: Sequence[dict], path: Path) -> None:
+    """Draws the top-1 of every seed with the means, and beside it the mean curves."""
+    figure = Figure(figsize=(11, 1.8 + 0.45 * len(rows) + 2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for place, row in enumerate(rows):
+        color = colormaps["tab10"](place % 10)
+        runs = [result for result in results if result["variant"] == row["variant"]]
+        top1 = [100 * run["top1"] for run in runs]
+        left.plot(top1, [place] * len(runs), "o", color=color, alpha=0.5)
+        left.plot(row["top1"], place, "|", color=color, markersize=22, markeredgewidth=2.5)
+        for split, style in (("test", "-"), ("train", ":")):
+            curves = [run["curves"][split] for run in runs]
+            points = list(zip(*curves, strict=False))  # some may not be as long
+            epochs = [point[0][0] for point in points]
+            means = [100 * sum(p[2] for p in point) / len(point) for point in points]
+            label = row["variant"] if split == "test" else None
+            right.plot(epochs, means, style, color=color, linewidth=1.2, label=label)
+    left.set_yticks(range(len(rows)), [row["variant"] for row in rows])
+    left.invert_yaxis()
+    left.margins(y=0.15)
+    left.set_xlabel("top-1 after the last epoch, % (a dot a seed, a bar the mean)")
+    left.grid(axis="x", alpha=0.3)
+    right.set_xlabel("epoch")
+    right.set_ylabel("top-1, % (solid), and training accuracy (dotted)")
+    right.grid(alpha=0.3)
+    right.legend(fontsize=8)
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    usage = "%(prog)s STUDY [options] [--config.KEY=VALUE ...]"
+    studies = "\n".join(f"  {name:15} {study.question}" for name, study in STUDIES.items())
+    parser = argparse.ArgumentParser(
+        description=f"{__doc__.splitlines()[0]}\n\nstudies:\n{studies}",
+        usage=usage,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("study", choices=STUDIES, metavar="STUDY")
+    add_options(parser, workdir="runs/ablation", seeds=3)
+    parser.add_argument(
+        "--results",
+        type=Path,
+        metavar="FILE",
+        help="draw the results of this JSON file again; train nothing",
+    )
+    args, overrides = parse_options(parser, ("model.name",))
+    study, directory = STUDIES[args.study], args.workdir / args.study
+    variants = variants_of(study)
+    changed = "".join(f" {text}" for text in overrides if "data_dir" not in text)
+    title = f"{study.question}\n\nPredicted: {study.prediction}\n\nBudget: {study.budget}{changed}."
+
+    def report(results: Sequence[dict]) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        options = {"title": title, "baseline": study.baseline, "published": {}}
+        write_report(results, directory, draw=draw, **options)
+
+    if args.results:
+        report(read_results(args.results))
+    else:
+        runs = plan_runs(variants, args.seeds, args.workdir / study.budget, overrides)
+        train_all(runs, args.jobs, report)
+    print((directory / "results.md").read_text())
+    print(f"in {directory}: results.json, results.md, results.png")
+
+
+if __name__ == "__main__":
+    run_script(main)
