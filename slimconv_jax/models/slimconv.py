@@ -308,8 +308,10 @@ class SlimConv(nnx.Module):
             chunks = self._split(x)
             if self.gating == "flipped":
                 weights.append(jnp.flip(weights[0], axis=-1))
-            gated = [map(operator.mul, self._split(w), chunks) for w in weights] or [chunks]
-            folded = [functools.reduce(operator.add, parts) for parts in gated]
+            folded = [
+                functools.reduce(operator.add, map(operator.mul, self._split(w), chunks))
+                for w in weights
+            ] or [functools.reduce(operator.add, chunks)]
             return folded[0], folded[-1]
 
     def _split(self, x: jax.Array) -> list[jax.Array]:

@@ -164,7 +164,8 @@ def _gate_settings(blocks: Mapping, gating: str | None) -> dict:
         )
     }
     gates = (_conv(block, "conv2.fc.0.weight") for block in blocks.values())
-    squeezed = Counter((gate[1], gate[0]) for gate in gates if gate)
+    votes = Counter((gate[1], gate[0]) for gate in gates if gate)
+    squeezed = dict(votes.most_common(8))  # a network has four; a damaged file may have hundreds
     if gating is not None:
         settings["gating"] = gating
     if not squeezed:
@@ -173,10 +174,9 @@ def _gate_settings(blocks: Mapping, gating: str | None) -> dict:
     def fitting(ratio: int, least: int) -> int:
         return sum(n for (c, s), n in squeezed.items() if max(c // ratio, least) == s)
 
-    candidates = [(32, 1)]
-    if fitting(*candidates[0]) < squeezed.total():
-        ratios = range(1, min(max(c for c, _ in squeezed), 2**12) + 1)
-        candidates += itertools.product(ratios, sorted({1, *(s for _, s in squeezed)}))
+    # Several may fit, and compute the same: the published ratio comes first.
+    ratios = 32, *range(1, min(max(c for c, _ in squeezed), 2**12) + 1)
+    candidates = itertools.product(ratios, sorted({1, *(s for _, s in squeezed)}))
     ratio, least = max(candidates, key=lambda candidate: fitting(*candidate))
     return settings | {"squeeze_ratio": ratio, "min_squeezed": least}
 

@@ -1,3 +1,4 @@
+import dataclasses
 import itertools
 import json
 import os
@@ -123,6 +124,16 @@ def test_and_back(tmp_path, checkpoint, state_dict, capsys):
     assert command_line([*export, "--overwrite"]) == 0
     assert command_line(["export", "nowhere", "b.pth", "--format", "torch"]) == 1
     assert "there is no directory" in capsys.readouterr().err
+
+
+def test_gates_that_shapes_do_not_show_are_told(tmp_path, capsys):
+    config = dataclasses.replace(CONFIG, gating="plain", min_squeezed=3)
+    expected = random_state_dict(config)
+    torch.save(as_tensors(expected), tmp_path / "plain.pth")
+    assert convert(tmp_path / "plain.pth", tmp_path / "model", "--gating", "plain") == 0
+    assert "min_squeezed 3, gating plain" in capsys.readouterr().out
+    assert load_model(tmp_path / "model").config == config
+    same(tmp_path / "model", expected)
 
 
 def test_class_names_are_kept(tmp_path, checkpoint, capsys):
