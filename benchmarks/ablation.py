@@ -8,13 +8,14 @@ question, a prediction that was written down before it ran, and variants that ar
 budget. Studies of the same budget share the runs of variants that they have in common. The same
 command continues where it was stopped; see `sweep` for what it writes.
 
-    python benchmarks/ablation.py STUDY --results docs/ablation/STUDY.json
+    python benchmarks/ablation.py STUDY --results FILE.json
 
-draws the table and the figure again, without training.
+writes the table and the figure of a results.json again, beside it, without training.
 """
 
 import argparse
 import dataclasses
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from sweep import (
     ROOT,
     Variant,
     add_options,
+    describe_overrides,
     parse_options,
     plan_runs,
     read_results,
@@ -33,6 +35,7 @@ from sweep import (
     write_report,
 )
 
+from slimconv_jax.errors import InputError
 from slimconv_jax.models.zoo import parse_model
 
 SMALL = {
@@ -93,11 +96,10 @@ class Study:
 PLAIN = {"resnet50": ("resnet50", {})}
 THREE = PLAIN | {f"k={k}": (f"sc_resnet50@{k}", {}) for k in ("4/3", "8/3")}
 SQUEEZED = PLAIN | {
-    f"k=4/3, {n} squeezed at least": ("sc_resnet50@4/3", {"model.min_squeezed": n})
-    for n in (1, 2, 4, 8)
+    f"k=4/3, min_squeezed {n}": ("sc_resnet50@4/3", {"model.min_squeezed": n}) for n in (1, 2, 4, 8)
 }
 _GATE = (
-    "How much of the 4.3 points that SlimConv is behind after four epochs at width 16 is the gate, "
+    "After four epochs at width 16 SlimConv is 4.3 points behind. How much of that is the gate, "
     "which squeezes 16 channels to one?"
 )
 _GATE_PREDICTION = (
@@ -106,8 +108,8 @@ _GATE_PREDICTION = (
 )
 
 STUDIES = {
-    "gate16": Study(f"{_GATE} Width 16.", _GATE_PREDICTION, "short16", SQUEEZED),
-    "gate32": Study(f"{_GATE} Width 32.", _GATE_PREDICTION, "short32", SQUEEZED),
+    "gate16": Study(_GATE, _GATE_PREDICTION, "short16", SQUEEZED),
+    "gate32": Study(f"{_GATE} The same at width 32.", _GATE_PREDICTION, "short32", SQUEEZED),
     "training": Study(
         "Trained until the training images fit, on a fifth of them: does the order turn?",
         "k=4/3 is within a point of resnet50, since it fits the training images less and "
@@ -131,7 +133,8 @@ STUDIES = {
         {
             "k=4/3": ("sc_resnet50@4/3", {}),
             "k=4/3, plain gate": ("sc_resnet50@4/3", {"model.gating": "plain"}),
-            "k=4/3, no gate": ("sc_resnet50@4/3", {"model.gating": "none"}),
+            "k=4/3, gate on the upper path": ("sc_resnet50@4/3", {"model.gating": "upper"}),
+            "k=4/3, no gate": ("sc_resnet50@4/3", {"model.gating": None}),
             **PLAIN,
             "resnet50, width 26": ("resnet50", {"model.width": 26}),
             "se_resnet50": ("se_resnet50", {}),
@@ -162,10 +165,10 @@ def draw(results: Sequence[dict], rows: Sequence[dict], path: Path) -> None:
         left.plot(top1, [place] * len(runs), "o", color=color, alpha=0.5)
         left.plot(row["top1"], place, "|", color=color, markersize=22, markeredgewidth=2.5)
         for split, style in (("test", "-"), ("train", ":")):
-            curves = [run["curves"][split] for run in runs]
-            points = list(zip(*curves, strict=False))  # some may not be as long
-            epochs = [point[0][0] for point in points]
-            means = [100 * sum(p[2] for p in point) / len(point) for point in points]
+            curves = [{epoch: top1 for epoch, _, top1 in run["curves"][split]} for run in runs]
+            # A run that was interrupted has lines more.
+            epochs = sorted(set.intersection(*map(set, curves)))
+            means = [100 * statistics.mean(curve[epoch] for curve in curves) for epoch in epochs]
             label = row["variant"] if split == "test" else None
             right.plot(epochs, means, style, color=color, linewidth=1.2, label=label)
     left.set_yticks(range(len(rows)), [row["variant"] for row in rows])
@@ -194,26 +197,29 @@ def main() -> None:
         "--results",
         type=Path,
         metavar="FILE",
-        help="draw the results of this JSON file again; train nothing",
+        help="write the table and figure of these results again; train nothing",
     )
-    args, overrides = parse_options(parser, ("model.name",))
-    study, directory = STUDIES[args.study], args.workdir / args.study
-    variants = variants_of(study)
-    changed = "".join(f" {text}" for text in overrides if "data_dir" not in text)
-    title = f"{study.question}\n\nPredicted: {study.prediction}\n\nBudget: {study.budget}{changed}."
+    varied = [key for s in STUDIES.values() for _, keys in s.variants.values() for key in keys]
+    args, overrides = parse_options(parser, ("model.name", "model.k", *varied))
+    study = STUDIES[args.study]
+    path = args.results or args.workdir / args.study / "results.json"
+    budget = f"{study.budget}{describe_overrides(overrides)}"
+    title = f"{study.question}\n\nPredicted: {study.prediction}\n\nBudget: {budget}."
 
     def report(results: Sequence[dict]) -> None:
-        directory.mkdir(parents=True, exist_ok=True)
         options = {"title": title, "baseline": study.baseline, "published": {}}
-        write_report(results, directory, draw=draw, **options)
+        write_report(results, path, draw=draw, **options)
 
     if args.results:
-        report(read_results(args.results))
+        title, results = read_results(path)
+        if not {result["variant"] for result in results} <= study.variants.keys():
+            raise InputError(f"{path} has the results of another study than {args.study}")
+        report(results)
     else:
-        runs = plan_runs(variants, args.seeds, args.workdir / study.budget, overrides)
+        runs = plan_runs(variants_of(study), args.seeds, args.workdir / study.budget, overrides)
         train_all(runs, args.jobs, report)
-    print((directory / "results.md").read_text())
-    print(f"in {directory}: results.json, results.md, results.png")
+    print(path.with_suffix(".md").read_text())
+    print(f"in {path.parent}: {path.name}, {path.stem}.md, {path.stem}.png")
 
 
 if __name__ == "__main__":

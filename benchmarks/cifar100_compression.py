@@ -11,7 +11,8 @@ train.py and holds for all models.
 
 The same command continues where it was stopped, and skips what is finished; with more seeds or
 models it adds them. After each run, results.json, results.md and results.png in the work directory
-are those of all its finished runs.
+are those of the finished runs of this call. The comparison is with resnet50, where it is among the
+models.
 """
 
 import argparse
@@ -27,6 +28,7 @@ from sweep import (
     ROOT,
     Variant,
     add_options,
+    describe_overrides,
     parse_options,
     plan_runs,
     train_all,
@@ -36,7 +38,6 @@ from sweep import (
 from slimconv_jax.errors import require_integer
 from slimconv_jax.models.published import CIFAR100
 from slimconv_jax.models.zoo import normalize_model, parse_model
-from slimconv_jax.storage.work_directory import NOT_COMPARED
 
 BASELINE = "resnet50"
 RECIPE_EPOCHS = 200
@@ -59,8 +60,7 @@ def variant_of(model: str, epochs: int, width: int) -> Variant:
 
 def describe_budget(epochs: int, width: int, overrides: Sequence[str]) -> str:
     """Returns the budget in words, with what else is not the recipe's."""
-    texts = [text.removeprefix("--config.") for text in overrides]
-    extra = "".join(f", {text}" for text in texts if text.split("=")[0] not in NOT_COMPARED)
+    extra = describe_overrides(overrides)
     schedule = "multistep" if epochs == RECIPE_EPOCHS else "cosine"
     return f"width {width}, {epochs} epoch{'s' if epochs > 1 else ''} ({schedule}){extra}"
 
@@ -142,7 +142,7 @@ def main() -> None:
     def report(results: Sequence[dict]) -> None:
         write_report(
             results,
-            args.workdir,
+            args.workdir / "results.json",
             title=f"CIFAR-100: {budget}.",
             baseline=BASELINE,
             published={v.name: v.published_top1 for v in variants if v.published_top1},

@@ -1,14 +1,16 @@
-"""A sweep: variants of a config, each trained with several seeds, and what comes out side by side.
+"""A sweep on CIFAR-100: variants of a config, each trained with several seeds, side by side.
 
 Every run is train.py in a process and a work directory of its own. The same sweep continues where
 it was stopped, skips what is finished, and adds what is new. After each run, results.json has the
-accuracy and the curves of all that are finished, and results.md a table.
+accuracy and the curves of those runs of the sweep that are finished, results.md a table, and
+results.png a figure.
 """
 
 import argparse
 import concurrent.futures
 import contextlib
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -32,7 +34,7 @@ from slimconv_jax.console import Status, say
 from slimconv_jax.errors import InputError, require_integer
 from slimconv_jax.files import read_json, replace_file
 from slimconv_jax.models.zoo import abstract_model
-from slimconv_jax.storage.work_directory import CONFIG, compared_keys
+from slimconv_jax.storage.work_directory import CONFIG, NOT_COMPARED, compared_keys
 from slimconv_jax.training.config import default_values, read_config
 from slimconv_jax.training.metrics import read_metrics
 
@@ -193,7 +195,7 @@ class Trainer:
         _, loss, top1 = curves["test"][-1]
         speed = statistics.median(speeds) if speeds else None
         values = (run.variant.name, run.seed, *run.counts.values(), top1, loss)
-        values += (curves["train"][-1][2], speed, self._jobs, self._where, curves)
+        values += (_last_epoch(lines), speed, self._jobs, self._where, curves)
         return dict(zip(RESULT, values, strict=True))
 
     def _run(self, run: Run, cores: set[int]) -> tuple[int | None, list[str]]:
@@ -246,6 +248,17 @@ class Trainer:
                 process.terminate()
 
 
+def _last_epoch(lines: Sequence[dict]) -> float:
+    """Returns the training accuracy of the last epoch; each line averages its own steps."""
+    lines = [{"step": 0, "epoch": 0}, *(line for line in lines if line["split"] == "train")]
+    spans = [
+        (line["step"] - before["step"], line["accuracy"])
+        for before, line in itertools.pairwise(lines)
+        if line["epoch"] > lines[-1]["epoch"] - 1
+    ]
+    return round(sum(steps * value for steps, value in spans) / sum(s for s, _ in spans), 4)
+
+
 def train_all(runs: Sequence[Run], jobs: int, report: Callable[[list[dict]], None]) -> None:
     """Trains what is not finished; after each run and at the end, reports all finished results.
 
@@ -290,9 +303,11 @@ def summarize(results: Sequence[dict], baseline: str) -> list[dict[str, Any]]:
     """Returns a row for each variant, in their order; accuracies are in percent.
 
     A `gain` is the mean of the differences in top-1 from the baseline, seed by seed; `gain_ci` is
-    half of the width of its 95 % confidence interval, by Student's t distribution.
+    half of the width of its 95 % confidence interval, by Student's t distribution. `compression`
+    is the share of the baseline's parameters that a variant saves.
     """
     rows = []
+    whole = next((r["params"] for r in results if r["variant"] == baseline), math.nan)
     of_baseline = {r["seed"]: r for r in results if r["variant"] == baseline}
     for variant in dict.fromkeys(result["variant"] for result in results):
         runs = [result for result in results if result["variant"] == variant]
@@ -307,7 +322,7 @@ def summarize(results: Sequence[dict], baseline: str) -> list[dict[str, Any]]:
         gain, sd = _mean_and_sd(gains)
         quantile = scipy.stats.t.ppf(0.975, max(len(gains) - 1, 1))
         row |= {"gain": gain, "gain_ci": quantile * sd / math.sqrt(max(len(gains), 1))}
-        row["compression"] = 1 - row["params"] / pairs[0][1]["params"] if pairs else math.nan
+        row["compression"] = 1 - row["params"] / whole
         rows.append(row)
     return rows
 
@@ -320,7 +335,7 @@ def _mean_and_sd(values: Sequence[float]) -> tuple[float, float]:
 def table(rows: Sequence[dict], baseline: str, published: dict[str, float]) -> str:
     """Returns rows of `summarize` as a Markdown table."""
     columns = ["model", "parameters", "compression", "MACs", "seeds", "training accuracy, %"]
-    columns += ["test loss", "top-1, %", f"against {baseline}, 95 %"]
+    columns += ["test loss", "top-1, % (± sd)", f"against {baseline} (95 % interval)"]
     columns += ["published top-1, %", "images/s"] if published else ["images/s"]
     lines = [_row(columns), _row(["---"] * len(columns))]
     for row in rows:
@@ -342,29 +357,30 @@ def _spread(value: float, spread: float, sign: str = "") -> str:
     return f"{value:{sign}.2f}" + ("" if math.isnan(spread) else f" ± {spread:.2f}")
 
 
-NOTE = """Training accuracy: of the last steps, on augmented images. Top-1: after the last epoch,
-mean and standard deviation over the seeds. Against {baseline}: mean of the differences seed by
-seed, and its 95 % confidence interval. Compression: parameters saved. Images/s: in training."""
+NOTE = """Compression: parameters saved against {baseline}. Training accuracy: in the last epoch, on
+augmented images. Top-1: after the last epoch, mean and standard deviation over the seeds. Against
+{baseline}: mean of the differences, seed by seed where both are finished, and its 95 % confidence
+interval. Images/s: in training."""
 
 
 def write_report(
     results: Sequence[dict],
-    directory: Path,
+    path: Path,
     *,
     title: str,
     baseline: str,
     published: dict[str, float],
     draw: Callable[[Sequence[dict], Sequence[dict], Path], None],
 ) -> None:
-    """Writes results.json, results.md and results.png.
+    """Writes the results, a table of them and a figure.
 
     Args:
       results: of the finished runs.
-      directory: where to.
+      path: of the JSON file; the table and the figure get the same name, with .md and .png.
       title: what the sweep is and its budget, in words.
       baseline: the variant that the others are compared with.
       published: top-1 of the paper by variant, in percent.
-      draw: is called with the results, the rows of `summarize`, and the file of the figure.
+      draw: is called with the results, the rows of `summarize`, and the path of the figure.
 
     Raises:
       ValueError: if the files cannot be written.
@@ -376,24 +392,26 @@ def write_report(
     text = f"{title}\n\n{table(rows, baseline, published)}\n{NOTE.format(baseline=baseline)}\n\n"
     text += "".join(f"Measured on {machine}.\n" for machine in machines)
     try:
-        replace_file(directory / "results.json", content.encode())
-        replace_file(directory / "results.md", text.encode())
-        draw(results, rows, directory / "results.png")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(path, content.encode())
+        replace_file(path.with_suffix(".md"), text.encode())
+        draw(results, rows, path.with_suffix(".png"))
     except OSError as error:
-        raise InputError(f"cannot write to {directory}: {error.strerror}") from None
+        raise InputError(f"cannot write to {path.parent}: {error.strerror}") from None
 
 
-def read_results(path: Path) -> list[dict]:
-    """Reads the results in a results.json.
+def read_results(path: Path) -> tuple[str, list[dict]]:
+    """Reads the title and the results in a JSON file of `write_report`.
 
     Raises:
       ValueError: if there is no such file, or it is damaged.
     """
     content = read_json(path)
-    results = content.get("runs") if isinstance(content, dict) else None
+    content = content if isinstance(content, dict) else {}
+    title, results = content.get("title"), content.get("runs")
     if not results or any(not isinstance(r, dict) or r.keys() != set(RESULT) for r in results):
         raise InputError(f"{path} has no results of a sweep")
-    return results
+    return title, results
 
 
 def _describe_machine(result: dict) -> str:
@@ -401,6 +419,12 @@ def _describe_machine(result: dict) -> str:
     packages = (f"{name} {version}" for name, version in where["versions"].items())
     at_once = f", {jobs} runs at once" if jobs > 1 else ""
     return f"{where['device']}{at_once} ({', '.join(packages)})"
+
+
+def describe_overrides(overrides: Sequence[str]) -> str:
+    """Returns the changes of all configs in words, without those that do not change the result."""
+    texts = [text.removeprefix("--config.") for text in overrides]
+    return "".join(f", {text}" for text in texts if text.split("=")[0] not in NOT_COMPARED)
 
 
 def add_options(parser: argparse.ArgumentParser, *, workdir: str, seeds: int) -> None:

@@ -62,7 +62,7 @@ def slimconv(
     a = channels // reduction
 
     # Reconstruct.
-    if gating == "none":
+    if gating is None:
         w = np.ones((x.shape[0], channels))
     else:
         squeezed = x.mean(axis=(1, 2)) @ p["gate"]["squeeze"]["kernel"]
@@ -75,6 +75,8 @@ def slimconv(
             channel = chunk * a + c
             other = channels - 1 - channel if gating == "flipped" else channel
             weight = w[:, channel, None, None], w[:, other, None, None]
+            if gating == "upper":
+                weight = weight[0], 1.0
             one = np.eye(a)[c]
             upper = upper + (weight[0] * x[..., channel])[..., None] * one
             lower = lower + (weight[1] * x[..., channel])[..., None] * one

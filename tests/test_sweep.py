@@ -12,7 +12,9 @@ import pytest
 import sweep
 from PIL import Image
 
+import slimconv_jax as sc
 from slimconv_jax.console import Status
+from slimconv_jax.models.zoo import abstract_model
 from slimconv_jax.training.config import read_config
 
 # How ml_collections loads a config file.
@@ -64,14 +66,14 @@ def test_a_sweep_is_interrupted_and_continued(tmp_path, sweep_here, capsys):
     assert "the same command continues" in output and errors.endswith("interrupted\n")
     assert not (tmp_path / "resnet14_seed1/result.json").exists()
     first = (tmp_path / "resnet14_seed0/metrics.jsonl").read_bytes()
-    (only,) = sweep.read_results(tmp_path / "results.json")
+    _, (only,) = sweep.read_results(tmp_path / "results.json")
     assert only["seed"] == 0 and len(only["curves"]["test"]) == 1
 
     sweep_here(arguments(tmp_path))
     output = capsys.readouterr().out
     assert "1 of 2 runs are finished" in output
     assert (tmp_path / "resnet14_seed0/metrics.jsonl").read_bytes() == first
-    results = sweep.read_results(tmp_path / "results.json")
+    _, results = sweep.read_results(tmp_path / "results.json")
     for seed, result in enumerate(results):
         workdir = tmp_path / f"resnet14_seed{seed}"
         test = json.loads((workdir / "metrics.jsonl").read_text().splitlines()[-1])
@@ -120,6 +122,13 @@ def test_rows_and_their_table(runs):
     (alone,) = sweep.summarize(results[1:2], "first")
     row = sweep.table([alone], "first", {}).splitlines()[-1]
     assert row.endswith("| 1 | 90.0 | 2.500 | 21.00 | - | 100 |") and "| 600 | - |" in row
+
+
+def test_the_training_accuracy_is_that_of_the_last_epoch():
+    lines = [(100, 1.0, 0.1), (150, 1.5, 0.4), (200, 2.0, 0.6), (210, 2.1, 0.9)]
+    lines = [dict(zip(("step", "epoch", "accuracy"), line, strict=True)) for line in lines]
+    lines = [line | {"split": "train"} for line in lines] + [{"split": "test"}]
+    assert sweep._last_epoch(lines) == round((50 * 0.4 + 50 * 0.6 + 10 * 0.9) / 110, 4)
 
 
 def test_a_result_counts_for_its_own_settings_alone(runs, tmp_path):
@@ -197,10 +206,14 @@ def test_a_file_of_channels_has_the_recipe_without_k(tmp_path):
 @pytest.mark.parametrize("name", ablation.STUDIES)
 def test_a_study_can_be_planned_and_drawn(name, tmp_path, monkeypatch, capsys):
     study = ablation.STUDIES[name]
-    variants = ablation.variants_of(study)
     assert study.baseline in study.variants
+    variants = ablation.variants_of(study)
     configs = [config_of(variant) for variant in variants]
     assert len({config.to_json_best_effort() for config in configs}) == len(variants)
+    if name == "gating":  # what its question says
+        models = [abstract_model(num_classes=100, **config.model) for config in configs]
+        macs = dict(zip(study.variants, [sc.count_macs(m, 32) for m in models], strict=True))
+        assert macs["resnet50, width 26"] == pytest.approx(macs["k=4/3"], rel=0.02)
     where = {"params": 10, "macs": 10, "images_per_second": None, "jobs": 1, "where": WHERE}
     curves = {"train": [[1, 4, 0.1], [2, 3, 0.3]], "test": [[2, 3, 0.2]]}
     results = [
@@ -210,14 +223,14 @@ def test_a_study_can_be_planned_and_drawn(name, tmp_path, monkeypatch, capsys):
         for seed in range(2)
         for v in variants
     ]
-    (tmp_path / "given.json").write_text(json.dumps({"title": "", "runs": results}))
-    command = ["ablation.py", name, "--results", str(tmp_path / "given.json")]
-    monkeypatch.setattr(sys, "argv", [*command, "--workdir", str(tmp_path)])
+    given = tmp_path / "given.json"
+    given.write_text(json.dumps({"title": "As it was.", "runs": results}))
+    monkeypatch.setattr(sys, "argv", ["ablation.py", name, "--results", str(given)])
     ablation.main()
-    assert study.prediction in (text := capsys.readouterr().out)
+    assert "As it was." in (text := capsys.readouterr().out)
     assert f"| {study.baseline} | 10 | 0.0% | 10 | 2 | 30.0 | 3.000 | 20.50 ± 0.71 |  | - |" in text
-    assert sweep.read_results(tmp_path / name / "results.json") == results
-    with Image.open(tmp_path / name / "results.png") as picture:
+    assert sweep.read_results(given) == ("As it was.", results)
+    with Image.open(given.with_suffix(".png")) as picture:
         assert picture.width > 500 and len(picture.getcolors(10**6)) > 100
 
 

@@ -45,8 +45,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--k", metavar="K", help="fail unless this is the compression ratio, such as 8/3")
     add(
         "--gating",
-        choices=["flipped", "plain", "none"],
-        help="of the SlimConvs, which shapes do not show (default: flipped, as published)",
+        choices=["flipped", "plain", "upper"],
+        help="what the gates of the SlimConvs do, which shapes do not show (default: flipped, as "
+        "published)",
     )
     add("--key", help="path of the state dict in the file, if it is not found: keys with dots")
     add(

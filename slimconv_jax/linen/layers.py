@@ -43,7 +43,7 @@ class SlimConv(nn.Module):
     lower_feature_group_count: int | None = None
     squeeze_ratio: int = 32
     min_squeezed: int = 1
-    gating: str = "flipped"
+    gating: str | None = "flipped"
     kernel_init: Initializer = kaiming_normal
     momentum: float = 0.9
     epsilon: float = 1e-5

@@ -1,7 +1,7 @@
 """The ResNets for Linen."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -10,6 +10,7 @@ from flax.typing import Dtype
 
 from slimconv_jax.linen.bridge import run_module
 from slimconv_jax.models import resnet
+from slimconv_jax.models.slimconv import CompressionRatio
 from slimconv_jax.models.zoo import abstract_resnet, resnet_config
 
 
@@ -63,15 +64,34 @@ class ResNet(nn.Module):
 def create_model(
     name: str,
     *,
+    k: CompressionRatio | None = None,
+    squeeze_ratio: int = 32,
+    min_squeezed: int = 1,
+    gating: str | None = "flipped",
+    sc_stages: Sequence[bool] = (True, True, True, True),
+    num_classes: int = 1000,
+    stem: str = "imagenet",
+    width: int = 64,
+    dilation: Sequence[bool] = (False, False, False),
     zero_init_residual: bool = False,
     remat: bool = False,
     dtype: Dtype | None = None,
-    **architecture: Any,
 ) -> ResNet:
     """Builds a Linen module of a named architecture.
 
     Arguments and errors are those of `slimconv_jax.create_model`, except `rngs`: `init` takes the
     key. It is also `init` that raises if a SlimConv of the architecture cannot exist.
     """
-    config = resnet_config(name, **architecture)
+    config = resnet_config(
+        name,
+        k=k,
+        squeeze_ratio=squeeze_ratio,
+        min_squeezed=min_squeezed,
+        gating=gating,
+        sc_stages=sc_stages,
+        num_classes=num_classes,
+        stem=stem,
+        width=width,
+        dilation=dilation,
+    )
     return ResNet(config, zero_init_residual=zero_init_residual, remat=remat, dtype=dtype)

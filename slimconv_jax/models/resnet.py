@@ -43,9 +43,9 @@ class ResNetConfig:
         at the standard `width` of 64 (ResNeXt's "4d").
       reduction: r of every SlimConv; None for plain 3x3 convolutions.
       lower_groups: groups of SlimConv's lower 3x3 convolution; `groups` if None.
-      squeeze_ratio: of every SlimConv; see there, as for the next two.
-      min_squeezed: likewise.
-      gating: likewise.
+      squeeze_ratio: channels per squeezed channel in the gate of every SlimConv.
+      min_squeezed: minimum number of squeezed channels.
+      gating: "flipped" as in the paper, "plain", "upper" or None; see `SlimConv`.
       sc_stages: for each stage, whether its blocks have SlimConv; the others have plain 3x3
         convolutions.
       num_classes: outputs of the classifier; 0 for none, which leaves the pooled features.
@@ -71,7 +71,7 @@ class ResNetConfig:
     lower_groups: int | None = None
     squeeze_ratio: int = 32
     min_squeezed: int = 1
-    gating: str = "flipped"
+    gating: str | None = "flipped"
     sc_stages: tuple[bool, bool, bool, bool] = (True, True, True, True)
     num_classes: int = 1000
     width: int = 64
@@ -87,8 +87,10 @@ class ResNetConfig:
             require_integer(f"stage {stage}: the number of blocks", number, 1, _MOST_BLOCKS)
         if len(self.blocks) != 4:
             raise InputError(f"blocks={self.blocks!r} must be four numbers, one for each stage")
-        for name, choices in (("block", BLOCKS), ("stem", STEMS), ("gating", GATINGS)):
-            require_choice(name, getattr(self, name), choices)
+        require_choice("block", self.block, BLOCKS)
+        require_choice("stem", self.stem, STEMS)
+        if self.gating is not None:
+            require_choice("gating", self.gating, GATINGS)
         for name, first in (("dilation", 2), ("sc_stages", 1)):
             value, length = getattr(self, name), 5 - first
             if not isinstance(value, tuple) or list(map(type, value)) != [bool] * length:
@@ -96,13 +98,15 @@ class ResNetConfig:
                     f"{name}={value!r} must be {length} booleans, one for each stage from {first} "
                     "to 4"
                 )
-        if self.block != "bottleneck" and self.reduction is not None:
+        if self.block in ("basic", "ghost") and self.reduction is not None:
             raise InputError(f"a {self.block} block has no SlimConv, so it takes no reduction")
+        given = ", ".join(f"{name}={value!r}" for name, value in self.unit_settings.items())
+        if self.reduction is None and given:
+            raise InputError(f"{given} is for SlimConv, and this architecture has none")
         if not any(self.sc_stages):
             raise InputError("sc_stages leaves no stage with SlimConv; take the plain architecture")
-        if self.reduction is None and self.ablations:
-            settings = ", ".join(f"{name}={value!r}" for name, value in self.ablations.items())
-            raise InputError(f"{settings} is for SlimConv, and this architecture has none")
+        if self.gating is None and "squeeze" in given:
+            raise InputError(f"{given}: without a gate there is nothing to squeeze")
         if self.block != "basic" and self.width * self.base_width < 64:
             raise InputError(
                 f"width={self.width} with base_width={self.base_width} leaves the bottlenecks no "
@@ -147,8 +151,8 @@ class ResNetConfig:
                 )
 
     @property
-    def ablations(self) -> dict[str, Any]:
-        """The settings of SlimConv that are not those of the published networks, by attribute."""
+    def unit_settings(self) -> dict[str, Any]:
+        """The settings of SlimConv besides r and groups that are not those of the paper."""
         names = ("squeeze_ratio", "min_squeezed", "gating", "sc_stages")
         values = {name: getattr(self, name) for name in names}
         return {n: value for n, value in values.items() if value != getattr(ResNetConfig, n)}

@@ -31,8 +31,8 @@ from slimconv_jax.models.mode import running_average
 
 CompressionRatio = str | Fraction | float
 
-GATINGS = ("flipped", "plain", "none")
-"""What the gate of the lower path can be: that of the upper one reversed, the same, or none."""
+GATINGS = ("flipped", "plain", "upper")
+"""What is gated: both paths, the lower one by the reversed gate; both by the same; or one."""
 
 
 def reduction_from_k(k: CompressionRatio) -> int:
@@ -89,7 +89,7 @@ class Gate(nnx.Module):
     Args:
       features: channels C.
       squeeze_ratio: channels per squeezed channel.
-      min_squeezed: squeezed channels at least.
+      min_squeezed: minimum number of squeezed channels.
       precision: of the products (see `nnx.Linear`).
       dtype: dtype of the computation; inferred from input and parameters if None.
       param_dtype: dtype of the parameters.
@@ -150,9 +150,9 @@ class SlimConv(nnx.Module):
       lower_feature_group_count: groups of the lower one; must divide b. The same as
         `feature_group_count` if None.
       squeeze_ratio: the gate squeezes C channels to C // squeeze_ratio.
-      min_squeezed: the channels that it squeezes them to at least.
-      gating: "flipped" as in the paper; for ablations "plain", which is w on both paths, or "none",
-        without a gate.
+      min_squeezed: minimum number of channels that it squeezes them to.
+      gating: "flipped" as in the paper; for ablations "plain", w on both paths, "upper", w on the
+        upper path and nothing on the lower one, or None, without a gate.
       kernel_init: initialiser of the kernels of the three convolutions; those of the gate, which
         are matrices, have their own.
       kernel_metadata: of the kernels of the three convolutions, such as their sharding (see
@@ -190,7 +190,7 @@ class SlimConv(nnx.Module):
         lower_feature_group_count: int | None = None,
         squeeze_ratio: int = 32,
         min_squeezed: int = 1,
-        gating: str = "flipped",
+        gating: str | None = "flipped",
         kernel_init: Initializer = kaiming_normal,
         kernel_metadata: Mapping[str, Any] = MappingProxyType({}),
         momentum: float = 0.9,
@@ -217,7 +217,8 @@ class SlimConv(nnx.Module):
             ("min_squeezed", min_squeezed, 1),
         ):
             require_integer(f"SlimConv: {name}", value, least)
-        require_choice("gating", gating, GATINGS)
+        if gating is not None:
+            require_choice("SlimConv: gating", gating, GATINGS)
         groups = feature_group_count, lower_feature_group_count
         if obstacle := _obstacle(in_features, reduction, *groups):
             possible = [
@@ -250,13 +251,15 @@ class SlimConv(nnx.Module):
         }
         a, b = in_features // reduction, in_features // (2 * reduction)  # as in the docstring
         squeeze = {"squeeze_ratio": squeeze_ratio, "min_squeezed": min_squeezed}
-        self.gate = None if gating == "none" else Gate(in_features, **squeeze, **common)
+        self.gate = None if gating is None else Gate(in_features, **squeeze, **common)
         self.upper = ConvBN(a, a, 3, feature_group_count=feature_group_count, **conv3x3)
         self.lower_reduce = ConvBN(a, b, 1, **conv)
         self.lower = ConvBN(b, b, 3, feature_group_count=lower_feature_group_count, **conv3x3)
         self.in_features = in_features
         self.out_features = a + b
         self.reduction = reduction
+        self.squeeze_ratio = squeeze_ratio
+        self.min_squeezed = min_squeezed
         self.gating = gating
 
     def __call__(self, x: jax.Array, use_running_average: bool | None = None) -> jax.Array:
@@ -297,22 +300,26 @@ class SlimConv(nnx.Module):
             raise InputError(
                 f"SlimConv({self.in_features}) takes (..., H, W, {self.in_features}), not {x.shape}"
             )
-        weights = []
+        weights = None
         if self.gate is not None:
             with jax.named_scope("gate"):
-                weights.append(self.gate(x))
+                weights = self.gate(x)
         with jax.named_scope("fold"):
             # A sum of parts, because a reshape of the channels would change the layout on
             # accelerators. One split, so that one pass puts the gradients together. In the dtype
             # of the computation, because in float32 the step of a bfloat16 run is 2 % longer.
             chunks = self._split(x)
             if self.gating == "flipped":
-                weights.append(jnp.flip(weights[0], axis=-1))
-            folded = [
-                functools.reduce(operator.add, map(operator.mul, self._split(w), chunks))
-                for w in weights
-            ] or [functools.reduce(operator.add, chunks)]
-            return folded[0], folded[-1]
+                flipped = jnp.flip(weights, axis=-1)
+                return self._fold(chunks, weights), self._fold(chunks, flipped)
+            upper = self._fold(chunks, weights)
+            return upper, self._fold(chunks, None) if self.gating == "upper" else upper
+
+    def _fold(self, chunks: list[jax.Array], weights: jax.Array | None) -> jax.Array:
+        """Adds up the chunks of a feature map, gated if there are weights."""
+        if weights is not None:
+            chunks = map(operator.mul, self._split(weights), chunks)
+        return functools.reduce(operator.add, chunks)
 
     def _split(self, x: jax.Array) -> list[jax.Array]:
         """Splits (..., C) into r chunks of a consecutive channels, each (..., a)."""

@@ -361,15 +361,16 @@ def _slimconvs_of(net: ResNet) -> dict[str, Any]:
 
     def kind(unit: nnx.Module) -> dict[str, Any] | None:
         if isinstance(unit, SlimConv):
-            return {"reduction": unit.reduction, "gating": unit.gating}
+            names = ("reduction", "squeeze_ratio", "min_squeezed", "gating")
+            return {name: getattr(unit, name) for name in names}
         return None if isinstance(unit, ConvBN) and type(unit.conv) is nnx.Conv else {}
 
     stages = [[kind(block.conv2) for block in stage] for stage in net.stages]
     kinds = [kind for stage in stages for kind in stage if kind is not None]
-    uniform = all(kind == stage[0] for stage in stages for kind in stage)
-    if not kinds or not uniform or any(kind != kinds[0] for kind in kinds):
+    whole = all(kind == stage[0] for stage in stages for kind in stage)
+    if not whole or not kinds or not kinds[0] or any(kind != kinds[0] for kind in kinds):
         return {}
-    return kinds[0] and kinds[0] | {"sc_stages": tuple(stage[0] is not None for stage in stages)}
+    return kinds[0] | {"sc_stages": tuple(stage[0] is not None for stage in stages)}
 
 
 def _use_following_conv(block: Bottleneck, rngs: nnx.Rngs) -> None:

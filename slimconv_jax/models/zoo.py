@@ -67,7 +67,7 @@ def create_model(
     k: CompressionRatio | None = None,
     squeeze_ratio: int = 32,
     min_squeezed: int = 1,
-    gating: str = "flipped",
+    gating: str | None = "flipped",
     sc_stages: Sequence[bool] = (True, True, True, True),
     stem: str = "imagenet",
     width: int = 64,
@@ -86,9 +86,9 @@ def create_model(
         ("8/3"), Fraction or number; None for the architecture's own. Sc models only.
       squeeze_ratio: channels per squeezed channel in the gate of every SlimConv; Sc models only,
         like the next three.
-      min_squeezed: squeezed channels at least.
-      gating: "flipped" as in the paper; for ablations "plain", the same gate on both paths, or
-        "none".
+      min_squeezed: minimum number of squeezed channels.
+      gating: "flipped" as in the paper; for ablations "plain", the same gate on both paths,
+        "upper", no gate on the lower one, or None, without gates.
       sc_stages: for each of the four stages, whether it has SlimConv.
       stem: "imagenet", or "cifar" for small images.
       width: channels of the stem and planes of the first stage, 64 in all published models; the
@@ -167,7 +167,9 @@ def resnet_config(
     if k is not None and config.reduction is None:
         raise InputError(f"{name} has no SlimConv, so it takes no k (k={k!r} was given)")
     reduction = config.reduction if k is None else reduction_from_k(k)
-    changes = {n: tuple(v) if isinstance(v, list) else v for n, v in changes.items()}
+    for key in {"dilation", "sc_stages"} & changes.keys():
+        if isinstance(changes[key], Sequence):
+            changes[key] = tuple(changes[key])
     with _naming(name, reduction):
         return dataclasses.replace(config, reduction=reduction, **changes)
 
@@ -277,7 +279,7 @@ def describe(config: ResNetConfig) -> str:
     words = [name_of(config) or f"{config.block} blocks {config.blocks}, {kind}"]
     if config.reduction is not None:
         words.append(f"k={k_from_reduction(config.reduction)}")
-        words += (f"{name} {value}" for name, value in config.ablations.items())
+        words += (f"{name} {value}" for name, value in config.unit_settings.items())
     words.append(f"{config.num_classes} classes" if config.num_classes else "no classifier")
     if config.stem != "imagenet":
         words.append(f"{config.stem} stem")

@@ -34,7 +34,8 @@ def read_architecture(
       shapes: the shape of each entry, by released name, without prefix.
       k: the compression ratio, needed only in very narrow networks, where several
         fit the shapes.
-      gating: of the SlimConvs; None for "flipped", as published. Shapes do not show it.
+      gating: of the SlimConvs that have a gate; None for "flipped", as published. Shapes do not
+        show what a gate does.
 
     Raises:
       ValueError: if these are not entries of a ResNet, or have another k, or there is no such
@@ -56,11 +57,8 @@ def read_architecture(
             f"{some}"
         )
 
-    kinds = [
-        kind
-        for kind, sign in (("ghost", _PRIMARY), ("se", "se.fc"))
-        if any(sign in name for block in blocks.values() for name in block)
-    ]
+    ghost = any(_PRIMARY in name for block in blocks.values() for name in block)
+    has_se = _most_voted("se.fc1.weight" in block for block in blocks.values())
     for block in blocks.values():  # as if ghost modules were convolutions
         block |= {
             name.replace(_PRIMARY, ""): (2 * shape[0], *shape[1:])
@@ -78,7 +76,7 @@ def read_architecture(
         raise InputError(f"no block has a convolution {outputs}, as the blocks of a ResNet have")
     settings = {
         "blocks": tuple(depths),
-        "block": "basic" if basic else (*kinds, "bottleneck")[0],
+        "block": "ghost" if ghost else "basic" if basic else "se" if has_se else "bottleneck",
         "width": width,
         **read_ends(shapes),
     }
@@ -156,26 +154,24 @@ def _bottleneck_settings(blocks: Mapping, width: int, k: CompressionRatio | None
 
 def _gate_settings(blocks: Mapping, gating: str | None) -> dict:
     """Reads where SlimConv is, and the width of its gates, off the shapes of its convolutions."""
-    is_unit = {"conv2.conv2_1.0.weight", "conv2.conv2_2.3.weight"}.intersection
-    settings = {
-        "sc_stages": tuple(
-            any(is_unit(block) for (s, _), block in blocks.items() if s == stage)
-            for stage in range(4)
-        )
-    }
+    votes = [[] for _ in range(4)]
+    for (stage, _), block in blocks.items():
+        votes[stage].append(any(name.startswith("conv2.conv2_") for name in block))
+    # Where half of the blocks have lost theirs, the report says so.
+    settings = {"sc_stages": tuple(2 * sum(stage) >= len(stage) for stage in votes)}
     gates = (_conv(block, "conv2.fc.0.weight") for block in blocks.values())
     votes = Counter((gate[1], gate[0]) for gate in gates if gate)
     squeezed = dict(votes.most_common(8))  # a network has four; a damaged file may have hundreds
-    if gating is not None:
-        settings["gating"] = gating
+    has_gate = any(name.startswith("conv2.fc.") for block in blocks.values() for name in block)
+    settings["gating"] = gating or ("flipped" if has_gate else None)
     if not squeezed:
         return settings
 
     def fitting(ratio: int, least: int) -> int:
         return sum(n for (c, s), n in squeezed.items() if max(c // ratio, least) == s)
 
-    # Several may fit, and compute the same: the published ratio comes first.
-    ratios = 32, *range(1, min(max(c for c, _ in squeezed), 2**12) + 1)
+    # Several may fit, and compute the same: the published ratio comes first, then the largest.
+    ratios = 32, *range(min(max(c for c, _ in squeezed), 2**12), 0, -1)
     candidates = itertools.product(ratios, sorted({1, *(s for _, s in squeezed)}))
     ratio, least = max(candidates, key=lambda candidate: fitting(*candidate))
     return settings | {"squeeze_ratio": ratio, "min_squeezed": least}

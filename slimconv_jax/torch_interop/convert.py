@@ -42,10 +42,11 @@ def from_torch(
 ) -> ResNet:
     """Builds the model of a PyTorch state dict, in evaluation mode.
 
-    The architecture is read off the shapes: blocks, width, k, groups, stem and classes; without
-    `fc` the model has no classifier. Shapes do not show strides, dilation, anti-aliasing (timm's
-    `aa_layer`) and the like: those of the published networks are assumed. A network that was
-    trained with dilation computes the same only after `backbone(model, output_stride=...)`.
+    The architecture is read off the shapes: blocks, width, k, groups, stem, classes, and where
+    SlimConv is and how wide its gates are; without `fc` the model has no classifier. Shapes do
+    not show strides, dilation, anti-aliasing (timm's `aa_layer`) and the like: those of the
+    published networks are assumed. A network that was trained with dilation computes the same only
+    after `backbone(model, output_stride=...)`.
 
     Args:
       state_dict: PyTorch tensors or NumPy arrays by name, the released ones or torchvision's,
@@ -56,7 +57,8 @@ def from_torch(
         width of the file), which are not read off shapes.
       k: the compression ratio that it must have; needed where the network is so narrow that
         several fit its shapes.
-      gating: of its SlimConvs, "plain" or "none" for the networks of ablations; see `SlimConv`.
+      gating: what its gates do, which shapes do not show: "plain" or "upper" for the networks of
+        such ablations, None for the published "flipped"; see `SlimConv`.
       dtype: dtype of the computation, as in `create_model`.
 
     Warns:

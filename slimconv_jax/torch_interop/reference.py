@@ -34,7 +34,7 @@ class SlimConv(nn.Module):
             nn.ReLU(),
             *_conv_bn(lower, lower, 3, stride, dilation, lower_groups),
         )
-        if config.gating != "none":
+        if config.gating is not None:
             squeezed = max(channels // config.squeeze_ratio, config.min_squeezed)
             self.fc = nn.Sequential(
                 *_conv_bn(channels, squeezed, 1),
@@ -45,10 +45,10 @@ class SlimConv(nn.Module):
 
     def forward(self, x):
         upper = lower = x
-        if self.gating != "none":
+        if self.gating is not None:
             weights = self.fc(x.mean((2, 3), keepdim=True))
             upper = weights * x
-            lower = (weights.flip(1) if self.gating == "flipped" else weights) * x
+            lower = {"flipped": weights.flip(1), "plain": weights, "upper": 1}[self.gating] * x
         chunk = x.shape[1] // self.reduction
         upper, lower = (sum(y.split(chunk, dim=1)[: self.reduction]) for y in (upper, lower))
         return torch.cat([self.conv2_1(upper), self.conv2_2(lower)], dim=1)

@@ -18,7 +18,10 @@ _SIGNS = (
     (r"layer\d\.\d+\.(convs|bns)\.\d", "a Res2Net"),
     (r"layer\d\.\d+\.conv2\.(fc1|rsoftmax|bn0)", "a ResNeSt"),
     (r"layer\d\.\d+\.conv2\.(paths|attn|conv_kernel)", "a selective-kernel ResNet (SKNet)"),
-    (r"layer\d\.\d+\.se_module\.", "an SE-ResNet of another library than timm"),
+    (
+        r"layer\d\.\d+\.(se_module\.|se\.(conv|fc\.\d))",
+        "a ResNet with squeeze-and-excitation of another kind than timm's seresnet",
+    ),
     (r"layer\d\.\d+\.(ca|sa|cbam)\.", "a ResNet with attention of its own (CBAM)"),
     (r"(^|\.)conv1\.\d\.weight|(^|\.)stem\.\d", "a ResNet with a deep stem (ResNet-C or -D)"),
     (r"layer\d\.\d+\.(gn|norm)\d", "a ResNet with norms of another kind or name"),

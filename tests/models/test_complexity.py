@@ -27,6 +27,10 @@ def test_cifar100_counts(name, k, params, macs):
     assert (count_params(model), count_macs(model, image_size=32)) == (params, macs)
 
 
+def test_squeeze_and_excitation_has_the_count_of_timm():
+    assert count_params(abstract_model("se_resnet50")) == 28_088_024
+
+
 class Counted(nnx.Module):
     """Products inside jit, scan, vmap and remat, 12 multiply-adds in each of 5 places."""
 

@@ -20,7 +20,8 @@ CASES = [
     (48, 3, {"feature_group_count": 8, "lower_feature_group_count": 4}),
     (80, 5, {"feature_group_count": 2, "strides": 2, "kernel_dilation": 2, "squeeze_ratio": 16}),
     (20, 2, {"gating": "plain", "min_squeezed": 7}),
-    (20, 3, {"gating": "none"}),
+    (20, 2, {"gating": "upper"}),
+    (20, 3, {"gating": None}),
 ]
 
 
@@ -87,7 +88,11 @@ def test_impossible_k(k):
         (64, {"k": 2, "reduction": 3}, "not both"),
         (64, {"reduction": 1}, "reduction=1 must be an integer >= 2"),
         (64, {"squeeze_ratio": 0}, "squeeze_ratio=0"),
-        (64, {"gating": None}, "gating=None must be one of 'flipped', 'plain', 'none'"),
+        (
+            64,
+            {"gating": "none"},
+            "SlimConv: gating='none' must be one of 'flipped', 'plain', 'up",
+        ),
         (64.0, {}, "in_features=64.0"),
     ],
 )

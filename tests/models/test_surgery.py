@@ -46,7 +46,13 @@ def small_slimified():
     return sc.slimify(abstract_resnet(config))[0]
 
 
-@pytest.mark.parametrize("build", [small_sc, small_slimified])
+def small_ungated():
+    """Squeeze-and-excitation, which has no batch norm, and no gate."""
+    se = {"block": "se", "stem": "cifar", "num_classes": 3}
+    return abstract_resnet(ResNetConfig((1, 1, 1, 1), width=8, reduction=2, gating=None, **se))
+
+
+@pytest.mark.parametrize("build", [small_sc, small_slimified, small_ungated])
 def test_folding_batch_norm_changes_nothing_but_its_presence(build):
     model = randomized(build)
     before = arrays(model)

@@ -62,7 +62,13 @@ def test_abstract_model_has_the_shapes_that_create_model_gives():
         ("sc_resnet14", {"sc_stages": [False] * 4}, "leaves no stage with SlimConv"),
         ("sc_resnet14", {"gating": "reversed"}, "gating='reversed' must be one of 'flipped', 'pl"),
         ("sc_resnet14", {"min_squeezed": 0}, "min_squeezed=0 must be an integer >= 1"),
-        ("resnet14", {"gating": "none"}, "gating='none' is for SlimConv, and this architecture"),
+        (
+            "sc_resnet14",
+            {"gating": None, "min_squeezed": 2},
+            "min_squeezed=2, gating=None: without a gate there is nothing to squeeze",
+        ),
+        ("resnet14", {"sc_stages": (False,) * 4}, r"sc_stages=\(False, .*\) is for SlimConv"),
+        ("resnet14", {"gating": None}, "gating=None is for SlimConv, and this architecture"),
     ],
 )
 def test_bad_input(name, overrides, message):

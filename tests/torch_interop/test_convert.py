@@ -30,7 +30,10 @@ KINDS = {
     "narrow gates": dataclasses.replace(SMALL, squeeze_ratio=5, min_squeezed=3),
     "two stages": dataclasses.replace(SMALL, sc_stages=(False, True, False, True)),
     "plain gates": dataclasses.replace(SMALL, gating="plain"),
-    "no gates": dataclasses.replace(SMALL, gating="none"),
+    "no lower gates": dataclasses.replace(SMALL, gating="upper"),
+    "no gates": dataclasses.replace(SMALL, gating=None),
+    "gates as wide as": dataclasses.replace(SMALL, width=16, squeeze_ratio=16),
+    "se and sc": dataclasses.replace(SMALL, block="se", sc_stages=(True, True, False, True)),
 }
 
 
@@ -49,8 +52,8 @@ def same(one, other):
 @pytest.mark.parametrize("config", KINDS.values(), ids=KINDS)
 def test_there_and_back_is_exact(config):
     start = random_state_dict(config)
-    # The only setting that shapes do not show.
-    gating = None if config.gating == "flipped" else config.gating
+    # What gates do is the only setting that shapes do not show.
+    gating = config.gating if config.gating in ("plain", "upper") else None
     model = from_torch(start, gating=gating)
     assert model.config == config
     back = to_torch(model)
@@ -296,7 +299,10 @@ def test_tensors_of_all_kinds_are_read(state_dict, change):
     ("names", "what"),
     [
         (["conv1.0.weight", "layer1.0.conv1.weight"], "a ResNet with a deep stem (ResNet-C or -D)"),
-        (["layer1.0.se_module.fc1.weight"], "an SE-ResNet of another library than timm"),
+        (
+            ["layer1.0.se_module.fc1.weight"],
+            "a ResNet with squeeze-and-excitation of another kind than timm's seresnet",
+        ),
         (["layer1.0.convs.0.weight"], "a Res2Net"),
         (["blocks.0.attn.qkv.weight"], "a vision transformer"),
         (["features.0.weight"], "a VGG, AlexNet or MobileNet"),

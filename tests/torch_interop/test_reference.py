@@ -104,10 +104,17 @@ def test_logits_equal_pytorch_in_float32(config):
     assert logits_error(config, np.float32) <= 1e-5
 
 
-def test_dilation_equals_pytorch():
-    config = dataclasses.replace(
-        ARCHITECTURES["sc_resnet26"], width=8, num_classes=3, dilation=(False, True, True)
-    )
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("sc_resnet26", {"dilation": (False, True, True)}),
+        ("sc_resnet14", {"gating": "plain", "sc_stages": (False, True, False, True)}),
+        ("sc_resnet14", {"gating": "upper", "squeeze_ratio": 5, "min_squeezed": 3}),
+        ("sc_resnet14", {"gating": None, "block": "se"}),
+    ],
+)
+def test_settings_equal_pytorch(name, changes):
+    config = dataclasses.replace(ARCHITECTURES[name], width=8, num_classes=3, **changes)
     state_dict = random_state_dict(config, np.float64)
     with jax.enable_x64(True):
         model = abstract_resnet(config)
