@@ -179,7 +179,7 @@ def test_an_evaluation_that_an_interruption_took_is_made_up_for(run, tmp_path, s
         ("loader", "on_error", "ignore", "on_error='ignore' must be"),
         ("augment", "flip", "yes", "flip='yes' must be True or False"),
         ("model", "dtype", "bfloat17", "dtype='bfloat17' is not a dtype"),
-        ("model", "dilation", True, "must be three booleans"),
+        ("model", "dilation", True, "must be 3 booleans"),
         ("augment", "crop_padding", -1, "crop_padding=-1"),
         ("normalize", "std", (1, 1, 0), "must be three numbers each"),
         ("optimizer", "learning_rate", -1.0, "learning_rate=-1.0"),
