@@ -80,7 +80,8 @@ def test_a_program_gives_the_logits_without_this_package(
         "assert not any(name.startswith('slimconv_jax') for name in sys.modules)\n"
     )
     subprocess.run([sys.executable, str(script)], cwd=tmp_path, check=True)
-    logits = np.load(tmp_path / "logits.npz")
+    with np.load(tmp_path / "logits.npz") as file:
+        logits = dict(file)
     model.eval()
     expected = np.asarray(apply(model, normalized))
     tolerance = 1e-4 * np.abs(expected).max()
