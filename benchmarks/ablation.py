@@ -30,10 +30,9 @@ from sweep import (
     describe_overrides,
     parse_options,
     plan_runs,
-    read_results,
     train_all,
-    write_report,
 )
+from sweep_report import read_results, write_report
 
 from slimconv_jax.errors import InputError
 from slimconv_jax.models.zoo import parse_model

@@ -32,8 +32,8 @@ from sweep import (
     parse_options,
     plan_runs,
     train_all,
-    write_report,
 )
+from sweep_report import write_report
 
 from slimconv_jax.errors import require_integer
 from slimconv_jax.models.published import CIFAR100

@@ -10,6 +10,7 @@ import ablation
 import cifar100_compression
 import pytest
 import sweep
+import sweep_report
 from PIL import Image
 
 import slimconv_jax as sc
@@ -66,14 +67,14 @@ def test_a_sweep_is_interrupted_and_continued(tmp_path, sweep_here, capsys):
     assert "the same command continues" in output and errors.endswith("interrupted\n")
     assert not (tmp_path / "resnet14_seed1/result.json").exists()
     first = (tmp_path / "resnet14_seed0/metrics.jsonl").read_bytes()
-    _, (only,) = sweep.read_results(tmp_path / "results.json")
+    _, (only,) = sweep_report.read_results(tmp_path / "results.json")
     assert only["seed"] == 0 and len(only["curves"]["test"]) == 1
 
     sweep_here(arguments(tmp_path))
     output = capsys.readouterr().out
     assert "1 of 2 runs are finished" in output
     assert (tmp_path / "resnet14_seed0/metrics.jsonl").read_bytes() == first
-    _, results = sweep.read_results(tmp_path / "results.json")
+    _, results = sweep_report.read_results(tmp_path / "results.json")
     for seed, result in enumerate(results):
         workdir = tmp_path / f"resnet14_seed{seed}"
         test = json.loads((workdir / "metrics.jsonl").read_text().splitlines()[-1])
@@ -95,7 +96,7 @@ def finish(run, top1, **changes):
     (run.workdir / "config.json").write_text(config.to_json_best_effort())
     curves = {"train": [[0.5, 3, 0.1], [1, 2, 0.9]], "test": [[1, 2.5, top1]]}
     values = (run.variant.name, run.seed, *run.counts.values(), top1, 2.5, 0.9, 100.0 + run.seed)
-    result = dict(zip(sweep.RESULT, (*values, 2, WHERE, curves), strict=True)) | changes
+    result = dict(zip(sweep_report.RESULT, (*values, 2, WHERE, curves), strict=True)) | changes
     (run.workdir / "result.json").write_text(json.dumps(result))
 
 
@@ -110,17 +111,17 @@ def test_rows_and_their_table(runs):
         params = 600 if run.variant is VARIANTS[1] else 1000
         finish(run, top1[run.variant.name][run.seed], params=params)
     results = [json.loads((run.workdir / "result.json").read_text()) for run in runs]
-    plain, slim = sweep.summarize(results, "first")
+    plain, slim = sweep_report.summarize(results, "first")
     assert plain["top1"] == pytest.approx(22) and plain["top1_sd"] == pytest.approx(2)
     assert slim["compression"] == 0.4 and slim["top1"] == pytest.approx(23)
     # Student's t at 97.5 % with two degrees of freedom is 4.303.
     assert slim["gain"] == pytest.approx(1)
     assert slim["gain_ci"] == pytest.approx(4.303 / 3**0.5, rel=1e-3)
-    table = sweep.table([plain, slim], "first", {"second one": 78.5})
+    table = sweep_report.table([plain, slim], "first", {"second one": 78.5})
     start = f"| second one | 600 | 40.0% | {slim['macs']:,} | 3 | 90.0 | 2.500 |"
     assert f"{start} 23.00 ± 1.73 | +1.00 ± 2.48 | 78.5 | 101 |\n" in table
-    (alone,) = sweep.summarize(results[1:2], "first")
-    row = sweep.table([alone], "first", {}).splitlines()[-1]
+    (alone,) = sweep_report.summarize(results[1:2], "first")
+    row = sweep_report.table([alone], "first", {}).splitlines()[-1]
     assert row.endswith("| 1 | 90.0 | 2.500 | 21.00 | - | 100 |") and "| 600 | - |" in row
 
 
@@ -229,7 +230,7 @@ def test_a_study_can_be_planned_and_drawn(name, tmp_path, monkeypatch, capsys):
     ablation.main()
     assert "As it was." in (text := capsys.readouterr().out)
     assert f"| {study.baseline} | 10 | 0.0% | 10 | 2 | 30.0 | 3.000 | 20.50 ± 0.71 |  | - |" in text
-    assert sweep.read_results(given) == ("As it was.", results)
+    assert sweep_report.read_results(given) == ("As it was.", results)
     with Image.open(given.with_suffix(".png")) as picture:
         assert picture.width > 500 and len(picture.getcolors(10**6)) > 100
 
