@@ -131,7 +131,8 @@ def main() -> None:
         metavar="N",
         help="channels of the stem, and the others in proportion (default: 64)",
     )
-    args, overrides = parse_options(parser, ("model.name", "model.k", "model.width", "num_epochs"))
+    reserved = ("model.name", "model.k", "model.width", "num_epochs")
+    args, overrides = parse_options(parser, lambda _: reserved)
     for name in ("epochs", "width"):
         require_integer(f"--{name}", getattr(args, name), 1)
     models = dict.fromkeys(map(normalize_model, args.models))

@@ -321,13 +321,13 @@ def add_options(parser: argparse.ArgumentParser, *, workdir: str, seeds: int) ->
 
 
 def parse_options(
-    parser: argparse.ArgumentParser, reserved: Sequence[str]
+    parser: argparse.ArgumentParser, reserved: Callable[[argparse.Namespace], Sequence[str]]
 ) -> tuple[argparse.Namespace, list[str]]:
     """Parses the command line; also returns the changes of all configs, as --config.KEY=VALUE.
 
     Args:
       parser: has the options of `add_options`.
-      reserved: the keys that the sweep itself sets.
+      reserved: returns the keys that the sweep itself sets.
 
     Raises:
       ValueError: if a number is out of range.
@@ -337,7 +337,7 @@ def parse_options(
         key = text.removeprefix("--config.").split("=")[0]
         if not text.startswith("--config.") or "=" not in text:
             parser.error(f"unrecognized argument {text}; those of train.py are --config.KEY=VALUE")
-        if key in ("seed", *reserved):
+        if key in ("seed", *reserved(args)):
             parser.error(f"--config.{key} is for other options to say; see --help")
     for name in ("seeds", "jobs"):
         require_integer(f"--{name}", getattr(args, name), 1)
