@@ -10,7 +10,9 @@ command continues where it was stopped; see `sweep` for what it writes.
 
     python benchmarks/ablation.py STUDY --results FILE.json
 
-writes the table and the figure of a results.json again, beside it, without training.
+writes the table and the figure of a results.json again, beside it, without training. With
+`--expect FILE.json`, the results of the study from an earlier time, a study checks that the models
+still learn as well.
 """
 
 import argparse
@@ -32,7 +34,7 @@ from sweep import (
     plan_runs,
     train_all,
 )
-from sweep_report import read_results, write_report
+from sweep_report import read_results, require_as_good, write_report
 
 from slimconv_jax.errors import InputError
 from slimconv_jax.models.zoo import parse_model
@@ -102,6 +104,9 @@ class Study:
     variants: dict[str, tuple[str, dict[str, Any]]]
     baseline: str = "resnet50"
 
+
+MARGIN = 1.5
+"""Points of top-1 by which a variant may be behind what `--expect` has."""
 
 PLAIN = {"resnet50": ("resnet50", {})}
 THREE = PLAIN | {f"k={k}": (f"sc_resnet50@{k}", {}) for k in ("4/3", "8/3")}
@@ -244,6 +249,12 @@ def main() -> None:
         metavar="FILE",
         help="write the table and figure of these results again; train nothing",
     )
+    parser.add_argument(
+        "--expect",
+        type=Path,
+        metavar="FILE",
+        help=f"fail if a variant is {MARGIN} points or more behind these results of the study",
+    )
     args, overrides = parse_options(parser, varied_keys)
     study = STUDIES[args.study]
     path = args.results or args.workdir / args.study / "results.json"
@@ -264,6 +275,8 @@ def main() -> None:
         train_all(runs, args.jobs, report)
     print(path.with_suffix(".md").read_text())
     print(f"in {path.parent}: {path.name}, {path.stem}.md, {path.stem}.png")
+    if args.expect:
+        require_as_good(read_results(path)[1], args.expect, MARGIN)
 
 
 if __name__ == "__main__":

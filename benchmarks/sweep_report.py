@@ -134,6 +134,30 @@ def read_results(path: Path) -> tuple[str, list[dict]]:
     return title, results
 
 
+def require_as_good(results: Sequence[dict], expected: Path, points: float) -> None:
+    """Checks that no variant has come to learn worse.
+
+    Args:
+      results: of the finished runs.
+      expected: a JSON file of `write_report`.
+      points: by how much the mean top-1 of a variant may be behind that in the file, in percent.
+
+    Raises:
+      ValueError: if one is further behind or is not in the file, or if there is no such file.
+    """
+    _, before = read_results(expected)
+    means = {row["variant"]: row["top1"] for row in summarize(before, "")}
+    for row in summarize(results, ""):
+        name, top1 = row["variant"], row["top1"]
+        if name not in means:
+            raise InputError(f"{expected} has no results of {name}")
+        if top1 < means[name] - points:
+            raise InputError(
+                f"{name} learns worse: top-1 {top1:.2f} %, more than {points} points behind the "
+                f"{means[name]:.2f} % in {expected}"
+            )
+
+
 def _describe_machine(result: dict) -> str:
     where, jobs = result["where"], result["jobs"]
     packages = (f"{name} {version}" for name, version in where["versions"].items())
