@@ -57,10 +57,15 @@ def require_integer(name: str, value: object, least: int, most: int = 2**20) -> 
         raise InputError(f"{name}={value!r} must be an integer from {least} to {most}")
 
 
-def require_number(name: str, value: object, *, least: float, below: float = 1e6) -> None:
-    """Raises an InputError unless `value` is a number >= `least` and < `below`."""
+def require_number(
+    name: str, value: object, *, least: float, below: float = 1e6, most: float | None = None
+) -> None:
+    """Raises an InputError unless `value` is a number >= `least` and < `below`, or <= `most`."""
     is_number = isinstance(value, Real) and not isinstance(value, bool)
-    if not is_number or not least <= value < below:  # also refuses NaN
+    if most is not None:
+        if not is_number or not least <= value <= most:
+            raise InputError(f"{name}={value!r} must be a number from {least:g} to {most:g}")
+    elif not is_number or not least <= value < below:  # also refuses NaN
         limit = "" if below == 1e6 and is_number and not value >= below else f" and < {below:g}"
         raise InputError(f"{name}={value!r} must be a number >= {least}{limit}")
 

@@ -3,7 +3,14 @@ import numpy as np
 import pytest
 
 from slimconv_jax.data.preprocessing import normalize
-from slimconv_jax.training.augment import augment, cutmix, mixup, random_crop, random_flip
+from slimconv_jax.training.augment import (
+    augment,
+    cutmix,
+    mixup,
+    random_crop,
+    random_erase,
+    random_flip,
+)
 
 
 def test_normalize():
@@ -45,6 +52,48 @@ def test_no_padding_is_no_change():
     same, same_targets = augment(jax.random.key(0), images, targets)
     np.testing.assert_array_equal(same, images)
     np.testing.assert_array_equal(same_targets, targets)
+
+
+def test_some_images_lose_a_rectangle_to_noise():
+    images = np.full((200, 32, 24, 3), 77, np.uint8)
+    erased = np.asarray(random_erase(jax.random.key(0), images, probability=0.25))
+    assert erased.dtype == np.uint8
+    changed = (erased != images).any(-1)
+    touched = changed.any(axis=(1, 2))
+    assert 0.17 < touched.mean() < 0.33
+    corners, shapes = set(), set()
+    for image in changed[touched]:
+        (rows,), (columns,) = np.nonzero(image.any(1)), np.nonzero(image.any(0))
+        height, width = rows[-1] - rows[0] + 1, columns[-1] - columns[0] + 1
+        inside = image[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+        assert inside.mean() > 0.9 and inside.sum() == image.sum()  # noise may be 77, too
+        assert 0.01 < height * width / (32 * 24) < 0.36 and 0.2 < height / width < 4.5
+        corners.add((rows[0], columns[0]))
+        shapes.add((height, width))
+    assert len(corners) > 25 and len(shapes) > 25
+    noise = erased[changed]
+    assert abs(noise.mean() - 127.5) < 3 and noise.min() == 0 and noise.max() == 255
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"randaugment_layers": 2},
+        {"randaugment_layers": 1, "randaugment_magnitude": 1, "randaugment_std": 0},
+        {"trivialaugment_wide": True},
+        {"erase_probability": 1},
+    ],
+)
+def test_policies_come_after_crop_and_flip_and_leave_those_as_they_are(options):
+    images = np.random.default_rng(0).integers(0, 256, (8, 16, 16, 3), dtype=np.uint8)
+    before = {"crop_padding": 2, "flip": True}
+    key = jax.random.key(3)
+    cropped, _ = augment(key, images, np.eye(8), **before)
+    changed, targets = augment(key, images, np.eye(8), **before, **options)
+    assert changed.dtype == np.uint8
+    same = (np.asarray(changed) == cropped).mean()
+    assert same < 0.95 and (same > 0.2 or options == {"erase_probability": 1} or same > 0.02)
+    np.testing.assert_array_equal(targets, np.eye(8))
 
 
 def mixing_data():
@@ -115,6 +164,15 @@ def test_with_both_each_batch_is_mixed_in_one_way():
         ({"flip": 1}, "flip=1 must be True or False"),
         ({"mixup_alpha": -0.1}, "mixup_alpha=-0.1 must be a number >= 0"),
         ({"cutmix_alpha": "1"}, "cutmix_alpha='1' must be a number >= 0"),
+        ({"randaugment_layers": -1}, "randaugment_layers=-1 must be an integer >= 0"),
+        ({"randaugment_magnitude": 11}, "randaugment_magnitude=11 must be a number from 0 to 10"),
+        ({"randaugment_std": -1}, "randaugment_std=-1 must be a number >= 0"),
+        ({"trivialaugment_wide": "yes"}, "trivialaugment_wide='yes' must be True or False"),
+        ({"erase_probability": 1.5}, "erase_probability=1.5 must be a number from 0 to 1"),
+        (
+            {"randaugment_layers": 2, "trivialaugment_wide": True},
+            "randaugment_layers and trivialaugment_wide exclude each other",
+        ),
     ],
 )
 def test_bad_options(options, message):
