@@ -102,6 +102,16 @@ def _operations(lines: dict[str, list[str]], computation: str) -> Iterator[Opera
             for inner, count in _calls(line, lines):
                 yield from count * list(_operations(lines, inner))
             continue
+        names = re.search(r'op_name="([^"]*)"', line)
+        scopes = set(re.findall(r"\w+", names[1])) if names else set()
+        if kind == "conditional":  # one of its branches, each as likely
+            listed = re.search(r"branch_computations=\{([^}]*)\}", line)
+            branches = re.findall(r"%?([\w.\-]+)", listed[1]) if listed else []
+            branches += re.findall(r"\b(?:true|false)_computation=%?([\w.\-]+)", line)
+            inside = [operation for name in branches for operation in _operations(lines, name)]
+            size, cycles = (sum(o.bytes for o in inside), sum(o.cycles for o in inside))
+            yield Operation(scopes, size // len(branches), cycles // len(branches))
+            continue
         if kind in _FREE or kind.endswith("-done"):
             continue
         operands = dict.fromkeys(re.findall(r"%([\w.\-]+)", rest.split("), ")[0]))
@@ -112,8 +122,6 @@ def _operations(lines: dict[str, list[str]], computation: str) -> Iterator[Opera
         if "slice-start" in kind or kind == "slice" or name.startswith("wrapped_slice"):
             read = _type_bytes(result.replace("S(1)", ""))  # only the slice
         cycles = re.search(r'"estimated_cycles":"(\d+)"', line)
-        names = re.search(r'op_name="([^"]*)"', line)
-        scopes = set(re.findall(r"\w+", names[1])) if names else set()
         yield Operation(scopes, _type_bytes(result) + read, int(cycles[1]) if cycles else 0)
 
 

@@ -62,6 +62,31 @@ def test_operations_are_those_of_the_entry_in_order(text):
     ]
 
 
+def test_a_conditional_counts_as_the_mean_of_its_branches():
+    text = """
+%none (p: f32[8]) -> f32[8] {
+  ROOT %p = f32[8]{0} parameter(0)
+}
+
+%one (p: f32[8]) -> f32[8] {
+  %p = f32[8]{0} parameter(0)
+  ROOT %q = f32[8]{0} add(%p, %p), backend_config={"estimated_cycles":"999"}
+}
+
+ENTRY %main (i: s32[], x: f32[8]) -> f32[8] {
+  %i = s32[] parameter(0)
+  %x = f32[8]{0} parameter(1)
+  %y = f32[8]{0} conditional(%i, %x, %x, /*index=2*/%x), \
+branch_computations={%one, %one, %none}, metadata={op_name="jit(step)/augment/cond"}
+  ROOT %z = f32[8]{0} conditional(%i, %y, %y), true_computation=%one, false_computation=%none
+}
+"""
+    several, two = operations_of(text)
+    assert (several.bytes, several.cycles) == (2 * 64 // 3, 2 * 999 // 3)
+    assert "augment" in several.scopes
+    assert (two.bytes, two.cycles) == (64 // 2, 999 // 2)
+
+
 def test_parts_add_up_and_are_named_by_the_innermost():
     operations = list(operations_of(HLO))
     parts = parts_of(operations, clock=10)
