@@ -42,6 +42,7 @@ def load_dataset(
     on_device: bool | None = None,
     on_error: str = "raise",
     num_threads: int | None = None,
+    repeats: int = 1,
 ) -> "ResidentDataset | StreamedDataset":
     """Loads a source as batches; the keyword-only arguments are the keys of `config.loader`.
 
@@ -55,6 +56,9 @@ def load_dataset(
       on_error: for images that cannot be decoded: "raise", or "skip", which leaves them out;
         then `skipped` names them.
       num_threads: threads that decode; None for one per core.
+      repeats: how often an image is in a batch of training, each time with other crops and
+        augmentations (Hoffer et al., CVPR 2020). An epoch has as many steps as without, and so goes
+        through that part of the images only.
 
     Raises:
       ValueError: if an option is wrong, or an image cannot be decoded or has another size.
@@ -65,6 +69,7 @@ def load_dataset(
         raise InputError(f"loader: on_error={on_error!r} must be 'raise' or 'skip'")
     if num_threads is not None:
         require_integer("loader: num_threads", num_threads, 1, 1024)
+    require_integer("loader: repeats", repeats, 1, 1024)
     deterministic = not (training and transform.is_random)
     if on_device and not deterministic:
         raise InputError(
@@ -79,6 +84,7 @@ def load_dataset(
         on_error=on_error,
         sharding=sharding,
         num_threads=num_threads or os.cpu_count(),
+        repeats=repeats,
     )
     fits = len(source) * math.prod(streamed.image_shape) <= RESIDENT_BYTES
     if on_device or (on_device is None and deterministic and fits):
@@ -125,6 +131,7 @@ class StreamedDataset:
 
     Attributes:
       image_shape: (H, W, 3).
+      repeats: how often an image is in a batch of training.
       skipped: descriptions of the examples that this process could not decode so far.
     """
 
@@ -138,12 +145,14 @@ class StreamedDataset:
         on_error: str,
         sharding: NamedSharding,
         num_threads: int,
+        repeats: int = 1,
     ):
         self._source = source
         self._transform = transform
         self._on_error = on_error
         self._sharding = sharding
         self._num_threads = num_threads
+        self.repeats = repeats
         self.image_shape = image_shape(source, transform, on_error)
         self.skipped: set[str] = set()
 
@@ -157,8 +166,11 @@ class StreamedDataset:
         epoch and begin the next. The batch of a step, with its random crops, depends on the
         seed and the step alone: not on threads, processes or devices. So the step is all that
         has to be saved for a run to continue at `first_step` as if nothing had happened.
+        `batch_size` must be a multiple of `repeats`.
         """
         order = grain.MapDataset.range(len(self)).seed(seed).shuffle().repeat()
+        if self.repeats > 1:
+            order = _Repeated(order, batch_size, self.repeats)
         batches = self._on_devices(order, batch_size, ENDLESS, first_step=first_step, seed=seed)
         for batch in batches:
             del batch["mask"]
@@ -306,6 +318,28 @@ class StreamedDataset:
         return image, example.label
 
 
+def _repeated_rows(batch_size: int, repeats: int) -> np.ndarray:
+    """Returns which of the different images of a batch is in each of its rows.
+
+    They are there in turn, then again in turn, from the next one on: an image is never beside
+    itself, since neighbours are mixed, nor always in the same part of a batch.
+    """
+    rows, different = np.arange(batch_size), batch_size // repeats
+    return (rows + rows // different) % different
+
+
+class _Repeated:
+    """An order of examples in which each is several times in a batch."""
+
+    def __init__(self, order: grain.MapDataset, batch_size: int, repeats: int):
+        self._order, self._rows = order, _repeated_rows(batch_size, repeats)
+        self._different = batch_size // repeats
+
+    def __getitem__(self, position: int) -> int:
+        step, row = divmod(position, len(self._rows))
+        return self._order[step * self._different + int(self._rows[row])]
+
+
 def round_up(number: int, multiple: int) -> int:
     """Returns the smallest multiple that is not less than a number."""
     return -(-number // multiple) * multiple
@@ -337,7 +371,7 @@ class ResidentDataset:
     where = "kept on the devices"
 
     def __init__(self, streamed: StreamedDataset, sharding: NamedSharding):
-        self.image_shape = streamed.image_shape
+        self.image_shape, self._repeats = streamed.image_shape, streamed.repeats
         images, labels = streamed.decode()
         self.skipped = streamed.skipped
         self._size = len(images)
@@ -358,8 +392,9 @@ class ResidentDataset:
         """
         key = jax.random.key(seed)
         orders = {}  # of this epoch and the next, where a batch may end
+        different = batch_size // self._repeats
         for step in itertools.count(first_step):
-            epoch, start = divmod(step * batch_size, self._size)
+            epoch, start = divmod(step * different, self._size)
             orders.pop(epoch - 1, None)
             for wanted in (epoch, epoch + 1):
                 if wanted not in orders:
@@ -367,7 +402,12 @@ class ResidentDataset:
                         key, wanted, size=self._size, sharding=self._everywhere
                     )
             batch = _take(
-                self._data, tuple(orders.values()), start, size=batch_size, sharding=self._sharding
+                self._data,
+                tuple(orders.values()),
+                start,
+                size=batch_size,
+                repeats=self._repeats,
+                sharding=self._sharding,
             )
             del batch["mask"]
             yield batch
@@ -388,15 +428,23 @@ def _shuffled(key: jax.Array, epoch: int, *, size: int, sharding: NamedSharding)
     return jax.lax.with_sharding_constraint(order, sharding)
 
 
-@functools.partial(jax.jit, static_argnames=("size", "sharding"))
+@functools.partial(jax.jit, static_argnames=("size", "repeats", "sharding"))
 def _take(
-    data: Batch, orders: tuple[jax.Array, ...], start: int, *, size: int, sharding: NamedSharding
+    data: Batch,
+    orders: tuple[jax.Array, ...],
+    start: int,
+    *,
+    size: int,
+    repeats: int = 1,
+    sharding: NamedSharding,
 ) -> Batch:
     """Takes `size` examples from `start` on, in one order after the other.
 
     `mask` is False where there is none.
     """
-    indices = jax.lax.dynamic_slice(jnp.concatenate(orders), (start,), (size,))
+    indices = jax.lax.dynamic_slice(jnp.concatenate(orders), (start,), (size // repeats,))
+    if repeats > 1:
+        indices = indices[_repeated_rows(size, repeats)]
     batch = {key: array.at[indices].get(mode="clip") for key, array in data.items()}
     batch["mask"] = indices < len(data["label"])
     return jax.lax.with_sharding_constraint(batch, sharding)

@@ -59,12 +59,40 @@ def test_the_order_depends_on_the_seed_and_the_step_alone(on_device):
 
 
 @BOTH
+def test_repeated_images_share_a_batch_but_not_a_neighbourhood(on_device):
+    dataset = load(numbered(32), on_device=on_device, repeats=3)
+    labels = labels_of_steps(dataset, first_step=0, steps=10, batch_size=24)
+    batches = [labels[start : start + 24] for start in range(0, 10 * 24, 24)]
+    different = [batch[:8] for batch in batches]
+    for batch, once in zip(batches, different, strict=True):
+        assert sorted(batch) == sorted(3 * once) and len(set(once)) == 8
+        assert all(a != b for a, b in itertools.pairwise([*batch, batch[0]]))
+        for label in once:  # in another part of the batch each time, for RandAugment's operations
+            assert len({row % 8 for row in range(24) if batch[row] == label}) == 3
+    # In the same order as without, one after the other.
+    plain = load(numbered(32), on_device=on_device)
+    assert list(itertools.chain(*different)) == labels_of_steps(plain, 0, 10)
+    assert labels_of_steps(dataset, first_step=6, steps=4, batch_size=24) == labels[6 * 24 :]
+
+
+@BOTH
 def test_a_batch_is_split_over_the_devices(on_device):
     batch = next(load(numbered(37), on_device=on_device).train_batches(8, seed=0, first_step=0))
     assert batch.keys() == {"image", "label"}
     assert len(batch["image"].sharding.device_set) == len(jax.devices()) == 8
     assert {shard.data.shape for shard in batch["image"].addressable_shards} == {(1, 2, 2, 3)}
     assert batch["image"].dtype == np.uint8 and batch["label"].dtype == np.int32
+
+
+def test_repeated_images_are_cropped_apart():
+    images = np.random.default_rng(0).integers(0, 256, (8, 24, 24, 3), dtype=np.uint8)
+    source = ArraySource(images, np.arange(8), tuple(map(str, range(8))), "noise")
+    dataset = load(source, Transform(image_size=16), repeats=2)
+    batch = next(dataset.train_batches(16, seed=0, first_step=0))
+    of_label = {}
+    for image, label in zip(np.asarray(batch["image"]), batch["label"].tolist(), strict=True):
+        of_label.setdefault(label, []).append(image)
+    assert len(of_label) == 8 and all((a != b).any() for a, b in of_label.values())
 
 
 @BOTH
@@ -195,6 +223,7 @@ def test_where_no_image_can_be_decoded(tmp_path):
         ({"on_device": 1.5}, "^loader: on_device=1.5 must be True, False or None$"),
         ({"on_error": "ignore"}, "^loader: on_error='ignore' must be 'raise' or 'skip'$"),
         ({"num_threads": 0}, "^loader: num_threads=0 must be an integer >= 1$"),
+        ({"repeats": 0}, "loader: repeats=0 must be an integer >= 1"),
         ({"on_device": True, "transform": Transform(8)}, "has random crops of 8 pixels"),
         ({"source": numbered(0)}, "^the data set has no images$"),
     ],
