@@ -321,11 +321,12 @@ class StreamedDataset:
 def _repeated_rows(batch_size: int, repeats: int) -> np.ndarray:
     """Returns which of the different images of a batch is in each of its rows.
 
-    They are there in turn, then again in turn, from the next one on: an image is never beside
-    itself, since neighbours are mixed, nor always in the same part of a batch.
+    They are there in turn, then again in turn, from two further on: an image is not beside itself,
+    since neighbours are mixed (the first and the last, too), nor always in the same part of a
+    batch.
     """
     rows, different = np.arange(batch_size), batch_size // repeats
-    return (rows + rows // different) % different
+    return (rows + 2 * (rows // different)) % different
 
 
 class _Repeated:

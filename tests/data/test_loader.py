@@ -59,20 +59,23 @@ def test_the_order_depends_on_the_seed_and_the_step_alone(on_device):
 
 
 @BOTH
-def test_repeated_images_share_a_batch_but_not_a_neighbourhood(on_device):
-    dataset = load(numbered(32), on_device=on_device, repeats=3)
-    labels = labels_of_steps(dataset, first_step=0, steps=10, batch_size=24)
-    batches = [labels[start : start + 24] for start in range(0, 10 * 24, 24)]
+@pytest.mark.parametrize("repeats", [2, 3])
+def test_repeated_images_share_a_batch_but_not_a_neighbourhood(on_device, repeats):
+    dataset = load(numbered(32), on_device=on_device, repeats=repeats)
+    size = 8 * repeats
+    labels = labels_of_steps(dataset, first_step=0, steps=10, batch_size=size)
+    batches = [labels[start : start + size] for start in range(0, 10 * size, size)]
     different = [batch[:8] for batch in batches]
     for batch, once in zip(batches, different, strict=True):
-        assert sorted(batch) == sorted(3 * once) and len(set(once)) == 8
+        assert sorted(batch) == sorted(repeats * once) and len(set(once)) == 8
         assert all(a != b for a, b in itertools.pairwise([*batch, batch[0]]))
         for label in once:  # in another part of the batch each time, for RandAugment's operations
-            assert len({row % 8 for row in range(24) if batch[row] == label}) == 3
+            rows = [row for row in range(size) if batch[row] == label]
+            assert len({row % 8 for row in rows}) == repeats
     # In the same order as without, one after the other.
     plain = load(numbered(32), on_device=on_device)
     assert list(itertools.chain(*different)) == labels_of_steps(plain, 0, 10)
-    assert labels_of_steps(dataset, first_step=6, steps=4, batch_size=24) == labels[6 * 24 :]
+    assert labels_of_steps(dataset, first_step=6, steps=4, batch_size=size) == labels[6 * size :]
 
 
 @BOTH
