@@ -23,12 +23,16 @@ TOTALS = {
 }
 """The sums of an evaluation; `loss_rest` is what rounding took from `loss`."""
 
+Loss = Callable[[jax.Array, jax.Array], jax.Array]
+"""Maps logits and targets, probabilities, both (N, classes), to losses (N,)."""
+
 
 def make_evaluate(
     model: nnx.Module,
     *,
     normalize: Callable[[jax.Array], jax.Array],
     mesh: jax.sharding.Mesh,
+    loss: Loss | None = None,
 ) -> Callable[..., Totals]:
     """Builds an evaluation that dispatches all its work to the devices without waiting.
 
@@ -36,22 +40,25 @@ def make_evaluate(
       model: gives the structure of the computation; its arrays are not used.
       normalize: maps `batch["image"]` to what the model takes.
       mesh: the devices; the batches are split over them.
+      loss: of training, where it is another than cross-entropy.
 
     Returns:
       `evaluate(variables, batches, latencies=None)`. The batches have `image`, `label`
       and `mask`; the result has sums over the unmasked examples: `loss` (cross-entropy,
-      float32), `top1` and `top5` (how many are right, int32) and `examples` (int32). If
+      float32), `top1` and `top5` (how many are right, int32) and `examples` (int32), and with a
+      loss of training `training_loss` (float32). If
       `latencies` is a list, it waits for each batch and appends the seconds that the devices
       took for it.
     """
-    add_batch = make_eval_step(model, normalize=normalize, mesh=mesh)
+    add_batch = make_eval_step(model, normalize=normalize, mesh=mesh, loss=loss)
 
     def evaluate(
         variables: dict[str, PyTree],
         batches: Iterable[dict[str, jax.Array]],
         latencies: list[float] | None = None,
     ) -> Totals:
-        zeros = {name: jnp.zeros((), dtype) for name, dtype in TOTALS.items()}
+        sums = TOTALS | ({} if loss is None else {"training_loss": jnp.float32})
+        zeros = {name: jnp.zeros((), dtype) for name, dtype in sums.items()}
         totals = jax.device_put(zeros, replicated(mesh))
         for batch in batches:
             start = time.perf_counter()
@@ -70,6 +77,7 @@ def make_eval_step(
     *,
     normalize: Callable[[jax.Array], jax.Array],
     mesh: jax.sharding.Mesh,
+    loss: Loss | None = None,
 ) -> Callable[[Totals, dict[str, PyTree], dict[str, jax.Array]], Totals]:
     """Builds the jitted step of an evaluation, which adds the sums over a batch to the totals.
 
@@ -86,9 +94,13 @@ def make_eval_step(
         _, best = jax.lax.top_k(logits, min(5, logits.shape[-1]))
         right = best == label[:, None]
         # Sums over thousands of batches lose digits in float32, unless the remainder is kept.
-        loss, rest = _add(totals["loss"], losses.sum(where=mask))
-        return {
-            "loss": loss,
+        total, rest = _add(totals["loss"], losses.sum(where=mask))
+        more = {}
+        if loss is not None:
+            values = loss(logits, jax.nn.one_hot(label, logits.shape[-1], dtype=logits.dtype))
+            more["training_loss"] = totals["training_loss"] + values.sum(where=mask)
+        return more | {
+            "loss": total,
             "loss_rest": totals["loss_rest"] + rest,
             "top1": totals["top1"] + right[:, 0].sum(where=mask),
             "top5": totals["top5"] + right.any(axis=-1).sum(where=mask),
@@ -108,11 +120,12 @@ def summarize(totals: dict[str, float]) -> dict[str, float]:
     """Computes the metrics that are reported, from the totals of an evaluation.
 
     Returns:
-      `loss` (mean), `top1` and `top5` (fractions), `correct` and `correct_top5` (counts) and
-      `examples`.
+      `loss` (mean), `top1` and `top5` (fractions), `correct` and `correct_top5` (counts),
+      `examples`, and `training_loss` (mean) where the totals have it.
     """
     examples, correct, correct_top5 = (totals[name] for name in ("examples", "top1", "top5"))
-    means = {name: totals[name] / max(examples, 1) for name in ("loss", "top1", "top5")}
+    names = ("loss", "top1", "top5", *({"training_loss"} & totals.keys()))
+    means = {name: totals[name] / max(examples, 1) for name in names}
     return means | {"correct": correct, "correct_top5": correct_top5, "examples": examples}
 
 

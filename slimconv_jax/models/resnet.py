@@ -222,9 +222,9 @@ class BasicBlock(nnx.Module):
         self.conv2 = ConvBN(inner, self.out_features, 3, scale_init=scale_init, **dilated)
         self.shortcut = _shortcut(ConvBN, in_features, self.out_features, strides, **common)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Maps (N, H, W, in_features) to (N, H', W', out_features)."""
-        y = self.conv2(nnx.relu(self.conv1(x)))
+    def __call__(self, x: jax.Array, branch_scale: jax.Array | None = None) -> jax.Array:
+        """Maps (N, H, W, in_features) to (N, H', W', out_features); see `ResNet` for the scale."""
+        y = _scaled(self.conv2(nnx.relu(self.conv1(x))), branch_scale)
         return nnx.relu(y + (x if self.shortcut is None else self.shortcut(x)))
 
 
@@ -276,8 +276,8 @@ class Bottleneck(nnx.Module):
         self.se = SqueezeExcite(self.out_features, **common) if config.block == "se" else None
         self.shortcut = _shortcut(conv, in_features, self.out_features, strides, **common)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Maps (N, H, W, in_features) to (N, H', W', out_features)."""
+    def __call__(self, x: jax.Array, branch_scale: jax.Array | None = None) -> jax.Array:
+        """Maps (N, H, W, in_features) to (N, H', W', out_features); see `ResNet` for the scale."""
         with jax.named_scope("conv1"):
             y = nnx.relu(self.conv1(x))
         with jax.named_scope("conv2"):
@@ -287,9 +287,15 @@ class Bottleneck(nnx.Module):
         if self.se is not None:
             with jax.named_scope("se"):
                 y = y * self.se(y)
+        y = _scaled(y, branch_scale)
         with jax.named_scope("shortcut"):
             x = x if self.shortcut is None else self.shortcut(x)
         return nnx.relu(y + x)
+
+
+def _scaled(x: jax.Array, scale: jax.Array | None) -> jax.Array:
+    """Multiplies each image's values, (N, ...), by its number in (N,), or leaves them."""
+    return x if scale is None else x * scale.astype(x.dtype).reshape(-1, *[1] * (x.ndim - 1))
 
 
 BLOCKS = {
@@ -397,11 +403,16 @@ class ResNet(nnx.Module):
                 features, config.num_classes, kernel_init=init, bias_init=init, rngs=rngs
             )
 
-    def features(self, x: jax.Array) -> list[jax.Array]:
+    def features(self, x: jax.Array, branch_scales: jax.Array | None = None) -> list[jax.Array]:
         """Returns the output of each stage for images (N, H, W, 3), float and normalised.
 
         The four maps (N, H', W', C') have strides 4, 8, 16 and 32 with the "imagenet" stem, and
         1, 2, 4 and 8 with the "cifar" stem; a dilated stage keeps the stride before it.
+
+        Args:
+          x: the images.
+          branch_scales: numbers (N, blocks) by which each image's residual branches are multiplied,
+            such as those of `stochastic_depth`; None for 1.
 
         Raises:
           ValueError: if the images have another shape, or are not floats.
@@ -414,27 +425,49 @@ class ResNet(nnx.Module):
             x = nnx.relu(self.stem(x))
             if self.config.stem == "imagenet":
                 x = max_pool(x)
-        return self.stage_outputs(x)
+        return self.stage_outputs(x, branch_scales)
 
-    def stage_outputs(self, x: jax.Array) -> list[jax.Array]:
+    def stage_outputs(
+        self, x: jax.Array, branch_scales: jax.Array | None = None
+    ) -> list[jax.Array]:
         """Maps the pooled output (N, H, W, width) of the stem to the output of each stage."""
-        maps = []
+        maps, number = [], 0
         for blocks in self.stages:
             for block in blocks:
-                x = nnx.remat(type(block).__call__)(block, x) if self.remat else block(x)
+                inputs = (x,) if branch_scales is None else (x, branch_scales[:, number])
+                x = (
+                    nnx.remat(type(block).__call__)(block, *inputs)
+                    if self.remat
+                    else block(*inputs)
+                )
+                number += 1
             maps.append(x)
         return maps
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(
+        self,
+        x: jax.Array,
+        *,
+        branch_scales: jax.Array | None = None,
+        feature_scales: jax.Array | None = None,
+    ) -> jax.Array:
         """Maps images (N, H, W, 3), float and normalised, to logits (N, num_classes).
 
         Without classes, to pooled features (N, C). The output is at least float32, whatever the
         `dtype` of the computation. Errors are those of `features`.
+
+        Args:
+          x: the images.
+          branch_scales: for training with stochastic depth; see `features`.
+          feature_scales: numbers (N, C) by which the pooled features are multiplied, for training
+            with dropout; None for 1.
         """
-        return self.head(self.features(x)[-1])
+        return self.head(self.features(x, branch_scales)[-1], feature_scales)
 
     @jax.named_scope("head")
-    def head(self, x: jax.Array) -> jax.Array:
+    def head(self, x: jax.Array, feature_scales: jax.Array | None = None) -> jax.Array:
         """Maps the last feature map (N, H', W', C') to logits (N, num_classes), or pools it."""
         x = x.astype(at_least_float32(x.dtype)).mean(axis=(1, 2))
+        if feature_scales is not None:
+            x = x * feature_scales.astype(x.dtype)
         return x if self.classifier is None else self.classifier(x)

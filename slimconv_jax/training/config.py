@@ -35,6 +35,7 @@ from slimconv_jax.signatures import keys_of, meanings, type_of
 from slimconv_jax.training.augment import augment
 from slimconv_jax.training.loss import create_loss
 from slimconv_jax.training.optimizer import create_optimizer, create_schedule
+from slimconv_jax.training.regularization import draw_scales
 from slimconv_jax.training.step import make_train_step
 
 
@@ -98,7 +99,7 @@ SECTIONS: dict[str, Sequence[Callable]] = {
     "normalize": (normalize,),
     "augment": (augment,),
     "optimizer": (create_schedule, create_optimizer),
-    "step": (create_loss, make_train_step),
+    "step": (create_loss, draw_scales, make_train_step),
 }
 """For each section, the functions whose keyword-only arguments are its keys.
 

@@ -25,11 +25,11 @@ def draw_curves(lines: Sequence[dict], title: str) -> bytes:
         style = {"linewidth": 1, "alpha": 0.7} if is_train else {"marker": ".", "zorder": 3}
         style |= {"color": f"C{color}", "label": label}
         if here:
-            loss.plot(epochs, [line["loss"] for line in here], **style)
+            loss.plot(epochs, [_loss(line) for line in here], **style)
             key = "accuracy" if is_train else "top1"
             accuracy.plot(epochs, [100 * line[key] for line in here], **style)
     loss.set(xlabel="epoch", ylabel="loss")
-    losses = [line["loss"] for line in lines if line["loss"] > 0]
+    losses = [value for value in map(_loss, lines) if value > 0]
     if losses and max(losses) > 20 * min(losses):
         loss.set_yscale("log")
     accuracy.set(xlabel="epoch", ylabel="top-1 accuracy in %")
@@ -40,3 +40,8 @@ def draw_curves(lines: Sequence[dict], title: str) -> bytes:
     png = io.BytesIO()
     figure.savefig(png, dpi=120)
     return png.getvalue()
+
+
+def _loss(line: dict) -> float:
+    """Returns the loss of training, which that of tests is comparable with."""
+    return line.get("training_loss", line["loss"])

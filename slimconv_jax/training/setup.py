@@ -20,12 +20,13 @@ from slimconv_jax.errors import InputError
 from slimconv_jax.inference.eval_step import make_evaluate
 from slimconv_jax.models.resnet import ResNet
 from slimconv_jax.models.zoo import abstract_model, create_model, describe
-from slimconv_jax.signatures import select
+from slimconv_jax.signatures import keys_of, select
 from slimconv_jax.storage.model_directory import load_model
 from slimconv_jax.training.augment import augment
 from slimconv_jax.training.config import check_config
-from slimconv_jax.training.loss import create_loss
+from slimconv_jax.training.loss import Loss, create_loss
 from slimconv_jax.training.optimizer import create_optimizer, create_schedule
+from slimconv_jax.training.regularization import draw_scales
 from slimconv_jax.training.step import make_train_step
 
 
@@ -150,7 +151,9 @@ def create_parts(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> 
         timetable=timetable,
         optimizer=optimizer,
         train_step=train_step,
-        evaluate=make_evaluate(model, normalize=create_normalize(config), mesh=mesh),
+        evaluate=make_evaluate(
+            model, normalize=create_normalize(config), mesh=mesh, loss=_other_loss(config, model)
+        ),
     )
 
 
@@ -190,6 +193,12 @@ def create_step(
     options = select(config.optimizer, create_schedule)
     learning_rate_fn = create_schedule(config.batch_size, steps_per_epoch, total_steps, **options)
     optimizer = create_optimizer(learning_rate_fn, **select(config.optimizer, create_optimizer))
+    options = select(config.step, draw_scales)
+
+    def draw(key: jax.Array, count: int) -> dict[str, jax.Array]:
+        return draw_scales(key, model.config, count, **options)
+
+    jax.eval_shape(functools.partial(draw, count=1), jax.random.key(0))  # raises
     train_step = make_train_step(
         model,
         optimizer,
@@ -199,10 +208,19 @@ def create_step(
         normalize=create_normalize(config),
         key=random_keys(config)[1],
         mesh=mesh,
-        loss=create_loss(**select(config.step, create_loss)),
+        loss=create_loss(model.config.num_classes, **select(config.step, create_loss)),
+        draw_scales=draw,
         **select(config.step, make_train_step),
     )
     return optimizer, train_step
+
+
+def _other_loss(config: ml_collections.ConfigDict, model: ResNet) -> Loss | None:
+    """Returns the loss of a run if it is not the cross-entropy that evaluations have anyway."""
+    options = select(config.step, create_loss)
+    if all(options[name] == key.default for name, key in keys_of(create_loss).items()):
+        return None
+    return create_loss(model.config.num_classes, **options)
 
 
 def create_normalize(config: ml_collections.ConfigDict) -> Callable[[jax.Array], jax.Array]:

@@ -22,6 +22,9 @@ Metrics = dict[str, jax.Array]
 
 AVERAGED = ("params", "batch_stats")
 
+_SCALES = 2**31
+"""Folded into the key of a step; `augment` splits that key, and no part of it is this one."""
+
 BATCH_NORM = ("global", "per_device", "frozen")
 
 
@@ -93,6 +96,7 @@ def make_train_step(
     key: jax.Array,
     mesh: jax.sharding.Mesh,
     loss: Loss = optax.softmax_cross_entropy,
+    draw_scales: Callable[[jax.Array, int], dict[str, jax.Array]] = lambda key, count: {},
     *,
     accumulation_steps: int = 1,
     batch_norm: str = "global",
@@ -117,6 +121,8 @@ def make_train_step(
       key: the random key, into which the number of the step is folded.
       mesh: from `slimconv_jax.devices.data_mesh`.
       loss: maps logits and targets, both (N, num_classes), to losses (N,).
+      draw_scales: maps a random key and a number of images to keyword arguments of the model, each
+        with a row for each image.
       accumulation_steps: the number of parts in which the batch is computed, one after the
         other, which takes less memory. The gradient is the mean over the parts; batch statistics
         are those of each part. Part i has every `accumulation_steps`-th image, starting at i.
@@ -149,9 +155,9 @@ def make_train_step(
             module.axis_name = "data" if batch_norm == "global" else None
     graphdef = nnx.graphdef(model)
 
-    def loss_fn(params, rest, images, targets):
+    def loss_fn(params, rest, images, targets, scales):
         model = merge(graphdef, {"params": params, **rest})
-        logits = model(normalize(images))
+        logits = model(normalize(images), **scales)
         accuracy = (logits.argmax(axis=-1) == targets.argmax(axis=-1)).mean(dtype=targets.dtype)
         rest = variables(model)
         del rest["params"]
@@ -163,10 +169,10 @@ def make_train_step(
         (value, (rest, accuracy)), grads = value_and_grad(params, *args)
         return rest, grads, value, accuracy
 
-    def whole(params, rest, images, targets):
+    def whole(params, rest, *batch):
         """Returns the same for a batch, computed in `accumulation_steps` parts."""
         if accumulation_steps == 1:
-            return part(params, rest, images, targets)
+            return part(params, rest, *batch)
 
         def add_part(carry, batch):
             rest, *sums = carry
@@ -176,9 +182,9 @@ def make_train_step(
         # Each part takes every n-th image of each device, so that none moves between devices.
         parts = jax.tree.map(
             lambda x: x.reshape(-1, accumulation_steps, *x.shape[1:]).swapaxes(0, 1),
-            (images, targets),
+            batch,
         )
-        zero = jnp.zeros((), targets.dtype)
+        zero = jnp.zeros((), batch[1].dtype)  # as the targets
         start = (rest, jax.tree.map(jnp.zeros_like, params), zero, zero)
         (rest, *sums), _ = jax.lax.scan(add_part, start, parts)
         return rest, *jax.tree.map(lambda x: x / accumulation_steps, sums)
@@ -188,7 +194,7 @@ def make_train_step(
     @functools.partial(
         jax.shard_map,
         mesh=mesh,
-        in_specs=(everywhere, everywhere, split, split),
+        in_specs=(everywhere, everywhere, split, split, split),
         out_specs=everywhere,
         check_vma=False,  # else JAX itself would sum the gradients, once for each part
     )
@@ -206,8 +212,9 @@ def make_train_step(
         step_key = jax.random.fold_in(jax.random.wrap_key_data(key_data, impl=impl), state.step)
         with jax.named_scope("augment"):
             images, targets = augment(step_key, batch["image"], targets)
+        scales = draw_scales(jax.random.fold_in(step_key, _SCALES), len(targets))
         rest = {name: tree for name, tree in state.variables.items() if name != "params"}
-        rest, grads, value, accuracy = whole_on_all_devices(params, rest, images, targets)
+        rest, grads, value, accuracy = whole_on_all_devices(params, rest, images, targets, scales)
         with jax.named_scope("optimizer"):
             updates, opt_state = optimizer.update(grads, state.opt_state, params)
             params = optax.apply_updates(params, updates)

@@ -28,7 +28,6 @@ def test_totals_do_not_depend_on_batches_and_devices(model, batch_size, devices,
     labels = rng.integers(0, 9, 37).astype(np.int32)
 
     mesh = data_mesh(jax.devices()[:devices])
-    evaluate = make_evaluate(model, normalize=lambda x: x / 255.0, mesh=mesh)
     dataset = load_dataset(
         ArraySource(images, labels, "abcdefghi", "noise"),
         Transform(),
@@ -36,6 +35,11 @@ def test_totals_do_not_depend_on_batches_and_devices(model, batch_size, devices,
         sharding=batch_sharded(mesh),
         on_device=on_device,
     )
+
+    def squares(logits, targets):
+        return ((logits - targets) ** 2).sum(-1)
+
+    evaluate = make_evaluate(model, normalize=lambda x: x / 255.0, mesh=mesh, loss=squares)
     latencies = []
     totals = evaluate(variables(model), dataset.eval_batches(batch_size), latencies)
     rounded = -(-batch_size // devices) * devices
@@ -51,6 +55,9 @@ def test_totals_do_not_depend_on_batches_and_devices(model, batch_size, devices,
     assert totals["top5"] == (rank < 5).sum()
     assert 0 < totals["top1"] < totals["top5"] < 37
     np.testing.assert_allclose(totals["loss"], losses.sum(), rtol=1e-6)
+    expected = ((logits - np.eye(9)[labels]) ** 2).sum()
+    np.testing.assert_allclose(totals["training_loss"], expected, rtol=1e-5)
+    np.testing.assert_allclose(summarize(totals)["training_loss"], expected / 37, rtol=1e-5)
     # Building an evaluation does not switch the caller's model.
     assert model.stem.bn.use_running_average is False
 

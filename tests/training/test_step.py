@@ -12,6 +12,7 @@ from slimconv_jax.devices import data_mesh, replicated
 from slimconv_jax.models.layers import ConvBN
 from slimconv_jax.models.zoo import abstract_model
 from slimconv_jax.training.loss import create_loss
+from slimconv_jax.training.regularization import draw_scales
 from slimconv_jax.training.step import create_state, make_train_step
 
 OPTIMIZER = optax.sgd(0.1, momentum=0.9)
@@ -91,7 +92,7 @@ def test_a_step_is_what_its_parts_say():
     def noise(key, images, targets):
         return images + 2.55 * jax.random.normal(key, images.shape), jnp.roll(targets, 1, axis=0)
 
-    step, state = build(model, augment=noise, loss=create_loss(label_smoothing=0.3))
+    step, state = build(model, augment=noise, loss=create_loss(3, label_smoothing=0.3))
     state, metrics = step(state, batch)
 
     targets = np.eye(3)[np.roll(batch["label"], 1)]
@@ -143,6 +144,33 @@ def test_accumulation_equals_one_batch_where_batch_statistics_do_not_enter():
     images, targets = batch["image"] / 255, np.eye(3)[batch["label"]]
     loss, *_ = reference_gradients(model, images, targets, training=False)
     np.testing.assert_allclose(last["loss"], loss, rtol=1e-5)
+
+
+def test_what_is_left_out_is_drawn_for_each_image_of_each_step():
+    # Frozen statistics, so that images do not influence each other.
+    model, batch = small_model(), make_batch()
+
+    def draw(key, count):
+        return draw_scales(key, model.config, count, drop_path_rate=0.5, dropout_rate=0.2)
+
+    after = []
+    for devices, parts in ((1, 1), (8, 1), (2, 4)):
+        options = {"devices": devices, "accumulation_steps": parts, "batch_norm": "frozen"}
+        step, state = build(model, draw_scales=draw, **options)
+        losses = []
+        for _ in range(2):
+            state, metrics = step(state, batch)
+            losses.append(metrics["loss"])
+        after.append((state.params, losses))
+    for other in after[1:]:
+        assert_close(other, after[0], rtol=1e-4, atol=1e-5)
+    still, frozen = build(model, draw_scales=draw, batch_norm="frozen", optimizer=optax.sgd(0.0))
+    losses = [still(frozen._replace(step=jnp.int32(n)), batch)[1]["loss"] for n in range(3)]
+    assert len(set(map(float, losses))) == 3
+    plain, state = build(model, batch_norm="frozen")
+    none, _ = build(model, draw_scales=lambda key, count: {}, batch_norm="frozen")
+    texts = [s.func.lower(*s.args, state, batch).as_text() for s in (plain, none)]
+    assert texts[0] == texts[1]
 
 
 @pytest.mark.parametrize("how", ["accumulation", "per_device"])
