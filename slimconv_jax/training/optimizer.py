@@ -6,6 +6,7 @@ import jax
 import optax
 
 from slimconv_jax.errors import InputError, require_choice, require_number
+from slimconv_jax.training.fine_tuning import adapt
 
 _OPTIONS = ("momentum", "nesterov", "b1", "b2", "eps", "trust_coefficient")
 
@@ -108,6 +109,9 @@ def create_optimizer(
     b2: float | None = None,
     eps: float | None = None,
     trust_coefficient: float | None = None,
+    freeze: Sequence[str] = (),
+    learning_rate_factors: Sequence[str] = (),
+    layer_decay: float = 1.0,
 ) -> optax.GradientTransformation:
     """Builds the optimiser; the keyword-only arguments are keys of `config.optimizer`.
 
@@ -125,6 +129,10 @@ def create_optimizer(
       b2: likewise, of their squares.
       eps: of AdamW, LAMB and LARS, added to a denominator.
       trust_coefficient: of LARS.
+      freeze: patterns of names of parameters that stay as they are, such as "stem.*" (here and in
+        the following, see `slimconv_jax.training.fine_tuning`).
+      learning_rate_factors: patterns, each with a factor, such as "classifier.*=10".
+      layer_decay: the factor from each block's learning rate to that of the one before it.
 
     Raises:
       ValueError: if a setting is out of range, or the optimiser has no such option.
@@ -159,4 +167,9 @@ def create_optimizer(
         options |= {"weight_decay": weight_decay, mask_name: decayed}
     if name == "lars":
         options["trust_ratio_mask"] = decayed
-    return optax.chain(*steps, build(learning_rate_fn, **options))
+    return adapt(
+        optax.chain(*steps, build(learning_rate_fn, **options)),
+        freeze=freeze,
+        learning_rate_factors=learning_rate_factors,
+        layer_decay=layer_decay,
+    )

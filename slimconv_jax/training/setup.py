@@ -2,28 +2,32 @@
 
 import dataclasses
 import functools
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import ml_collections
+import numpy as np
 import optax
 from flax import nnx
 
 from slimconv_jax.data.datasets import load_splits
 from slimconv_jax.data.loader import ResidentDataset, StreamedDataset, load_dataset
-from slimconv_jax.data.preprocessing import normalize
+from slimconv_jax.data.preprocessing import normalize, preprocessing_of
 from slimconv_jax.data.transforms import MOST_SIDE, Transform
 from slimconv_jax.devices import batch_sharded
-from slimconv_jax.errors import InputError
+from slimconv_jax.errors import InputError, InputWarning
 from slimconv_jax.inference.eval_step import make_evaluate
 from slimconv_jax.models.resnet import ResNet
+from slimconv_jax.models.variables import variables
 from slimconv_jax.models.zoo import abstract_model, create_model, describe
 from slimconv_jax.signatures import keys_of, select
-from slimconv_jax.storage.model_directory import load_model
+from slimconv_jax.storage.model_directory import load_model, read_info
 from slimconv_jax.training.augment import augment
 from slimconv_jax.training.config import check_config
+from slimconv_jax.training.fine_tuning import check_patterns
 from slimconv_jax.training.loss import Loss, create_loss
 from slimconv_jax.training.optimizer import create_optimizer, create_schedule
 from slimconv_jax.training.regularization import draw_scales
@@ -193,6 +197,7 @@ def create_step(
     options = select(config.optimizer, create_schedule)
     learning_rate_fn = create_schedule(config.batch_size, steps_per_epoch, total_steps, **options)
     optimizer = create_optimizer(learning_rate_fn, **select(config.optimizer, create_optimizer))
+    check_patterns(variables(model)["params"], **select(config.optimizer, check_patterns))
     options = select(config.step, draw_scales)
 
     def draw(key: jax.Array, count: int) -> dict[str, jax.Array]:
@@ -210,6 +215,7 @@ def create_step(
         mesh=mesh,
         loss=create_loss(model.config.num_classes, **select(config.step, create_loss)),
         draw_scales=draw,
+        freeze=config.optimizer.freeze,
         **select(config.step, make_train_step),
     )
     return optimizer, train_step
@@ -231,6 +237,20 @@ def create_normalize(config: ml_collections.ConfigDict) -> Callable[[jax.Array],
 def random_keys(config: ml_collections.ConfigDict) -> tuple[jax.Array, jax.Array]:
     """Returns the random keys of the initial parameters and of the steps."""
     return tuple(jax.random.split(jax.random.key(config.seed)))
+
+
+def _compare_normalization(config: ml_collections.ConfigDict, path: str) -> None:
+    """Warns if images are normalised otherwise than those that a model was trained with."""
+    here, info = config.normalize.to_dict(), read_info(path)
+    there = preprocessing_of(info) if "preprocessing" in info else None
+    for name, values in here.items():
+        if there and not np.allclose(values, getattr(there, name), atol=1e-3):
+            warnings.warn(
+                f"config.normalize.{name} is {tuple(values)}, and the weights of {path} were "
+                f"trained with {tuple(getattr(there, name))}",
+                InputWarning,
+                stacklevel=2,
+            )
 
 
 def uses_ema(config: ml_collections.ConfigDict) -> bool:
@@ -255,6 +275,7 @@ def create_initial(config: ml_collections.ConfigDict, num_classes: int) -> tuple
     if not path:
         return model, "from scratch"
     other = load_model(path)
+    _compare_normalization(config, path)
     same = {"num_classes": num_classes, "dilation": model.config.dilation}
     if dataclasses.replace(other.config, **same) != model.config:
         raise InputError(

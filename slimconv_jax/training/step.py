@@ -1,7 +1,7 @@
 """Builds the training step: a pure function from state and batch to state and metrics."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -15,6 +15,7 @@ from slimconv_jax.devices import batch_sharded, replicated
 from slimconv_jax.errors import require_choice, require_integer, require_number
 from slimconv_jax.models.layers import at_least_float32
 from slimconv_jax.models.variables import merge, variables
+from slimconv_jax.training.fine_tuning import trained
 from slimconv_jax.training.loss import Loss
 
 PyTree = Any
@@ -97,6 +98,7 @@ def make_train_step(
     mesh: jax.sharding.Mesh,
     loss: Loss = optax.softmax_cross_entropy,
     draw_scales: Callable[[jax.Array, int], dict[str, jax.Array]] = lambda key, count: {},
+    freeze: Sequence[str] = (),
     *,
     accumulation_steps: int = 1,
     batch_norm: str = "global",
@@ -123,6 +125,8 @@ def make_train_step(
       loss: maps logits and targets, both (N, num_classes), to losses (N,).
       draw_scales: maps a random key and a number of images to keyword arguments of the model, each
         with a row for each image.
+      freeze: patterns of names of parameters that stay as they are, as in the optimiser; their
+        gradients are not computed.
       accumulation_steps: the number of parts in which the batch is computed, one after the
         other, which takes less memory. The gradient is the mean over the parts; batch statistics
         are those of each part. Part i has every `accumulation_steps`-th image, starting at i.
@@ -156,6 +160,10 @@ def make_train_step(
     graphdef = nnx.graphdef(model)
 
     def loss_fn(params, rest, images, targets, scales):
+        if freeze:
+            keep = jax.lax.stop_gradient
+            is_trained = trained(params, freeze)
+            params = jax.tree.map(lambda p, learns: p if learns else keep(p), params, is_trained)
         model = merge(graphdef, {"params": params, **rest})
         logits = model(normalize(images), **scales)
         accuracy = (logits.argmax(axis=-1) == targets.argmax(axis=-1)).mean(dtype=targets.dtype)
@@ -217,7 +225,11 @@ def make_train_step(
         rest, grads, value, accuracy = whole_on_all_devices(params, rest, images, targets, scales)
         with jax.named_scope("optimizer"):
             updates, opt_state = optimizer.update(grads, state.opt_state, params)
-            params = optax.apply_updates(params, updates)
+            after = optax.apply_updates(params, updates)
+            if freeze:  # to the bit, with -0.0 too
+                is_trained = trained(params, freeze)
+                after = jax.tree.map(lambda a, p, t: a if t else p, after, params, is_trained)
+            params = after
         step, after = state.step + 1, {"params": params, **rest}
         ema = state.ema
         if ema is not None:

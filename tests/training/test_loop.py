@@ -19,14 +19,16 @@ from image_files import encode, smooth, write_folder
 from randomize import randomized
 
 from slimconv_jax.data.datasets import load_source
+from slimconv_jax.errors import InputWarning
 from slimconv_jax.inference.evaluate import evaluate
 from slimconv_jax.inference.saved import open_model
 from slimconv_jax.models import zoo
 from slimconv_jax.models.zoo import abstract_model, create_model
 from slimconv_jax.storage.model_directory import load_model, read_info, save_model
 from slimconv_jax.training import loop
-from slimconv_jax.training.config import read_config
+from slimconv_jax.training.config import complete, read_config
 from slimconv_jax.training.loop import train
+from slimconv_jax.training.setup import create_initial
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -320,6 +322,13 @@ def test_a_run_starts_from_a_saved_model_with_a_new_classifier(tmp_path, capsys)
     assert "a new classifier" not in printed
     for name, value in classifier_of(scratch).items():
         np.testing.assert_array_equal(classifier_of(load_model(tmp_path / "next"))[name], value)
+
+    complete_config = complete(config)
+    complete_config.normalize.std = (0.3, 0.3, 0.4)
+    with pytest.warns(
+        InputWarning, match=r"normalize.std is \(0.3, 0.3, 0.4\), and the weights of"
+    ):
+        create_initial(complete_config, 10)
 
 
 def params_key(seed):
