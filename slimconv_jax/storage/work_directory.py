@@ -175,7 +175,8 @@ def compared_keys(config: Any, defaults: dict) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise InputError(f"its {CONFIG} is not a config")
     values = flatten(defaults) | flatten(config)
-    return {key: value for key, value in values.items() if key not in NOT_COMPARED}
+    # What is None may as well be absent.
+    return {k: v for k, v in values.items() if k not in NOT_COMPARED and v is not None}
 
 
 def _differences(there: Any, here: Any, defaults: dict) -> str:

@@ -16,7 +16,7 @@ import re
 import runpy
 import textwrap
 import traceback
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +29,23 @@ from slimconv_jax.data.datasets import load_source, load_splits
 from slimconv_jax.data.loader import load_dataset
 from slimconv_jax.data.preprocessing import normalize
 from slimconv_jax.data.transforms import Transform
-from slimconv_jax.errors import LIBRARY_ERRORS, InputError, require_integer, require_number
+from slimconv_jax.errors import (
+    LIBRARY_ERRORS,
+    InputError,
+    require_choice,
+    require_integer,
+    require_number,
+)
 from slimconv_jax.models.zoo import create_model, named_config
 from slimconv_jax.signatures import keys_of, meanings, type_of
 from slimconv_jax.training.augment import augment
 from slimconv_jax.training.loss import create_loss
-from slimconv_jax.training.optimizer import create_optimizer, create_schedule
+from slimconv_jax.training.optimizer import (
+    arguments_of,
+    create_optimizer,
+    create_schedule,
+    find_optimizers,
+)
 from slimconv_jax.training.regularization import draw_scales
 from slimconv_jax.training.step import make_train_step
 
@@ -107,9 +118,15 @@ SECTIONS: dict[str, Sequence[Callable]] = {
 """
 
 
-def keys(where: str) -> dict[str, inspect.Parameter]:
-    """Returns the keys that a section may have."""
-    return {name: p for function in SECTIONS[where] for name, p in keys_of(function).items()}
+def keys(where: str, section: Mapping[str, Any]) -> dict[str, inspect.Parameter]:
+    """Returns the keys that a section may have.
+
+    Those of "optimizer" are also the arguments of the optimiser that it names.
+    """
+    found = {name: p for function in SECTIONS[where] for name, p in keys_of(function).items()}
+    if where == "optimizer":
+        found |= arguments_of(section.get("name") or found["name"].default)
+    return found
 
 
 def _section(config: ml_collections.ConfigDict, where: str) -> tuple[Any, str]:
@@ -135,7 +152,7 @@ def complete(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
             section, _ = _section(config, where)
             if not isinstance(section, ml_collections.ConfigDict):
                 continue  # `check_config` reports it
-            for name, parameter in keys(where).items():
+            for name, parameter in keys(where, section).items():
                 default = parameter.default
                 if default in (None, parameter.empty):
                     default = config_dict.placeholder(type_of(parameter))
@@ -164,16 +181,20 @@ def check_config(config: ml_collections.ConfigDict, num_devices: int) -> None:
         section, name = _section(config, where)
         if not isinstance(section, ml_collections.ConfigDict):
             raise InputError(f"{name} must be a section, that is, a ConfigDict")
-        allowed = [*keys(where), *(() if where else filter(None, SECTIONS))]
-        if unknown := [key for key in section if key not in allowed]:
+        allowed = [*keys(where, section), *(() if where else filter(None, SECTIONS))]
+        unknown = [key for key in section if key not in allowed]
+        if where == "optimizer":
+            _check_optimizer(section)
+            unknown = [key for key in unknown if section[key] is not None]
+        if unknown:
             raise unknown_key(name, unknown[0], allowed)
-        for key, parameter in keys(where).items():
+        for key, parameter in keys(where, section).items():
             if parameter.default is parameter.empty and section[key] is None:
                 missing.append(f"{name}.{key}")
     if missing:
         raise InputError(f"the config lacks {', '.join(missing)}; --help-config lists all keys")
     named_config(config.model.name)
-    Run(**{key: config[key] for key in keys("")})
+    Run(**{key: config[key] for key in keys("", config)})
     parts = config.step.accumulation_steps
     require_integer("config.step.accumulation_steps", parts, 1)
     if config.batch_size % (num_devices * parts):
@@ -189,6 +210,18 @@ def check_config(config: ml_collections.ConfigDict, num_devices: int) -> None:
             f"config.batch_size={config.batch_size} must be a multiple of config.loader.repeats="
             f"{repeats}"
         )
+
+
+def _check_optimizer(section: ml_collections.ConfigDict) -> None:
+    """Checks the name of an optimiser, and that it is given no arguments of others but None."""
+    require_choice("config.optimizer.name", section.name, sorted(find_optimizers()))
+    theirs = {key for name in find_optimizers() for key in arguments_of(name)}
+    for key in sorted(theirs - arguments_of(section.name).keys()):
+        if section.get(key) is not None:
+            raise InputError(
+                f"config.optimizer.{key}: {section.name} has no {key}; it has "
+                f"{', '.join(arguments_of(section.name))}, and the others must be None"
+            )
 
 
 def unknown_key(where: str, key: str, allowed: Collection[str]) -> InputError:
@@ -209,7 +242,14 @@ def read_config(path: str, overrides: Sequence[str] = ()) -> ml_collections.Conf
     Raises:
       ValueError: if the config or a key does not exist, or a value is not allowed.
     """
-    config = complete(_load(path))
+    config = _load(path)
+    if name := _override(overrides, "optimizer.name"):  # which has keys of its own
+        with config.unlocked():
+            if "optimizer" not in config:
+                config.optimizer = ml_collections.ConfigDict()
+            if isinstance(config.optimizer, ml_collections.ConfigDict):
+                config.optimizer.name = name
+    config = complete(config)
     arguments, nothing = _split_overrides(config, overrides)
     parsed = flags.FlagValues()
     try:
@@ -222,6 +262,15 @@ def read_config(path: str, overrides: Sequence[str] = ()) -> ml_collections.Conf
         raise InputError(f"unknown argument {rest[0]!r}; options begin with --")
     config.update_from_flattened_dict(nothing)
     return config
+
+
+def _override(overrides: Sequence[str], key: str) -> str | None:
+    """Returns the value that overrides give a key, if they do."""
+    value = None
+    for text, following in itertools.pairwise([*overrides, ""]):
+        if match := re.fullmatch(rf"--?config\.{re.escape(key)}(?:=(.*))?", text, re.DOTALL):
+            value = following if match[1] is None else match[1]
+    return value
 
 
 def _split_overrides(
@@ -243,7 +292,7 @@ def _split_overrides(
         if value is None and following and not following.startswith("--"):
             value = f"={following}"
             next(arguments)
-        elif value is None and not negated and not _is_boolean(key):
+        elif value is None and not negated and not _is_boolean(config, key):
             raise InputError(f"--config.{key} needs a value")
         nothing.pop(key, None)
         if value not in ("=None", "=none"):
@@ -255,10 +304,10 @@ def _split_overrides(
     return values, nothing
 
 
-def _is_boolean(key: str) -> bool:
+def _is_boolean(config: ml_collections.ConfigDict, key: str) -> bool:
     """Returns whether a key, such as "augment.flip", is True or False."""
     where, _, name = key.rpartition(".")
-    parameter = keys(where).get(name)
+    parameter = keys(where, _section(config, where)[0]).get(name) if where in SECTIONS else None
     return parameter is not None and type_of(parameter) is bool
 
 
@@ -319,7 +368,9 @@ def describe_keys(config: ml_collections.ConfigDict, width: int) -> Iterator[str
     for where, functions in SECTIONS.items():
         section, prefix = _section(config, where)
         said = collections.ChainMap(*map(meanings, functions))
-        for name, parameter in keys(where).items():
+        if where == "optimizer":
+            said = said.new_child(meanings(find_optimizers()[section.name]))
+        for name, parameter in keys(where, section).items():
             default = ""
             if parameter.default is parameter.empty:
                 default = "  (required)"

@@ -29,7 +29,13 @@ from slimconv_jax.training.augment import augment
 from slimconv_jax.training.config import check_config
 from slimconv_jax.training.fine_tuning import check_patterns
 from slimconv_jax.training.loss import Loss, create_loss
-from slimconv_jax.training.optimizer import create_optimizer, create_schedule
+from slimconv_jax.training.optimizer import (
+    arguments_of,
+    averaged_params,
+    create_optimizer,
+    create_schedule,
+    is_schedule_free,
+)
 from slimconv_jax.training.regularization import draw_scales
 from slimconv_jax.training.step import make_train_step
 
@@ -196,8 +202,16 @@ def create_step(
     """
     options = select(config.optimizer, create_schedule)
     learning_rate_fn = create_schedule(config.batch_size, steps_per_epoch, total_steps, **options)
-    optimizer = create_optimizer(learning_rate_fn, **select(config.optimizer, create_optimizer))
-    check_patterns(variables(model)["params"], **select(config.optimizer, check_patterns))
+    options = select(config.optimizer, create_optimizer)
+    arguments = {k: config.optimizer[k] for k in arguments_of(config.optimizer.name)}
+    optimizer = create_optimizer(learning_rate_fn, **options, **arguments)
+    params = variables(model)["params"]
+    check_patterns(params, **select(config.optimizer, check_patterns))
+    try:
+        jax.eval_shape(lambda p: optimizer.update(p, optimizer.init(p), p), params)
+    except (TypeError, ValueError) as error:
+        reason = f"optimizer: {config.optimizer.name} cannot train this model: {error}"
+        raise InputError(reason) from None
     options = select(config.step, draw_scales)
 
     def draw(key: jax.Array, count: int) -> dict[str, jax.Array]:
@@ -216,6 +230,7 @@ def create_step(
         loss=create_loss(model.config.num_classes, **select(config.step, create_loss)),
         draw_scales=draw,
         freeze=config.optimizer.freeze,
+        average=averaged_params if is_schedule_free(config.optimizer.name) else None,
         **select(config.step, make_train_step),
     )
     return optimizer, train_step
@@ -255,7 +270,7 @@ def _compare_normalization(config: ml_collections.ConfigDict, path: str) -> None
 
 def uses_ema(config: ml_collections.ConfigDict) -> bool:
     """Returns whether a run keeps averaged weights."""
-    return config.step.ema_decay > 0
+    return config.step.ema_decay > 0 or is_schedule_free(config.optimizer.name)
 
 
 def create_initial(config: ml_collections.ConfigDict, num_classes: int) -> tuple[ResNet, str]:

@@ -12,7 +12,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 
 from slimconv_jax.devices import batch_sharded, replicated
-from slimconv_jax.errors import require_choice, require_integer, require_number
+from slimconv_jax.errors import InputError, require_choice, require_integer, require_number
 from slimconv_jax.models.layers import at_least_float32
 from slimconv_jax.models.variables import merge, variables
 from slimconv_jax.training.fine_tuning import trained
@@ -99,6 +99,7 @@ def make_train_step(
     loss: Loss = optax.softmax_cross_entropy,
     draw_scales: Callable[[jax.Array, int], dict[str, jax.Array]] = lambda key, count: {},
     freeze: Sequence[str] = (),
+    average: Callable[[PyTree, PyTree], PyTree] | None = None,
     *,
     accumulation_steps: int = 1,
     batch_norm: str = "global",
@@ -127,6 +128,8 @@ def make_train_step(
         with a row for each image.
       freeze: patterns of names of parameters that stay as they are, as in the optimiser; their
         gradients are not computed.
+      average: maps the optimiser's state and the parameters to averaged ones, which take the place
+        of the moving average; None for optimisers without.
       accumulation_steps: the number of parts in which the batch is computed, one after the
         other, which takes less memory. The gradient is the mean over the parts; batch statistics
         are those of each part. Part i has every `accumulation_steps`-th image, starting at i.
@@ -150,6 +153,8 @@ def make_train_step(
     require_integer("step: accumulation_steps", accumulation_steps, 1)
     require_number("step: ema_decay", ema_decay, least=0, below=1)
     require_choice("step: batch_norm", batch_norm, BATCH_NORM)
+    if average is not None and ema_decay:
+        raise InputError("step: ema_decay is not for an optimiser that averages by itself")
     # The key is an argument of the program, so that all seeds share one compiled program.
     impl = jax.random.key_impl(key)
     frozen = batch_norm == "frozen"
@@ -232,7 +237,9 @@ def make_train_step(
             params = after
         step, after = state.step + 1, {"params": params, **rest}
         ema = state.ema
-        if ema is not None:
+        if average is not None:
+            ema = {"params": average(opt_state, params), "batch_stats": rest["batch_stats"]}
+        elif ema is not None:
             at_first = (1 + step).astype(jnp.float32) / (10 + step).astype(jnp.float32)
             decay = jnp.minimum(ema_decay, at_first)
             ema = optax.incremental_update({name: after[name] for name in ema}, ema, 1 - decay)

@@ -19,7 +19,7 @@ from slimconv_jax.models.resnet import ResNetConfig
 from slimconv_jax.models.zoo import abstract_model, abstract_resnet
 from slimconv_jax.training.augment import augment
 from slimconv_jax.training.loss import create_loss
-from slimconv_jax.training.optimizer import OPTIMIZERS, create_optimizer
+from slimconv_jax.training.optimizer import create_optimizer
 from slimconv_jax.training.step import abstract_state, make_train_step
 
 IMAGES = jax.ShapeDtypeStruct((4, 32, 32, 3), jnp.float32)
@@ -99,7 +99,7 @@ def run_step(name, accumulation_steps=1, config=BASIC):
         normalize=functools.partial(normalize, mean=(0.5,) * 3, std=(0.5,) * 3),
         key=jax.random.key(0),
         mesh=data_mesh(jax.devices()[:1]),
-        loss=create_loss(label_smoothing=0.1),
+        loss=create_loss(3, label_smoothing=0.1),
         accumulation_steps=accumulation_steps,
         ema_decay=0.9,
     )
@@ -113,7 +113,8 @@ def run_step(name, accumulation_steps=1, config=BASIC):
 
 
 @pytest.mark.parametrize(
-    ("name", "accumulation_steps"), [*((name, 1) for name in OPTIMIZERS), ("sgd", 2)]
+    ("name", "accumulation_steps"),
+    [*((name, 1) for name in ("sgd", "adamw", "lars", "lamb")), ("sgd", 2)],
 )
 def test_a_step_keeps_shapes_and_dtypes_with_x64(name, accumulation_steps):
     # With SlimConv once.

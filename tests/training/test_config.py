@@ -35,6 +35,12 @@ def config():
         ("dataset.split", "train", "^config.dataset has no key 'split'.*did you mean 'test_split'"),
         ("loader.threads", 3, "^config.loader has no key 'threads'"),
         ("model.rngs", 3, "^config.model has no key 'rngs'"),
+        ("optimizer.name", "loin", "config.optimizer.name='loin' must be one of 'acprop', "),
+        (
+            "optimizer.name",
+            "lion",
+            "optimizer.momentum: lion has no momentum; it has b1, b2",
+        ),
         ("optimizer.total_steps", 3, "^config.optimizer has no key 'total_steps'"),
         ("batch_size", 100, "batch_size=100 does not divide over 8 devices; .*multiple of 8"),
         ("loader.repeats", 3, "batch_size=64 must be a multiple of config.loader.repeats=3"),
@@ -101,6 +107,30 @@ def test_every_key_can_be_set_on_the_command_line():
     assert (config.transform.scale, config.loader.on_device) == ((0.5, 1.0), False)
     assert (config.init_from, config.model.dtype, config.model.k) == ("a b", "bfloat16", None)
     assert (config.dataset.data_dir, config.checkpoint_every_minutes) == (None, 5.0)
+
+
+def test_an_optimizer_brings_its_arguments():
+    """They are keys as soon as it has the name, in the file or on the command line."""
+    nothing = ["--config.optimizer.momentum=None", "--config.optimizer.nesterov=None"]
+    for name in (["--config.optimizer.name=muon"], ["--config.optimizer.name", "muon"]):
+        arguments = [
+            "--config.optimizer.ns_steps=4",
+            "--config.optimizer.adaptive",
+            *name,
+            *nothing,
+        ]
+        config = read_config("digits", arguments)
+        assert config.optimizer.ns_steps == 4 and config.optimizer.adaptive is True
+        check_config(config, num_devices=1)
+    assert (
+        "\n".join(describe_keys(config, 99)).count("\n    Number of Newton-schulz iterations") == 1
+    )
+    with pytest.raises(ValueError, match="no key 'ns_steps'"):
+        read_config("digits", ["--config.optimizer.ns_steps=4"])
+    with pytest.raises(ValueError, match=r"optimizer.b1: sgd has no b1; it has momentum, nest"):
+        config = digits.get_config()
+        config.optimizer.b1 = 0.9
+        check_config(complete(config), num_devices=1)
 
 
 def test_frozen_statistics_need_a_trained_model():

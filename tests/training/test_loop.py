@@ -325,9 +325,7 @@ def test_a_run_starts_from_a_saved_model_with_a_new_classifier(tmp_path, capsys)
 
     complete_config = complete(config)
     complete_config.normalize.std = (0.3, 0.3, 0.4)
-    with pytest.warns(
-        InputWarning, match=r"normalize.std is \(0.3, 0.3, 0.4\), and the"
-    ):
+    with pytest.warns(InputWarning, match=r"normalize.std is \(0.3, 0.3, 0.4\), and the"):
         create_initial(complete_config, 10)
 
 

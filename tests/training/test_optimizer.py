@@ -1,9 +1,16 @@
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
-from slimconv_jax.training.optimizer import create_optimizer, create_schedule
+from slimconv_jax.training.optimizer import (
+    arguments_of,
+    averaged_params,
+    create_optimizer,
+    create_schedule,
+    is_schedule_free,
+)
 
 RUN = {"batch_size": 64, "steps_per_epoch": 2.5, "total_steps": 20}
 
@@ -111,6 +118,78 @@ def test_updates_are_those_of_the_papers_written_out(name, weight_decay_on):
         np.testing.assert_allclose(params[key], expected[key], rtol=2e-5)
 
 
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("adam", {"mu_dtype": "bfloat16"}),
+        ("adafactor", {"min_dim_size_to_factor": 8}),
+        ("lion", {"b1": 0.95}),
+        ("muon", {"ns_steps": 4, "nesterov": False}),
+        ("radam", {}),
+        ("schedule_free_adamw", {"b1": 0.95, "weight_decay_on": "all"}),
+        ("schedule_free_sgd", {"weight_decay_on": "all"}),
+    ],
+)
+def test_any_optimiser_of_optax_finds_a_minimum(name, options):
+    optimizer = create_optimizer(
+        lambda step: 0.1, name=name, weight_decay=1e-3, clip_norm=10.0, **options
+    )
+    target = np.random.default_rng(0).normal(size=(3, 3, 4, 8)).astype(np.float32)
+    params = {"kernel": jnp.ones_like(target), "bias": jnp.ones(8)}
+
+    def loss(params):
+        return jnp.square(params["kernel"] - target).sum() + jnp.square(params["bias"] - 2).sum()
+
+    @jax.jit
+    def step(params, state):
+        updates, state = optimizer.update(jax.grad(loss)(params), state, params)
+        return optax.apply_updates(params, updates), state
+
+    state = optimizer.init(params)
+    first = loss(params)
+    for _ in range(150):
+        params, state = step(params, state)
+    if is_schedule_free(name):
+        params = averaged_params(state, params)
+    assert loss(params) < 0.2 * first
+
+
+def test_the_arguments_of_an_optimiser_are_read_off_its_signature():
+    kinds = {key: parameter.annotation for key, parameter in arguments_of("muon").items()}
+    assert kinds["ns_steps"] is int and kinds["beta"] is float and kinds["nesterov"] is bool
+    assert kinds["mu_dtype"] is str
+    assert not kinds.keys() & {"learning_rate", "weight_decay", "weight_decay_mask", "mask"}
+    assert "muon_weight_dimension_numbers" not in kinds
+    assert arguments_of("nobody") == arguments_of(3) == {}
+
+
+def test_muon_takes_convolutions_as_matrices():
+    optimizer = create_optimizer(lambda step: 1.0, name="muon", ns_steps=8, nesterov=False)
+    params = {"kernel": jnp.zeros((3, 3, 4, 8))}
+    grads = {"kernel": jnp.asarray(np.random.default_rng(0).normal(size=(3, 3, 4, 8)))}
+    updates, _ = optimizer.update(grads, optimizer.init(params), params)
+    values = np.linalg.svd(np.reshape(updates["kernel"], (36, 8)), compute_uv=False)
+    assert values.max() / values.min() < 2  # Adam's would be all signs: a ratio of 3 and more
+
+
+def test_averaged_parameters_are_those_of_optax():
+    params = {"a": jnp.arange(3.0), "b": jnp.ones(2)}
+    grads = {"a": jnp.ones(3), "b": jnp.arange(2.0)}
+    theirs = optax.contrib.schedule_free_sgd(0.1, b1=0.8)
+    ours = create_optimizer(lambda step: 0.1, name="schedule_free_sgd", b1=0.8, freeze=("b",))
+    both = []
+    for optimizer in (theirs, ours):
+        state, y = optimizer.init(params), params
+        for _ in range(3):
+            updates, state = optimizer.update(grads, state, y)
+            y = optax.apply_updates(y, updates)
+        both.append((state, y))
+    expected = optax.contrib.schedule_free_eval_params(*both[0])
+    average = averaged_params(*both[1])
+    np.testing.assert_allclose(average["a"], expected["a"], rtol=1e-5)
+    np.testing.assert_array_equal(average["b"], params["b"])
+
+
 def test_a_long_gradient_is_shortened_before_weight_decay():
     schedule = create_schedule(learning_rate=1.0, schedule="constant", **RUN)
     optimizer = create_optimizer(schedule, momentum=0.0, weight_decay=0.5, clip_norm=1.0)
@@ -147,9 +226,14 @@ def test_bad_schedules(settings, message):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"name": "adam"}, "name='adam' must be one of 'sgd', 'adamw', 'lars', 'lamb'"),
+        ({"name": "adamm"}, "name='adamm' must be one of 'acprop', .*'adam', .*'sgd', "),
+        ({"name": "dpsgd"}, "Optax cannot build dpsgd: .* missing 3 required .*'l2_norm_clip', "),
+        (
+            {"name": "novograd", "weight_decay": 0.1},
+            "novograd decays all parameters or none; set w",
+        ),
         ({"weight_decay": -1}, "weight_decay=-1 must be a number >= 0"),
-        ({"weight_decay_on": "biases"}, "'biases' must be 'kernels' or 'all'"),
+        ({"weight_decay_on": "biases"}, "'biases' must be one of 'kernels', 'all'"),
         ({"clip_norm": -1}, "clip_norm=-1 must be"),
         ({"clip_norm": 0}, "clip_norm=0 must be a number >= 1e-12"),
         ({"momentum": 1.0}, "momentum=1.0 must be a number >= 0 and < 1"),

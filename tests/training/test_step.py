@@ -12,6 +12,7 @@ from slimconv_jax.devices import data_mesh, replicated
 from slimconv_jax.models.layers import ConvBN
 from slimconv_jax.models.zoo import abstract_model
 from slimconv_jax.training.loss import create_loss
+from slimconv_jax.training.optimizer import averaged_params, create_optimizer
 from slimconv_jax.training.regularization import draw_scales
 from slimconv_jax.training.step import create_state, make_train_step
 
@@ -255,6 +256,19 @@ def test_the_moving_average():
     assert not np.allclose(
         state.ema["params"]["classifier"]["bias"], now["params"]["classifier"]["bias"]
     )
+
+
+def test_the_average_of_an_optimiser_takes_the_place_of_the_moving_one():
+    optimizer = create_optimizer(lambda step: 0.1, name="schedule_free_sgd", b1=0.8)
+    step, state = build(tiny_model(), optimizer, ema=True, average=averaged_params)
+    for _ in range(3):
+        state, _ = step(state, make_batch())
+    assert_close(state.ema["params"], averaged_params(state.opt_state, state.params), rtol=1e-6)
+    assert_close(state.ema["batch_stats"], state.batch_stats, rtol=0)
+    kernel = state.params["classifier"]["kernel"]
+    assert np.abs(state.ema["params"]["classifier"]["kernel"] - kernel).max() > 1e-4
+    with pytest.raises(ValueError, match="ema_decay is not for an optimiser that averages by itse"):
+        build(tiny_model(), optimizer, ema=True, average=averaged_params, ema_decay=0.9)
 
 
 def test_bfloat16_is_for_the_computation_only():
