@@ -10,7 +10,7 @@ from slimconv_jax.errors import InputError
 if TYPE_CHECKING:
     from slimconv_jax.inference.saved import SavedModel
 
-_OPENING = ("checkpoint", "ema", "dtype", "image_size", "mean", "std")
+_OPENING = ("checkpoint", "ema", "average", "dtype", "image_size", "mean", "std")
 """The options that are arguments of `open_model`."""
 
 
@@ -32,6 +32,14 @@ def add_saved_model(parser: argparse.ArgumentParser) -> None:
         "--ema",
         action="store_true",
         help="for a work directory, the averaged weights (config.step.ema_decay)",
+    )
+    add(
+        "--average",
+        type=int,
+        default=1,
+        metavar="N",
+        help="for a work directory, the mean of the weights of N checkpoints, this one and those "
+        "before it",
     )
 
 

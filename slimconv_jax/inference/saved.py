@@ -68,6 +68,7 @@ def open_model(
     dtype: Dtype | None = None,
     checkpoint: int | None = None,
     ema: bool = False,
+    average: int = 1,
     **changes: Any,
 ) -> SavedModel:
     """Opens what `save_model`, `convert` or `train` wrote.
@@ -77,6 +78,7 @@ def open_model(
       dtype: dtype of the computation.
       checkpoint: of a training run, the step whose checkpoint to load; None for the newest.
       ema: of a training run, whether to load the averaged weights.
+      average: of a training run, the number of checkpoints whose weights are averaged.
       **changes: of the preprocessing: `image_size`, `mean`, `std`.
 
     Raises:
@@ -84,7 +86,7 @@ def open_model(
     """
     info = read_info(path)
     preprocessing = preprocessing_of(info, **changes)
-    model = load_model(path, dtype=dtype, checkpoint=checkpoint, ema=ema)
+    model = load_model(path, dtype=dtype, checkpoint=checkpoint, ema=ema, average=average)
     names, count = info.get("class_names"), model.config.num_classes
     if names is not None and len(names) != count:
         raise InputError(f"model.json is damaged: it names {len(names)} classes, not {count}")

@@ -5,7 +5,7 @@ import json
 from etils import epath
 
 from slimconv_jax.console import say
-from slimconv_jax.errors import InputError
+from slimconv_jax.errors import InputError, require_integer
 from slimconv_jax.files import checksum, is_address, list_files, read_json, verify_files
 
 CHECKPOINTS = "checkpoints"
@@ -33,20 +33,27 @@ def list_checkpoints(workdir: epath.Path) -> list[epath.Path]:
     return sorted(complete, key=lambda path: int(path.name))
 
 
-def choose_checkpoint(workdir: epath.Path, step: int | None) -> epath.Path:
-    """Returns the complete checkpoint of a step, or the newest one.
+def choose_checkpoints(workdir: epath.Path, step: int | None, count: int) -> list[epath.Path]:
+    """Returns the last `count` complete checkpoints, up to that of a step, or to the newest.
 
     Raises:
-      ValueError: if there is none.
+      ValueError: if there are not so many.
     """
     there = list_checkpoints(workdir)
     if not there:
         raise InputError(f"{workdir / CHECKPOINTS} holds no checkpoint yet")
-    chosen = there[-1:] if step is None else [path for path in there if int(path.name) == step]
-    if not chosen:
-        steps = ", ".join(path.name for path in there)
-        raise InputError(f"{workdir} has no checkpoint of step {step}; it has those of {steps}")
-    return chosen[0]
+    steps = [int(path.name) for path in there]
+    listed = ", ".join(map(str, steps))
+    if step is not None and step not in steps:
+        raise InputError(f"{workdir} has no checkpoint of step {step}; it has those of {listed}")
+    end = len(there) if step is None else steps.index(step) + 1
+    require_integer("average", count, 1)
+    if count > end:
+        raise InputError(
+            f"{workdir} has no {count} checkpoints up to step {steps[end - 1]} to average; it has "
+            f"those of {listed}, and config.checkpoints_to_keep says how many are kept"
+        )
+    return there[end - count : end]
 
 
 def write_checksums(checkpoint: epath.Path) -> None:

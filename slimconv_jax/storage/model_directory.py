@@ -41,7 +41,7 @@ from slimconv_jax.models.variables import by_name, variables
 from slimconv_jax.models.zoo import abstract_resnet, name_of, require_resnet
 from slimconv_jax.storage.checkpoints import (
     CHECKPOINTS,
-    choose_checkpoint,
+    choose_checkpoints,
     list_checkpoints,
     verify_checksums,
 )
@@ -187,12 +187,30 @@ def _safetensors() -> Iterator[types.ModuleType]:
         raise OSError(str(error)) from None
 
 
+def _read_weights(path: epath.Path, model: ResNet) -> dict[str, np.ndarray]:
+    """Reads the arrays of a model by name, joined by dots."""
+    if path.suffix:
+        with _safetensors() as safetensors:
+            return safetensors.numpy.load_file(path)
+    import orbax.checkpoint as ocp
+
+    # NumPy arrays have no sharding, so every host can restore them.
+    like = jax.tree.map(lambda v: np.empty(v.shape, v.dtype), variables(model))
+    with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
+        tree = checkpointer.restore(path, args=ocp.args.StandardRestore(like))
+    return {
+        jax.tree_util.keystr(path[1:], simple=True, separator="."): leaf
+        for path, leaf in jax.tree.leaves_with_path(tree)
+    }
+
+
 def load_model(
     path: epath.PathLike,
     *,
     dtype: Dtype | None = None,
     checkpoint: int | None = None,
     ema: bool = False,
+    average: int = 1,
 ) -> ResNet:
     """Loads the model in a directory that `save_model`, convert_weights.py or train.py wrote.
 
@@ -204,6 +222,8 @@ def load_model(
       dtype: dtype of the computation, as in `create_model`; not part of what is saved.
       checkpoint: of a training run, the step whose checkpoint to load; None for the newest.
       ema: of a training run, whether to load the moving average of the weights.
+      average: of a training run, the number of checkpoints, that of `checkpoint` and those before
+        it, whose weights and statistics are averaged.
 
     Raises:
       ValueError: if there is no complete model.
@@ -225,43 +245,39 @@ def load_model(
             f"{directory / DESCRIPTION} does not describe a model: {type(error).__name__} {error}"
         ) from None
     if is_run:
-        taken = choose_checkpoint(directory, checkpoint)
-        try:
-            verify_checksums(taken)
-        except InputError as error:
-            others = [path.name for path in list_checkpoints(directory) if path != taken]
-            hint = f"; there are also those of {', '.join(others)}, see --checkpoint"
-            raise InputError(f"{error}{hint if others else ''}") from None
-        weights = taken / ("ema" if ema else "model")
-        if not weights.exists():
-            raise InputError(f"{taken} has no moving average; config.step.ema_decay is 0 there")
-    elif ema or checkpoint is not None:
+        taken = choose_checkpoints(directory, checkpoint, average)
+        places = [path / ("ema" if ema else "model") for path in taken]
+        for path, weights in zip(taken, places, strict=True):
+            try:
+                verify_checksums(path)
+            except InputError as error:
+                others = [other.name for other in list_checkpoints(directory) if other != path]
+                hint = f"; there are also those of {', '.join(others)}, see --checkpoint"
+                raise InputError(f"{error}{hint if others else ''}") from None
+            if not weights.exists():
+                raise InputError(f"{path} has no moving average; config.step.ema_decay is 0 there")
+    elif ema or checkpoint is not None or average != 1:
         raise InputError(f"{directory} is not a training run, so it has one set of weights only")
     else:
-        verify_files(directory, files, of=[weights])
+        places = [weights]
+        verify_files(directory, files, of=places)
     targets = by_name(model)
     find_devices()  # if there are none, this says so: the weights are not to blame
     try:
-        if weights.suffix:
-            with _safetensors() as safetensors:
-                arrays = safetensors.numpy.load_file(weights)
-        else:
-            import orbax.checkpoint as ocp
-
-            # NumPy arrays have no sharding, so every host can restore them.
-            like = jax.tree.map(lambda v: np.empty(v.shape, v.dtype), variables(model))
-            with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
-                tree = checkpointer.restore(weights, args=ocp.args.StandardRestore(like))
-            arrays = {
-                jax.tree_util.keystr(path[1:], simple=True, separator="."): leaf
-                for path, leaf in jax.tree.leaves_with_path(tree)
-            }
+        sets = [_read_weights(place, model) for place in places]
     except InputError:
         raise
     except LIBRARY_ERRORS as error:
         raise InputError(f"the weights in {weights} cannot be read: {error}") from None
-    if {n: a.shape for n, a in arrays.items()} != {n: v.shape for n, v in targets.items()}:
-        raise InputError(f"the weights in {weights} are not those of {DESCRIPTION}'s architecture")
+    shapes = {name: variable.shape for name, variable in targets.items()}
+    for place, arrays in zip(places, sets, strict=True):
+        if {name: array.shape for name, array in arrays.items()} != shapes:
+            raise InputError(
+                f"the weights in {place} are not those of {DESCRIPTION}'s architecture"
+            )
+    arrays = sets[0]
+    if len(sets) > 1:
+        arrays = {name: np.mean([each[name] for each in sets], 0, float) for name in arrays}
     for name, variable in targets.items():
         variable.set_value(jnp.asarray(arrays[name], variable.dtype))
     model.eval()

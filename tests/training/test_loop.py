@@ -23,6 +23,7 @@ from slimconv_jax.errors import InputWarning
 from slimconv_jax.inference.evaluate import evaluate
 from slimconv_jax.inference.saved import open_model
 from slimconv_jax.models import zoo
+from slimconv_jax.models.variables import by_name
 from slimconv_jax.models.zoo import abstract_model, create_model
 from slimconv_jax.storage.model_directory import load_model, read_info, save_model
 from slimconv_jax.training import loop
@@ -386,6 +387,27 @@ def test_averaged_weights_and_older_checkpoints_can_be_loaded(run):
     assert again["correct"] == averaged["correct"] != result["correct"]
     with pytest.raises(ValueError, match="has no checkpoint of step 30; it has those of 22, 45"):
         load_model(workdir, checkpoint=30)
+
+
+def test_the_last_checkpoints_can_be_averaged(run, tmp_path):
+    workdir, _ = run
+    for ema in (False, True):
+        one, two, mean = (
+            by_name(load_model(workdir, ema=ema, **which))
+            for which in ({"checkpoint": 22}, {"checkpoint": 45}, {"average": 2})
+        )
+        for name, value in mean.items():
+            expected = (np.asarray(one[name][...], float) + np.asarray(two[name][...])) / 2
+            np.testing.assert_allclose(value[...], expected, rtol=1e-6, atol=1e-7, err_msg=name)
+    with pytest.raises(
+        ValueError, match=r"no 2 checkpoints up to step 22 to average; .* 22, 45"
+    ):
+        load_model(workdir, checkpoint=22, average=2)
+    with pytest.raises(ValueError, match="average=0 must be an integer >= 1"):
+        load_model(workdir, average=0)
+    save_model(load_model(workdir, average=2), tmp_path / "saved")
+    with pytest.raises(ValueError, match="is not a training run, so it has one set of weights"):
+        load_model(tmp_path / "saved", average=2)
 
 
 @pytest.mark.slow
