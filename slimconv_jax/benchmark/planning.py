@@ -214,7 +214,7 @@ def lower_steps(
       config: of the run.
       devices: what it would run on.
       num_classes: of its data.
-      image_shape: (H, W, 3) of the images of a batch.
+      image_shape: (H, W, 3) of the images of a batch of training.
 
     Raises:
       ValueError: if the config cannot be used, or its batch does not divide over the devices.
@@ -228,18 +228,20 @@ def lower_steps(
     )
     state = abstract_state(model, optimizer, ema=uses_ema(config))
 
-    def batch(size: int, **more: Any) -> dict[str, jax.ShapeDtypeStruct]:
+    def batch(size: int, shape: tuple, **more: Any) -> dict[str, jax.ShapeDtypeStruct]:
         return {
-            "image": jax.ShapeDtypeStruct((size, *image_shape), jnp.uint8),
+            "image": jax.ShapeDtypeStruct((size, *shape), jnp.uint8),
             "label": jax.ShapeDtypeStruct((size,), jnp.int32),
         } | {name: jax.ShapeDtypeStruct((size,), dtype) for name, dtype in more.items()}
 
+    test_size = config.transform.test_size
+    test_shape = (test_size, test_size, 3) if test_size else image_shape
     eval_size = math.ceil(config.eval_batch_size / mesh.size) * mesh.size
     eval_step = make_eval_step(model, normalize=create_normalize(config), mesh=mesh)
     totals = {name: jax.ShapeDtypeStruct((), dtype) for name, dtype in TOTALS.items()}
     traced = (
-        train_step.func.trace(*train_step.args, state, batch(config.batch_size)),
-        eval_step.trace(totals, state.variables, batch(eval_size, mask=bool)),
+        train_step.func.trace(*train_step.args, state, batch(config.batch_size, image_shape)),
+        eval_step.trace(totals, state.variables, batch(eval_size, test_shape, mask=bool)),
     )
     return {
         name: Lowered(t.lower(), count_program_macs(t.jaxpr.jaxpr))

@@ -10,7 +10,7 @@ from slimconv_jax.errors import InputError
 if TYPE_CHECKING:
     from slimconv_jax.inference.saved import SavedModel
 
-_OPENING = ("checkpoint", "ema", "average", "dtype", "image_size", "mean", "std")
+_OPENING = ("checkpoint", "ema", "average", "dtype", "image_size", "crop_ratio", "mean", "std")
 """The options that are arguments of `open_model`."""
 
 
@@ -52,8 +52,15 @@ def add_inference(parser: argparse.ArgumentParser) -> None:
         type=size_or_none,
         default=argparse.SUPPRESS,
         metavar="N",
-        help="pixels a side: the central part after the shorter side is resized to 8/7 of that; "
+        help="pixels a side: the central part after the shorter side is resized to N / crop-ratio; "
         "none: images as they are (default: what the model was trained with, else 224)",
+    )
+    add(
+        "--crop-ratio",
+        type=float,
+        default=argparse.SUPPRESS,
+        metavar="R",
+        help="(default: what the model was trained with, else 0.875)",
     )
     for name, what in (("mean", "subtracted from"), ("std", "then divides")):
         add(

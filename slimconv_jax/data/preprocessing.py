@@ -7,8 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from slimconv_jax.data.transforms import IMAGENET_MEAN, IMAGENET_STD, are_numbers
-from slimconv_jax.errors import InputError
+from slimconv_jax.data.transforms import CROP_RATIO, IMAGENET_MEAN, IMAGENET_STD, are_numbers
+from slimconv_jax.errors import InputError, require_number
 
 
 def normalize(images: jax.Array, *, mean: Sequence[float], std: Sequence[float]) -> jax.Array:
@@ -41,19 +41,25 @@ class Preprocessing:
     """The preprocessing for a model; the defaults are those of the published models.
 
     Attributes:
-      image_size: pixels a side; see `Transform`.
+      image_size: pixels a side; see `Transform`, also for the next.
+      crop_ratio: the side of the central square over the image's shorter side.
       mean: of red, green and blue, where 1 is the largest value.
       std: likewise.
     """
 
     image_size: int | None = 224
+    crop_ratio: float = CROP_RATIO
     mean: Sequence[float] = IMAGENET_MEAN
     std: Sequence[float] = IMAGENET_STD
+
+    def __post_init__(self):
+        require_number("crop_ratio", self.crop_ratio, least=0.1, most=1)
 
     def __str__(self) -> str:
         size = "images as they are"
         if self.image_size is not None:
-            size = f"shorter side to 8/7 of {self.image_size}, centre of {self.image_size} pixels"
+            shorter = round(self.image_size / self.crop_ratio)
+            size = f"shorter side to {shorter}, centre of {self.image_size} pixels"
         return f"{size}; mean {tuple(self.mean)}, std {tuple(self.std)}"
 
 

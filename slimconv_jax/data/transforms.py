@@ -19,7 +19,7 @@ import simplejpeg
 from PIL import Image
 
 from slimconv_jax.data.image_files import DAMAGE, formats
-from slimconv_jax.errors import InputError, require_integer
+from slimconv_jax.errors import InputError, require_integer, require_number
 from slimconv_jax.files import read_bytes
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -104,13 +104,17 @@ def read_image(path: os.PathLike | str) -> Image.Image:
     return decode_image(data, str(path))
 
 
-def resize_and_crop(image: Image.Image, size: int) -> np.ndarray:
+CROP_RATIO = 224 / 256
+"""The side of the central square over the image's shorter side, for the published networks."""
+
+
+def resize_and_crop(image: Image.Image, size: int, crop_ratio: float = CROP_RATIO) -> np.ndarray:
     """Prepares an image as for the evaluation of the published networks: (size, size, 3), uint8.
 
-    Resizes the shorter side to 256 pixels for a `size` of 224, in proportion for other sizes, with
-    Pillow's antialiased bilinear filter; then takes the central square.
+    Resizes the shorter side to size / crop_ratio, 256 pixels for a `size` of 224, with Pillow's
+    antialiased bilinear filter; then takes the central square.
     """
-    shorter = round(size * 256 / 224)
+    shorter = round(size / crop_ratio)
     # The longer side is rounded down, as torchvision does.
     width, height = (int(shorter * side / min(image.size)) for side in image.size)
     resized = image.resize((width, height), Image.Resampling.BILINEAR)
@@ -273,6 +277,8 @@ class Transform:
       image_size: pixels a side; None leaves images as they are, which must all have one size.
       scale: of the random resized crop, the range of areas as fractions of the image's.
       ratio: of the random resized crop, the range of width over height.
+      test_size: pixels a side for evaluations; None for those of training.
+      crop_ratio: of evaluations, the side of the central square over the image's shorter side.
       max_pixels: the most pixels of an image file that is decoded.
 
     Raises:
@@ -282,11 +288,15 @@ class Transform:
     image_size: int | None = None
     scale: Sequence[float] = (0.08, 1.0)
     ratio: Sequence[float] = (3 / 4, 4 / 3)
+    test_size: int | None = None
+    crop_ratio: float = CROP_RATIO
     max_pixels: int = MOST_PIXELS
 
     def __post_init__(self):
-        if self.image_size is not None:
-            require_integer("transform: image_size", self.image_size, 1, MOST_SIDE)
+        for name, value in (("image_size", self.image_size), ("test_size", self.test_size)):
+            if value is not None:
+                require_integer(f"transform: {name}", value, 1, MOST_SIDE)
+        require_number("transform: crop_ratio", self.crop_ratio, least=0.1, most=1)
         require_integer("transform: max_pixels", self.max_pixels, 1, 178_956_970)  # Pillow's own
         for name, highest in (("scale", 1), ("ratio", math.inf)):
             value = getattr(self, name)
@@ -295,6 +305,10 @@ class Transform:
                 raise InputError(
                     f"transform: {name}={value!r} must be two numbers, low and high, {limits}"
                 )
+
+    def for_tests(self) -> "Transform":
+        """Returns the transform of evaluations, which are at a size of their own."""
+        return dataclasses.replace(self, image_size=self.test_size or self.image_size)
 
     @property
     def is_random(self) -> bool:
@@ -323,4 +337,4 @@ class Transform:
         if self.image_size is None:
             return np.asarray(image)
         _require_ratio(*image.size, name)
-        return resize_and_crop(image, self.image_size)
+        return resize_and_crop(image, self.image_size, self.crop_ratio)

@@ -54,7 +54,11 @@ class SavedModel:
         """
         return load_dataset(
             source,
-            Transform(self.preprocessing.image_size, max_pixels=max_pixels),
+            Transform(
+                self.preprocessing.image_size,
+                crop_ratio=self.preprocessing.crop_ratio,
+                max_pixels=max_pixels,
+            ),
             training=False,
             sharding=batch_sharded(mesh),
             on_device=False,  # each image is needed once
@@ -79,7 +83,7 @@ def open_model(
       checkpoint: of a training run, the step whose checkpoint to load; None for the newest.
       ema: of a training run, whether to load the averaged weights.
       average: of a training run, the number of checkpoints whose weights are averaged.
-      **changes: of the preprocessing: `image_size`, `mean`, `std`.
+      **changes: of the preprocessing: `image_size`, `crop_ratio`, `mean`, `std`.
 
     Raises:
       ValueError: if there is no complete model.

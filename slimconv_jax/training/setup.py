@@ -114,10 +114,11 @@ class Parts:
 
     def info(self) -> dict[str, Any]:
         """Returns what `model.json` says besides the architecture; see `save_model`."""
-        size = self.config.transform.image_size
+        transform = Transform(**self.config.transform).for_tests()
+        size = {"image_size": transform.image_size, "crop_ratio": transform.crop_ratio}
         return {
             "class_names": list(self.class_names),
-            "preprocessing": {"image_size": size, **self.config.normalize.to_dict()},
+            "preprocessing": {**size, **self.config.normalize.to_dict()},
             "image_shape": list(self.train_data.image_shape),
         }
 
@@ -140,7 +141,7 @@ def create_parts(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> 
     _try_out(config, (MOST_SIDE, MOST_SIDE, 3), len(class_names))
     transform, sharding = Transform(**config.transform), batch_sharded(mesh)
     train_data = load_dataset(train_source, transform, True, sharding, **config.loader)
-    test_data = load_dataset(test_source, transform, False, sharding, **config.loader)
+    test_data = load_dataset(test_source, transform.for_tests(), False, sharding, **config.loader)
     _try_out(config, train_data.image_shape, len(class_names))
     timetable = create_timetable(config, len(train_data))
     optimizer, train_step = create_step(

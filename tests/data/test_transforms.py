@@ -44,6 +44,18 @@ def test_shorter_side_to_256_then_the_central_square(size):
     assert resize_and_crop(image, 32).shape == (32, 32, 3)
 
 
+def test_the_central_part_is_as_large_as_asked_for():
+    image = Image.fromarray(smooth(300, 400))
+    resized = np.asarray(image.resize((314, 236), Image.Resampling.BILINEAR))  # 224 / 0.95
+    np.testing.assert_array_equal(resize_and_crop(image, 224, 0.95), resized[6:230, 45:269])
+    whole = np.asarray(image.resize((298, 224), Image.Resampling.BILINEAR))
+    transform = Transform(160, test_size=224, crop_ratio=1.0)
+    np.testing.assert_array_equal(
+        transform.for_tests().for_evaluation(np.asarray(image), ""), whole[:, 37:261]
+    )
+    assert Transform(160).for_tests() == Transform(160) and Transform().for_tests() == Transform()
+
+
 @pytest.mark.skipif(not DATA, reason="SLIMCONV_TEST_DATA is not set")
 def test_evaluation_of_the_photos_is_pillows_to_the_bit():
     files = find_images(Path(DATA) / "imagenet_sample" / "val")
@@ -274,6 +286,8 @@ def test_an_image_that_is_a_line_is_refused():
             {"scale": (0, 1)},
             r"^transform: scale=\(0, 1\) must be two numbers, low and high, 0 < lo",
         ),
+        ({"crop_ratio": 0}, "crop_ratio=0 must be a number from 0.1 to 1"),
+        ({"test_size": 0}, "test_size=0 must be an integer >= 1"),
         ({"scale": (0.5, 2)}, r"0 < low <= high <= 1$"),
         ({"ratio": (2, 1)}, r"^transform: ratio=\(2, 1\) must be two numbers, .* 0 < low <= high$"),
         ({"ratio": 1.0}, "ratio=1.0 must be two numbers"),

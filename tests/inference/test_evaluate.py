@@ -76,7 +76,7 @@ def test_a_folder_from_the_command_line(model, saved, folder, tmp_path, capsys):
     assert figures["data"] == {"name": "image_folder", "split": "val", "data_dir": str(folder)}
     printed, kind = capsys.readouterr().out, jax.devices()[0].device_kind
     assert f"on image_folder, split 'val': 23 images of 3 classes; 8 x {kind}\n" in printed
-    assert "shorter side to 8/7 of 16, centre of 16 pixels; mean (0.485, " in printed
+    assert "shorter side to 18, centre of 16 pixels; mean (0.485, " in printed
     assert f"top-1 {figures['top1']:.2%} ({figures['correct']} of 23 images), top-5 " in printed
     assert "images/s from files to results; on the devices, a batch of 8 takes " in printed
 

@@ -5,6 +5,8 @@ import pytest
 
 from configs import digits
 from slimconv_jax.commands.options import expand_flag_files
+from slimconv_jax.data.preprocessing import preprocessing_of
+from slimconv_jax.devices import data_mesh
 from slimconv_jax.storage.work_directory import flatten
 from slimconv_jax.training.config import (
     check_config,
@@ -13,7 +15,7 @@ from slimconv_jax.training.config import (
     describe_keys,
     read_config,
 )
-from slimconv_jax.training.setup import create_initial
+from slimconv_jax.training.setup import create_initial, create_parts
 
 ROOT = Path(__file__).parents[2]
 
@@ -131,6 +133,22 @@ def test_an_optimizer_brings_its_arguments():
         config = digits.get_config()
         config.optimizer.b1 = 0.9
         check_config(complete(config), num_devices=1)
+
+
+def test_tests_have_a_size_of_their_own():
+    arguments = ["name=synthetic", "num_examples=8", "num_classes=3", "image_size=24"]
+    arguments = [f"--config.dataset.{text}" for text in (*arguments, "train_split=train")]
+    sizes = ["image_size=16", "test_size=20", "crop_ratio=1.0"]
+    arguments += [f"--config.transform.{text}" for text in sizes]
+    more = ["--config.batch_size=8", "--config.model.width=4", "--config.dataset.test_split=test"]
+    parts = create_parts(read_config("digits", [*arguments, *more]), data_mesh())
+    assert parts.train_data.image_shape == (16, 16, 3)
+    assert parts.test_data.image_shape == (20, 20, 3)
+    preprocessing = preprocessing_of(parts.info())
+    assert (preprocessing.image_size, preprocessing.crop_ratio) == (20, 1.0)
+    assert str(preprocessing).startswith("shorter side to 20, centre of 20 pixels; mean (")
+    with pytest.raises(ValueError, match="crop_ratio=0 must be a number"):
+        preprocessing_of({"preprocessing": {"crop_ratio": 0}})
 
 
 def test_frozen_statistics_need_a_trained_model():

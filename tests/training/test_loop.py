@@ -399,9 +399,7 @@ def test_the_last_checkpoints_can_be_averaged(run, tmp_path):
         for name, value in mean.items():
             expected = (np.asarray(one[name][...], float) + np.asarray(two[name][...])) / 2
             np.testing.assert_allclose(value[...], expected, rtol=1e-6, atol=1e-7, err_msg=name)
-    with pytest.raises(
-        ValueError, match=r"no 2 checkpoints up to step 22 to average; .* 22, 45"
-    ):
+    with pytest.raises(ValueError, match=r"no 2 checkpoints up to step 22 to average; .* 22, 45"):
         load_model(workdir, checkpoint=22, average=2)
     with pytest.raises(ValueError, match="average=0 must be an integer >= 1"):
         load_model(workdir, average=0)
