@@ -166,7 +166,6 @@ class StreamedDataset:
         epoch and begin the next. The batch of a step, with its random crops, depends on the
         seed and the step alone: not on threads, processes or devices. So the step is all that
         has to be saved for a run to continue at `first_step` as if nothing had happened.
-        `batch_size` must be a multiple of `repeats`.
         """
         order = grain.MapDataset.range(len(self)).seed(seed).shuffle().repeat()
         if self.repeats > 1:
@@ -318,14 +317,19 @@ class StreamedDataset:
         return image, example.label
 
 
+def _different(batch_size: int, repeats: int) -> int:
+    """Returns the number of different images in a batch."""
+    return -(-batch_size // repeats)
+
+
 def _repeated_rows(batch_size: int, repeats: int) -> np.ndarray:
     """Returns which of the different images of a batch is in each of its rows.
 
     They are there in turn, then again in turn, from two further on: an image is not beside itself,
-    since neighbours are mixed (the first and the last, too), nor always in the same part of a
-    batch.
+    since neighbours are mixed, nor always in the same part of a batch. Where `repeats` does not
+    divide the batch, the last ones are there once less.
     """
-    rows, different = np.arange(batch_size), batch_size // repeats
+    rows, different = np.arange(batch_size), _different(batch_size, repeats)
     return (rows + 2 * (rows // different)) % different
 
 
@@ -334,7 +338,7 @@ class _Repeated:
 
     def __init__(self, order: grain.MapDataset, batch_size: int, repeats: int):
         self._order, self._rows = order, _repeated_rows(batch_size, repeats)
-        self._different = batch_size // repeats
+        self._different = _different(batch_size, repeats)
 
     def __getitem__(self, position: int) -> int:
         step, row = divmod(position, len(self._rows))
@@ -393,7 +397,7 @@ class ResidentDataset:
         """
         key = jax.random.key(seed)
         orders = {}  # of this epoch and the next, where a batch may end
-        different = batch_size // self._repeats
+        different = _different(batch_size, self._repeats)
         for step in itertools.count(first_step):
             epoch, start = divmod(step * different, self._size)
             orders.pop(epoch - 1, None)
@@ -443,7 +447,8 @@ def _take(
 
     `mask` is False where there is none.
     """
-    indices = jax.lax.dynamic_slice(jnp.concatenate(orders), (start,), (size // repeats,))
+    count = _different(size, repeats)
+    indices = jax.lax.dynamic_slice(jnp.concatenate(orders), (start,), (count,))
     if repeats > 1:
         indices = indices[_repeated_rows(size, repeats)]
     batch = {key: array.at[indices].get(mode="clip") for key, array in data.items()}

@@ -203,13 +203,6 @@ def check_config(config: ml_collections.ConfigDict, num_devices: int) -> None:
             f"config.batch_size={config.batch_size} does not divide over {num_devices} "
             f"devices{each}; it must be a multiple of {num_devices * parts}"
         )
-    repeats = config.loader.repeats
-    require_integer("config.loader.repeats", repeats, 1)
-    if config.batch_size % repeats:
-        raise InputError(
-            f"config.batch_size={config.batch_size} must be a multiple of config.loader.repeats="
-            f"{repeats}"
-        )
 
 
 def _check_optimizer(section: ml_collections.ConfigDict) -> None:

@@ -59,23 +59,25 @@ def test_the_order_depends_on_the_seed_and_the_step_alone(on_device):
 
 
 @BOTH
-@pytest.mark.parametrize("repeats", [2, 3])
-def test_repeated_images_share_a_batch_but_not_a_neighbourhood(on_device, repeats):
-    dataset = load(numbered(32), on_device=on_device, repeats=repeats)
-    size = 8 * repeats
-    labels = labels_of_steps(dataset, first_step=0, steps=10, batch_size=size)
-    batches = [labels[start : start + size] for start in range(0, 10 * size, size)]
-    different = [batch[:8] for batch in batches]
+@pytest.mark.parametrize(("size", "repeats"), [(16, 2), (24, 3), (40, 6)])
+def test_repeated_images_share_a_batch_but_not_a_neighbourhood(on_device, size, repeats):
+    dataset = load(numbered(56), on_device=on_device, repeats=repeats)
+    labels = labels_of_steps(dataset, first_step=0, steps=16, batch_size=size)
+    count = -(-size // repeats)  # 40 rows are six times 7 images, but for two of the last
+    batches = [labels[start : start + size] for start in range(0, 16 * size, size)]
+    different = [batch[:count] for batch in batches]
     for batch, once in zip(batches, different, strict=True):
-        assert sorted(batch) == sorted(repeats * once) and len(set(once)) == 8
-        assert all(a != b for a, b in itertools.pairwise([*batch, batch[0]]))
+        assert len(set(once)) == count and set(batch) == set(once)
+        assert {batch.count(label) for label in once} <= {repeats, repeats - (size % repeats > 0)}
+        around = [] if size % repeats else batch[:1]  # mixes wrap around
+        assert all(a != b for a, b in itertools.pairwise(batch + around))
         for label in once:  # in another part of the batch each time, for RandAugment's operations
             rows = [row for row in range(size) if batch[row] == label]
-            assert len({row % 8 for row in rows}) == repeats
+            assert len({row % count for row in rows}) == len(rows)
     # In the same order as without, one after the other.
-    plain = load(numbered(32), on_device=on_device)
-    assert list(itertools.chain(*different)) == labels_of_steps(plain, 0, 10)
-    assert labels_of_steps(dataset, first_step=6, steps=4, batch_size=size) == labels[6 * size :]
+    plain = load(numbered(56), on_device=on_device)
+    assert list(itertools.chain(*different)) == labels_of_steps(plain, 0, 2 * count)
+    assert labels_of_steps(dataset, first_step=9, steps=7, batch_size=size) == labels[9 * size :]
 
 
 @BOTH

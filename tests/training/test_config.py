@@ -45,7 +45,6 @@ def config():
         ),
         ("optimizer.total_steps", 3, "^config.optimizer has no key 'total_steps'"),
         ("batch_size", 100, "batch_size=100 does not divide over 8 devices; .*multiple of 8"),
-        ("loader.repeats", 3, "batch_size=64 must be a multiple of config.loader.repeats=3"),
         ("step.accumulation_steps", 3, "64 does not divide over 8 devices, each in 3 parts; .* 24"),
         ("step.accumulation_steps", 0, "accumulation_steps=0 must be an integer >= 1"),
         ("step.mesh", 3, "^config.step has no key 'mesh'"),
