@@ -21,6 +21,7 @@ CONFIGS = [
     *("cifar100:resnet50", "cifar100:sc_resnet50", "cifar100_small", "digits", "finetune"),
     *("imagenet:resnet50", "imagenet:sc_resnet50", "imagenet:sc_resnet50,cosine"),
     *("imagenet:sc_resnet101", "imagenet:sc_resnext101_32x3d", "synthetic"),
+    *("imagenet:sc_resnet50,a1", "imagenet:resnet50,a2", "imagenet:sc_resnet50,a3"),
 ]
 
 CLASSES = {"digits": 10, "tfds/cifar100": 100, "tfds/imagenet2012": 1000, "synthetic": 1000}
@@ -94,6 +95,8 @@ REPEATED = {
     "imagenet:sc_resnet50,cosine",
     "imagenet:sc_resnet101",
     "imagenet:sc_resnext101_32x3d",
+    "imagenet:resnet50,a2",
+    "imagenet:sc_resnet50,a3",
 }
 
 
@@ -127,6 +130,11 @@ def test_a_config_takes_steps(name, monkeypatch):
 def test_the_command_of_a_config_is_its_own(name):
     (doc,) = re.findall(r'^r?"""(.*?)"""', shipped_configs()[name].read_text(), re.S)
     assert f"python train.py --config {name}" in doc
+
+
+def test_an_unknown_recipe_is_an_error_that_lists_them():
+    with pytest.raises(ValueError, match="there is no recipe 'a4': cosine, a1, a2, a3"):
+        read_config("imagenet:resnet50,a4")
 
 
 def test_configs_of_the_version_before_mean_the_same():
