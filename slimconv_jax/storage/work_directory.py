@@ -31,6 +31,7 @@ CONFIG = "config.json"
 METRICS = "metrics.jsonl"
 PICTURE = "curves.png"
 TENSORBOARD = "tensorboard"
+RUN_ID = "run_id"
 PROFILE = "profile"
 LOCK = ".lock"
 
@@ -53,6 +54,7 @@ def read_run_dataset(workdir: epath.PathLike) -> dict[str, Any]:
 
 
 NOT_COMPARED = (
+    "loggers",
     "checkpoint_every_minutes",
     "checkpoint_every_steps",
     "checkpoints_to_keep",

@@ -39,6 +39,7 @@ from slimconv_jax.errors import (
 from slimconv_jax.models.zoo import create_model, named_config
 from slimconv_jax.signatures import keys_of, meanings, type_of
 from slimconv_jax.training.augment import augment
+from slimconv_jax.training.loggers import check_loggers
 from slimconv_jax.training.loss import create_loss
 from slimconv_jax.training.optimizer import (
     arguments_of,
@@ -67,6 +68,7 @@ class Run:
       checkpoint_every_minutes: likewise in minutes, checked every `log_every_steps`; 0 for no
         others.
       checkpoints_to_keep: how many of the newest checkpoints are kept, besides the best.
+      loggers: where metrics go besides the work directory: "tensorboard", "wandb", "mlflow".
       log_every_steps: steps that a line of training metrics averages over.
       profile_steps: how many steps to trace for a profiler; 0 for none.
     """
@@ -80,6 +82,7 @@ class Run:
     checkpoint_every_steps: int = 0
     checkpoint_every_minutes: float = 0.0
     checkpoints_to_keep: int = 2
+    loggers: Sequence[str] = ("tensorboard",)
     log_every_steps: int = 100
     profile_steps: int = 0
 
@@ -97,6 +100,7 @@ class Run:
         ):
             require_integer(f"config.{name}", getattr(self, name), least, most)
         require_number("config.checkpoint_every_minutes", self.checkpoint_every_minutes, least=0)
+        check_loggers(self.loggers)
         if not isinstance(self.init_from, str | None) or self.init_from == "":
             raise InputError(f"config.init_from={self.init_from!r} must be a path or None")
 

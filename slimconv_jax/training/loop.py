@@ -25,7 +25,6 @@ from slimconv_jax.storage.model_directory import read_info, versions
 from slimconv_jax.storage.work_directory import (
     METRICS,
     PICTURE,
-    TENSORBOARD,
     claim_workdir,
     describe_workdir,
     flatten,
@@ -251,7 +250,7 @@ def _conclude(parts: Parts, workdir: epath.Path, lines: Sequence[dict]) -> dict:
     say(
         f"best     {describe(best)}, after epoch {best['epoch']:.1f}:\n"
         f"         slimconv evaluate {workdir} --checkpoint {best['step']}{more}\n"
-        f"files    {workdir}: {CHECKPOINTS}/, {METRICS}, {PICTURE}, {TENSORBOARD}/"
+        f"files    {workdir}: {CHECKPOINTS}/, {METRICS}, {PICTURE}"
     )
     return last["test"]
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import json
 import math
 import queue
 import threading
@@ -15,6 +16,8 @@ from etils import epath
 from slimconv_jax.console import console, say
 from slimconv_jax.errors import InputError
 from slimconv_jax.storage.checkpoints import list_checkpoints
+from slimconv_jax.storage.work_directory import flatten
+from slimconv_jax.training.loggers import RunInfo
 from slimconv_jax.training.metrics import read_metrics
 from slimconv_jax.training.setup import Timetable
 from slimconv_jax.training.window import Window
@@ -62,12 +65,12 @@ class Reporter:
         self._writers = []
         if jax.process_index() == 0:
             with _writing(self.workdir):
+                config = flatten(json.loads(self.config.to_json_best_effort()))
                 self._writers = create_writers(
-                    self.workdir,
+                    RunInfo(self.workdir, config, self.title, self.first_step),
                     self.lines,
-                    title=self.title,
-                    first_step=self.first_step,
                     damaged=damaged,
+                    loggers=self.config.loggers,
                 )
         self._bar = rich.progress.Progress(
             rich.progress.SpinnerColumn(),

@@ -1,19 +1,20 @@
 """Creates the writers of a run's metrics, each of which takes lines as in `metrics.jsonl`.
 
 A writer has `write(lines)` and `close()`; both raise an OSError if they fail. To add one, write
-its class and add a line to `create_writers`.
+its class and add a line to `create_writers`; what may fail without ending the run is a logger.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Protocol
 
 from etils import epath
 
 from slimconv_jax.files import replace_file
-from slimconv_jax.storage.work_directory import PICTURE, TENSORBOARD
+from slimconv_jax.storage.work_directory import PICTURE
 from slimconv_jax.training.curves import draw_curves
+from slimconv_jax.training.loggers import LOGGERS, Detached, RunInfo
 from slimconv_jax.training.metrics import MetricsFile
-from slimconv_jax.training.tensorboard import EventWriter
 
 
 class Writer(Protocol):
@@ -25,24 +26,23 @@ class Writer(Protocol):
 
 
 def create_writers(
-    workdir: epath.Path, lines: Sequence[dict], *, title: str, first_step: int, damaged: set[int]
+    run: RunInfo, lines: Sequence[dict], *, damaged: set[int], loggers: Sequence[str]
 ) -> list[Writer]:
     """Creates the writers of a run.
 
     Args:
-      workdir: gets `metrics.jsonl`, `tensorboard/` and, at each evaluation, `curves.png`.
+      run: its work directory gets `metrics.jsonl` and, at each evaluation, `curves.png`.
       lines: the existing ones, up to the first step.
-      title: of the picture.
-      first_step: steps done before.
       damaged: see `MetricsFile`.
+      loggers: names of `LOGGERS`, which get everything too.
 
     Raises:
       OSError: if a file cannot be written.
     """
     return [
-        MetricsFile(workdir, lines, damaged),
-        EventWriter(workdir / TENSORBOARD, first_step=first_step),
-        Picture(workdir, lines, title),
+        MetricsFile(run.workdir, lines, damaged),
+        Picture(run.workdir, lines, run.title),
+        *(Detached(name, functools.partial(LOGGERS[name][0], run)) for name in loggers),
     ]
 
 

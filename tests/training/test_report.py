@@ -19,7 +19,9 @@ def reporter(workdir, first_step=0):
     return Reporter(
         epath.Path(workdir),
         Timetable(2.5, 10, eval_steps=frozenset({10}), checkpoint_steps=frozenset({5, 10})),
-        ml_collections.ConfigDict({"batch_size": 4, "log_every_steps": 4}),
+        ml_collections.ConfigDict(
+            {"batch_size": 4, "log_every_steps": 4, "loggers": ("tensorboard",)}
+        ),
         title="a model",
         first_step=first_step,
     )

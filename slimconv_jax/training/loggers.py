@@ -1,0 +1,209 @@
+"""Sends a run's metrics to the services that its config names, none of which can stop the run.
+
+A logger is a writer (see `slimconv_jax.training.writers`) that is created with the run. To add one,
+write its class and a row of `LOGGERS`.
+"""
+
+import importlib.util
+import io
+import os
+import queue
+import threading
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from etils import epath
+from PIL import Image
+
+from slimconv_jax.console import say
+from slimconv_jax.errors import InputError, missing, require_choice
+from slimconv_jax.files import is_address, replace_file
+from slimconv_jax.storage.work_directory import PICTURE, RUN_ID, TENSORBOARD
+from slimconv_jax.training.tensorboard import EventWriter
+
+PATIENCE = 60.0
+"""Seconds that the end of a run waits for a logger."""
+
+MOST_PENDING = 10_000
+"""Calls that a logger may be behind; one that is further behind gets no more."""
+
+
+class RunInfo(NamedTuple):
+    """What a logger knows of its run.
+
+    Attributes:
+      workdir: of the run.
+      config: of the run, as JSON has it, by flat key.
+      title: what is trained, in a few words.
+      first_step: steps done before.
+    """
+
+    workdir: epath.Path
+    config: dict[str, Any]
+    title: str
+    first_step: int
+
+    def identity(self) -> str:
+        """Returns a name for the run that it keeps when it continues, and no other run has."""
+        file = self.workdir / RUN_ID
+        if self.first_step and file.exists():
+            return file.read_text()
+        replace_file(file, (identity := uuid.uuid4().hex).encode())
+        return identity
+
+    def curves(self) -> Image.Image | None:
+        """Returns `curves.png`, if there is one yet."""
+        file = self.workdir / PICTURE
+        return Image.open(io.BytesIO(file.read_bytes())) if file.exists() else None
+
+
+class Wandb:
+    """Weights & Biases; `WANDB_PROJECT`, `WANDB_MODE` and its other variables say where to."""
+
+    def __init__(self, run: RunInfo):
+        import wandb
+
+        self._info, self._image = run, wandb.Image
+        local = None if is_address(run.workdir) else os.fspath(run.workdir)
+        self._run = wandb.init(
+            project=os.environ.get("WANDB_PROJECT", "slimconv_jax"),
+            dir=os.environ.get("WANDB_DIR", local),
+            id=run.identity(),
+            resume="allow",
+            name=run.workdir.name,
+            notes=run.title,
+            config=run.config,
+        )
+
+    def write(self, lines: Sequence[dict]) -> None:
+        """Sends the numbers of each line as SPLIT/NAME."""
+        for line in lines:
+            self._run.log(_numbers(line), step=line["step"])
+
+    def close(self) -> None:
+        """Sends the curves."""
+        if curves := self._info.curves():
+            self._run.log({"curves": self._image(curves)})
+        self._run.finish()
+
+
+class Mlflow:
+    """MLflow; `MLFLOW_TRACKING_URI` and `MLFLOW_EXPERIMENT_NAME` say where to."""
+
+    def __init__(self, run: RunInfo):
+        import mlflow
+
+        self._info, self._client = run, mlflow.MlflowClient()
+        self._metric = mlflow.entities.Metric
+        name = os.environ.get("MLFLOW_EXPERIMENT_NAME", "slimconv_jax")
+        experiment = self._client.get_experiment_by_name(name)
+        place = experiment.experiment_id if experiment else self._client.create_experiment(name)
+        identity = run.identity()
+        found = self._client.search_runs([place], f"tags.slimconv_jax = '{identity}'")
+        tags = {"slimconv_jax": identity, "mlflow.note.content": run.title}
+        name = run.workdir.name
+        self._run = (found or [self._client.create_run(place, run_name=name, tags=tags)])[0]
+        if not found:
+            values = [(key, str(value)[:500]) for key, value in run.config.items()]
+            params = [mlflow.entities.Param(*pair) for pair in values]
+            for start in range(0, len(params), 100):  # the most at once
+                self._client.log_batch(self._run.info.run_id, params=params[start : start + 100])
+
+    def write(self, lines: Sequence[dict]) -> None:
+        """Sends the numbers of each line as SPLIT/NAME."""
+        now = round(1000 * time.time())
+        metrics = [
+            self._metric(name, value, now, line["step"])
+            for line in lines
+            for name, value in _numbers(line).items()
+        ]
+        self._client.log_batch(self._run.info.run_id, metrics=metrics)
+
+    def close(self) -> None:
+        """Sends the curves."""
+        if curves := self._info.curves():
+            self._client.log_image(self._run.info.run_id, curves, PICTURE)
+        self._client.set_terminated(self._run.info.run_id)
+
+
+def _numbers(line: dict) -> dict[str, float]:
+    """Returns the numbers of a line of metrics, as SPLIT/NAME."""
+    names = [name for name in line if name not in ("step", "split")]
+    return {f"{line['split']}/{name}": line[name] for name in names}
+
+
+LOGGERS: dict[str, tuple[Callable[[RunInfo], Any], str]] = {
+    "tensorboard": (
+        lambda run: EventWriter(run.workdir / TENSORBOARD, first_step=run.first_step),
+        "tensorboardX",
+    ),
+    "wandb": (Wandb, "wandb"),
+    "mlflow": (Mlflow, "mlflow"),
+}
+"""For each name, what creates the logger of a run, and the module that it needs."""
+
+
+def check_loggers(names: Sequence[str]) -> None:
+    """Checks that there are loggers of these names, and that their packages are installed.
+
+    Raises:
+      ValueError: if not.
+    """
+    if isinstance(names, str) or not isinstance(names, Sequence):
+        raise InputError(f"config.loggers={names!r} must be a list of {', '.join(LOGGERS)}")
+    for name in names:
+        require_choice("config.loggers", name, LOGGERS)
+        if importlib.util.find_spec(LOGGERS[name][1]) is None:
+            raise InputError(missing(LOGGERS[name][1], extra=name))
+
+
+class Detached:
+    """A writer that hands everything to a logger in a thread of its own.
+
+    If the logger raises or falls far behind, it gets no more, and the run goes on with a warning.
+
+    Args:
+      name: of the logger.
+      create: creates it; called in the thread.
+    """
+
+    def __init__(self, name: str, create: Callable[[], Any]):
+        self._name, self._given_up = name, False
+        self._pending = queue.Queue(MOST_PENDING)
+        arguments = {"target": self._run, "args": (create,), "name": f"logger {name}"}
+        self._thread = threading.Thread(**arguments, daemon=True)
+        self._thread.start()
+
+    def _run(self, create: Callable[[], Any]) -> None:
+        try:
+            logger = create()
+            for lines in iter(self._pending.get, None):
+                logger.write(lines)
+            logger.close()
+        except Exception as error:  # others' code: of any kind
+            self._give_up(f"failed: {' '.join(str(error).split()) or type(error).__name__}")
+
+    def _give_up(self, reason: str) -> None:
+        if not self._given_up:
+            self._given_up = True
+            say(f"warning: the logger {self._name} {reason}; the run goes on without it")
+
+    def write(self, lines: Sequence[dict]) -> None:
+        """Hands lines over, unless the logger was given up."""
+        self._put(list(lines))
+
+    def close(self) -> None:
+        """Waits for the logger to finish, at most `PATIENCE` seconds."""
+        self._put(None)
+        self._thread.join(PATIENCE)
+        if self._thread.is_alive():
+            self._give_up(f"has not finished after {PATIENCE:.0f} s")
+
+    def _put(self, item: list[dict] | None) -> None:
+        try:
+            if not self._given_up:
+                self._pending.put_nowait(item)
+        except queue.Full:
+            self._give_up(f"is {MOST_PENDING} writes behind")
