@@ -96,7 +96,8 @@ def test_layers_of_a_network():
 
 
 @pytest.mark.parametrize(
-    ("name", "options", "moments"), [("sgd", {"momentum": 0.9}, 1), ("lamb", {}, 2)]
+    ("name", "options", "moments"),
+    [("sgd", {"momentum": 0.9}, 1), pytest.param("lamb", {}, 2, marks=pytest.mark.long)],
 )
 def test_frozen_parameters_stay_to_the_bit(name, options, moments):
     model = randomized(small)

@@ -229,6 +229,7 @@ def test_the_work_directory_is_a_saved_model(run):
         "class_names": list("0123456789"),
         "preprocessing": {
             "image_size": None,
+            "crop_ratio": 0.875,
             "mean": [0.306, 0.306, 0.306],
             "std": [0.324, 0.324, 0.324],
         },

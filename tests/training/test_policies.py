@@ -161,6 +161,7 @@ def test_batches_of_any_size(batch_size):
     assert after.shape[1:] == images.shape and (after != images).any()
 
 
+@pytest.mark.long
 def test_more_layers_change_more_and_no_strength_changes_little():
     images = np.repeat(pictures()[3:], 32, axis=0)
     shares = []
