@@ -102,7 +102,13 @@ REPEATED = {
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(name, marks=[pytest.mark.slow] * (name in REPEATED)) for name in CONFIGS],
+    [
+        pytest.param(
+            name,
+            marks=[pytest.mark.slow] * (name in REPEATED) + [pytest.mark.long] * (",a1" in name),
+        )
+        for name in CONFIGS
+    ],
 )
 def test_a_config_takes_steps(name, monkeypatch):
     """With one basic block a stage, narrow, on fake data."""

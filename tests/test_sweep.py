@@ -205,7 +205,13 @@ def test_a_file_of_channels_has_the_recipe_without_k(tmp_path):
     assert variant.name == "sc_found" and "model.k" not in variant.settings
 
 
-@pytest.mark.parametrize("name", ablation.STUDIES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[] if name in ("gating", "gate16", "time") else pytest.mark.long)
+        for name in ablation.STUDIES
+    ],
+)
 def test_a_study_can_be_planned_and_drawn(name, tmp_path, monkeypatch, capsys):
     study = ablation.STUDIES[name]
     assert study.baseline in study.variants

@@ -82,6 +82,7 @@ def test_one_that_hangs_is_given_up(monkeypatch, capsys):
     other.go_on.set()
 
 
+@pytest.mark.long
 def test_a_run_does_not_mind(tmp_path, monkeypatch, capsys):
     recorder = Recorder()
     monkeypatch.setitem(LOGGERS, "wandb", (lambda run: recorder, "json"))

@@ -91,6 +91,7 @@ def test_scales_do_what_pytorch_does_with_them(config):
     np.testing.assert_allclose(forward(model, ones), forward(model, {}), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.long
 def test_scales_go_through_rematerialisation():
     state_dict = random_state_dict(SMALL)
     images = np.random.default_rng(0).normal(size=(4, 16, 16, 3)).astype(np.float32)
