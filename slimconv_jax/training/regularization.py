@@ -9,8 +9,8 @@ from slimconv_jax.models.resnet import ResNetConfig
 
 def draw_scales(
     key: jax.Array,
-    config: ResNetConfig,
     num_images: int,
+    config: ResNetConfig,
     *,
     drop_path_rate: float = 0.0,
     dropout_rate: float = 0.0,
@@ -21,8 +21,8 @@ def draw_scales(
 
     Args:
       key: source of all randomness.
-      config: the architecture.
       num_images: in the batch.
+      config: the architecture.
       drop_path_rate: with which an image's last residual branch is left out, from 0 in the first
         block on linearly (stochastic depth, Huang et al., ECCV 2016).
       dropout_rate: with which each of an image's pooled features is left out.

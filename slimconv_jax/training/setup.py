@@ -213,12 +213,8 @@ def create_step(
     except (TypeError, ValueError) as error:
         reason = f"optimizer: {config.optimizer.name} cannot train this model: {error}"
         raise InputError(reason) from None
-    options = select(config.step, draw_scales)
-
-    def draw(key: jax.Array, count: int) -> dict[str, jax.Array]:
-        return draw_scales(key, model.config, count, **options)
-
-    jax.eval_shape(functools.partial(draw, count=1), jax.random.key(0))  # raises
+    draw = functools.partial(draw_scales, config=model.config, **select(config.step, draw_scales))
+    jax.eval_shape(functools.partial(draw, num_images=1), jax.random.key(0))  # raises
     train_step = make_train_step(
         model,
         optimizer,

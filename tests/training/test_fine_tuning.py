@@ -33,6 +33,20 @@ def small(name="sc_resnet26"):
     return abstract_model(name, width=8, num_classes=3, stem="cifar")
 
 
+def build_step(model, optimizer, **options):
+    return make_train_step(
+        model,
+        optimizer,
+        lambda step: 0.1,
+        num_classes=3,
+        augment=lambda key, images, targets: (images, targets),
+        normalize=lambda images: images / 255.0,
+        key=jax.random.key(0),
+        mesh=data_mesh(),
+        **options,
+    )
+
+
 def params_like_a_resnet():
     rng = np.random.default_rng(0)
 
@@ -111,19 +125,8 @@ def test_frozen_parameters_stay_to_the_bit(name, options, moments):
         freeze=freeze,
         **options,
     )
-    mesh = data_mesh()
-    step = make_train_step(
-        model,
-        optimizer,
-        lambda step: 0.1,
-        num_classes=3,
-        augment=lambda key, images, targets: (images, targets),
-        normalize=lambda images: images / 255.0,
-        key=jax.random.key(0),
-        mesh=mesh,
-        freeze=freeze,
-    )
-    state = jax.device_put(create_state(model, optimizer), replicated(mesh))
+    step = build_step(model, optimizer, freeze=freeze)
+    state = jax.device_put(create_state(model, optimizer), replicated(data_mesh()))
     before = state.params
     batch = {
         "image": np.random.default_rng(0).integers(0, 256, (16, 16, 16, 3), dtype=np.uint8),
@@ -148,18 +151,7 @@ def test_the_gradient_of_what_stays_is_not_computed():
 
     def convolutions(freeze):
         optimizer = create_optimizer(lambda step: 0.1, freeze=freeze)
-        step = make_train_step(
-            model,
-            optimizer,
-            lambda step: 0.1,
-            num_classes=3,
-            augment=lambda key, images, targets: (images, targets),
-            normalize=lambda images: images / 255.0,
-            key=jax.random.key(0),
-            mesh=data_mesh(),
-            batch_norm="frozen",
-            freeze=freeze,
-        )
+        step = build_step(model, optimizer, batch_norm="frozen", freeze=freeze)
         batch = {"image": jnp.zeros((8, 8, 8, 3), jnp.uint8), "label": jnp.zeros(8, jnp.int32)}
         text = step.func.lower(*step.args, create_state(model, optimizer), batch).as_text()
         return text.count("stablehlo.convolution")

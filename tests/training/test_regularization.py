@@ -26,7 +26,7 @@ LAST = {"basic": "bn2", "bottleneck": "bn3", "se": "se", "ghost": "conv3"}
 
 def test_rates_rise_linearly_over_the_blocks_and_the_mean_stays():
     config = resnet_config("sc_resnet26", width=8, num_classes=3)
-    scales = draw_scales(jax.random.key(0), config, 4000, drop_path_rate=0.3, dropout_rate=0.2)
+    scales = draw_scales(jax.random.key(0), 4000, config, drop_path_rate=0.3, dropout_rate=0.2)
     branches, features = scales["branch_scales"], scales["feature_scales"]
     assert branches.shape == (4000, 8) and features.shape == (4000, 8 * 32)
     rates = np.linspace(0, 0.3, 8)
@@ -41,17 +41,17 @@ def test_rates_rise_linearly_over_the_blocks_and_the_mean_stays():
 
 def test_only_what_is_asked_for():
     key = jax.random.key(0)
-    assert draw_scales(key, SMALL, 2) == {}
-    assert draw_scales(key, SMALL, 2, drop_path_rate=0.1).keys() == {"branch_scales"}
-    assert draw_scales(key, SMALL, 2, dropout_rate=0.1).keys() == {"feature_scales"}
+    assert draw_scales(key, 2, SMALL) == {}
+    assert draw_scales(key, 2, SMALL, drop_path_rate=0.1).keys() == {"branch_scales"}
+    assert draw_scales(key, 2, SMALL, dropout_rate=0.1).keys() == {"feature_scales"}
     for name in ("drop_path_rate", "dropout_rate"):
         with pytest.raises(ValueError, match=f"step: {name}=1 must be a number >= 0 and < 1"):
-            draw_scales(key, SMALL, 2, **{name: 1})
+            draw_scales(key, 2, SMALL, **{name: 1})
 
 
 def test_the_draw_is_the_same_on_any_number_of_devices():
     def draw(key):
-        return draw_scales(key, SMALL, 16, drop_path_rate=0.5, dropout_rate=0.5)
+        return draw_scales(key, 16, SMALL, drop_path_rate=0.5, dropout_rate=0.5)
 
     mesh = data_mesh()
     split = jax.jit(draw, in_shardings=replicated(mesh), out_shardings=batch_sharded(mesh))
@@ -66,7 +66,7 @@ def test_scales_do_what_pytorch_does_with_them(config):
     network = reference.ResNet(config)
     network.load_state_dict(as_tensors(state_dict), strict=False)
     network.eval()
-    scales = draw_scales(jax.random.key(1), config, 6, drop_path_rate=0.6, dropout_rate=0.4)
+    scales = draw_scales(jax.random.key(1), 6, config, drop_path_rate=0.6, dropout_rate=0.4)
     branch, feature = (torch.tensor(np.asarray(scale)) for scale in scales.values())
     assert (branch == 0).any() and (branch > 1).any()
     blocks = [block for stage in (1, 2, 3, 4) for block in getattr(network, f"layer{stage}")]
@@ -95,7 +95,7 @@ def test_scales_do_what_pytorch_does_with_them(config):
 def test_scales_go_through_rematerialisation():
     state_dict = random_state_dict(SMALL)
     images = np.random.default_rng(0).normal(size=(4, 16, 16, 3)).astype(np.float32)
-    scales = draw_scales(jax.random.key(1), SMALL, 4, drop_path_rate=0.6)
+    scales = draw_scales(jax.random.key(1), 4, SMALL, drop_path_rate=0.6)
 
     def gradients(remat):
         model = from_torch(state_dict)

@@ -152,7 +152,7 @@ def test_what_is_left_out_is_drawn_for_each_image_of_each_step():
     model, batch = small_model(), make_batch()
 
     def draw(key, count):
-        return draw_scales(key, model.config, count, drop_path_rate=0.5, dropout_rate=0.2)
+        return draw_scales(key, count, model.config, drop_path_rate=0.5, dropout_rate=0.2)
 
     after = []
     for devices, parts in ((1, 1), (8, 1), (2, 4)):
