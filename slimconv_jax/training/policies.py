@@ -42,14 +42,14 @@ def color(image: jax.Array, factor: jax.Array) -> jax.Array:
 
 def contrast(image: jax.Array, factor: jax.Array) -> jax.Array:
     grey = _grey(image)
-    return _blend((2 * grey.sum() + grey.size) // (2 * grey.size), image, factor)
+    return _blend((grey.sum() + grey.size // 2) // grey.size, image, factor)
 
 
 def sharpness(image: jax.Array, factor: jax.Array) -> jax.Array:
     x = image.astype(jnp.int32)
     rows = x[:-2] + x[1:-1] + x[2:]
     total = rows[:, :-2] + rows[:, 1:-1] + rows[:, 2:] + 4 * x[1:-1, 1:-1]
-    smooth = x.at[1:-1, 1:-1].set((2 * total + 13) // 26)  # the border stays
+    smooth = x.at[1:-1, 1:-1].set((total + 6) // 13)  # the border stays
     return _blend(smooth, image, factor)
 
 
