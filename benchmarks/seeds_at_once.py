@@ -54,19 +54,19 @@ def work(args: argparse.Namespace) -> None:
     state = create_state(model, optimizer)
     images = jax.random.normal(jax.random.key(0), (args.batch_size, 32, 32, 3))
     batch = {"image": images, "label": jnp.zeros(args.batch_size, jnp.int32)}
-    key, *_ = step.args
+    (shared,) = step.args
     function = step.func
     if args.vmap:
         function = jax.jit(jax.vmap(function, in_axes=(None, 0, None)), donate_argnums=1)
         state = jax.tree.map(lambda x: jnp.stack([x] * args.seeds), state)
-    compiled = function.lower(key, state, batch).compile()
-    state, metrics = compiled(key, state, batch)
+    compiled = function.lower(shared, state, batch).compile()
+    state, metrics = compiled(shared, state, batch)
     jax.block_until_ready(metrics)
     print("ready", flush=True)
     sys.stdin.readline()  # until all processes are
     start, steps = time.perf_counter(), 0
     while (seconds := time.perf_counter() - start) < SECONDS:
-        state, metrics = compiled(key, state, batch)
+        state, metrics = compiled(shared, state, batch)
         jax.block_until_ready(metrics)
         steps += 1
     print(steps * args.batch_size * (args.seeds if args.vmap else 1) / seconds)

@@ -205,12 +205,12 @@ def train_program(model: ResNet, images: jax.Array, labels: jax.Array) -> Progra
     )
     state = create_state(model, optimizer)
     batch = {"image": images, "label": labels}
-    key_data, *_ = step.args
-    compiled, seconds, memory = _compile(step.func, key_data, state, batch)
+    (shared,) = step.args
+    compiled, seconds, memory = _compile(step.func, shared, state, batch)
 
     def train_step() -> dict[str, jax.Array]:
         nonlocal state
-        state, metrics = compiled(key_data, state, batch)
+        state, metrics = compiled(shared, state, batch)
         return metrics
 
     return Program(repeated(train_step), seconds, memory)

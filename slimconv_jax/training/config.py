@@ -39,6 +39,7 @@ from slimconv_jax.errors import (
 from slimconv_jax.models.zoo import create_model, named_config
 from slimconv_jax.signatures import keys_of, meanings, type_of
 from slimconv_jax.training.augment import augment
+from slimconv_jax.training.distillation import create_teacher
 from slimconv_jax.training.loggers import check_loggers
 from slimconv_jax.training.loss import create_loss
 from slimconv_jax.training.optimizer import (
@@ -115,6 +116,7 @@ SECTIONS: dict[str, Sequence[Callable]] = {
     "augment": (augment,),
     "optimizer": (create_schedule, create_optimizer),
     "step": (create_loss, draw_scales, make_train_step),
+    "distillation": (create_teacher,),
 }
 """For each section, the functions whose keyword-only arguments are its keys.
 

@@ -187,6 +187,7 @@ def _run(
             config.batch_size, seed=config.seed, first_step=first_step
         )
         metrics = None
+        constants = jax.device_put(parts.train_step.args, everywhere)
         for step in range(first_step + 1, timetable.total_steps + 1):
             asked = time.perf_counter()
             batch = next(batches)
@@ -194,7 +195,7 @@ def _run(
             if metrics is not None and not metrics["loss"].is_ready():
                 data_seconds = 0.0  # the devices are busy with the step before
             profiler.before(step)
-            state, metrics = parts.train_step(state, batch)
+            state, metrics = parts.train_step.func(*constants, state, batch)
             profiler.after(step, metrics)
             reporter.train_step(step, metrics, data_seconds)
             if step in timetable.eval_steps:

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -27,6 +27,7 @@ from slimconv_jax.signatures import keys_of, select
 from slimconv_jax.storage.model_directory import load_model, read_info
 from slimconv_jax.training.augment import augment
 from slimconv_jax.training.config import check_config
+from slimconv_jax.training.distillation import create_teacher
 from slimconv_jax.training.fine_tuning import check_patterns
 from slimconv_jax.training.loss import Loss, create_loss
 from slimconv_jax.training.optimizer import (
@@ -150,6 +151,7 @@ def create_parts(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> 
         steps_per_epoch=timetable.steps_per_epoch,
         total_steps=timetable.total_steps,
         mesh=mesh,
+        class_names=class_names,
     )
     return Parts(
         config=config,
@@ -185,6 +187,7 @@ def create_step(
     steps_per_epoch: float,
     total_steps: int,
     mesh: jax.sharding.Mesh,
+    class_names: Sequence[str] | None = None,
 ) -> tuple[optax.GradientTransformation, functools.partial]:
     """Builds the optimiser of a run and its training step, which is not compiled yet.
 
@@ -194,6 +197,7 @@ def create_step(
       steps_per_epoch: not necessarily a whole number.
       total_steps: of the run.
       mesh: from `slimconv_jax.devices.data_mesh`.
+      class_names: of the data; None where they are unknown.
 
     Returns:
       What `create_optimizer` and `make_train_step` return.
@@ -228,6 +232,9 @@ def create_step(
         draw_scales=draw,
         freeze=config.optimizer.freeze,
         average=averaged_params if is_schedule_free(config.optimizer.name) else None,
+        teacher=create_teacher(
+            model.config.num_classes, class_names, config.model.dtype, **config.distillation
+        ),
         **select(config.step, make_train_step),
     )
     return optimizer, train_step

@@ -15,6 +15,7 @@ from slimconv_jax.devices import batch_sharded, replicated
 from slimconv_jax.errors import InputError, require_choice, require_integer, require_number
 from slimconv_jax.models.layers import at_least_float32
 from slimconv_jax.models.variables import merge, variables
+from slimconv_jax.training.distillation import Teacher
 from slimconv_jax.training.fine_tuning import trained
 from slimconv_jax.training.loss import Loss
 
@@ -100,6 +101,7 @@ def make_train_step(
     draw_scales: Callable[[jax.Array, int], dict[str, jax.Array]] = lambda key, count: {},
     freeze: Sequence[str] = (),
     average: Callable[[PyTree, PyTree], PyTree] | None = None,
+    teacher: Teacher | None = None,
     *,
     accumulation_steps: int = 1,
     batch_norm: str = "global",
@@ -130,6 +132,7 @@ def make_train_step(
         gradients are not computed.
       average: maps the optimiser's state and the parameters to averaged ones, which take the place
         of the moving average; None for optimisers without.
+      teacher: a model to learn from as well.
       accumulation_steps: the number of parts in which the batch is computed, one after the
         other, which takes less memory. The gradient is the mean over the parts; batch statistics
         are those of each part. Part i has every `accumulation_steps`-th image, starting at i.
@@ -142,10 +145,12 @@ def make_train_step(
         values.
 
     Returns:
-      A `functools.partial` of the compiled function with the data of the key as its first argument
-      (`step.func.lower(*step.args, state, batch)` lowers it). Its metrics are scalars: `loss` (the
-      mean, of the mixed targets) and `accuracy` (fraction, top-1; of mixed images, of the larger
-      part) of the batch, as the model was before the update, `grad_norm`, and `learning_rate`.
+      A `functools.partial` of the compiled function with what all steps share as its first
+      argument: the data of the key and the teacher's variables. So
+      `step.func.lower(*step.args, state, batch)` lowers it. Its metrics are scalars: `loss` (the
+      mean, of the mixed targets and the teacher) and `accuracy` (fraction, top-1; of mixed images,
+      of the larger part) of the batch, as the model was before the update, `grad_norm`, and
+      `learning_rate`; with a teacher, also `distillation_loss`, without its weight.
 
     Raises:
       ValueError: if a setting is out of range.
@@ -163,8 +168,9 @@ def make_train_step(
         if isinstance(module, nnx.BatchNorm):
             module.axis_name = "data" if batch_norm == "global" else None
     graphdef = nnx.graphdef(model)
+    teacher_graphdef = None if teacher is None else nnx.graphdef(teacher.model)
 
-    def loss_fn(params, rest, images, targets, scales):
+    def loss_fn(params, rest, taught, images, targets, scales):
         if freeze:
             keep = jax.lax.stop_gradient
             is_trained = trained(params, freeze)
@@ -174,22 +180,29 @@ def make_train_step(
         accuracy = (logits.argmax(axis=-1) == targets.argmax(axis=-1)).mean(dtype=targets.dtype)
         rest = variables(model)
         del rest["params"]
-        return loss(logits, targets).mean(), (rest, accuracy)
+        value, metrics = loss(logits, targets).mean(), {"accuracy": accuracy}
+        if teacher is not None:
+            with jax.named_scope("teacher"):
+                answers = merge(teacher_graphdef, taught)(teacher.normalize(images))
+            distance = teacher.loss(logits, answers).mean()
+            value = (1 - teacher.weight) * value + teacher.weight * distance
+            metrics["distillation_loss"] = distance
+        return value, (rest, metrics)
 
     def part(params, *args):
-        """Returns the other variables after some images, their gradient, loss and accuracy."""
+        """Returns the other variables after some images, their gradient and metrics."""
         value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
-        (value, (rest, accuracy)), grads = value_and_grad(params, *args)
-        return rest, grads, value, accuracy
+        (value, (rest, metrics)), grads = value_and_grad(params, *args)
+        return rest, grads, {"loss": value} | metrics
 
-    def whole(params, rest, *batch):
+    def whole(params, rest, taught, *batch):
         """Returns the same for a batch, computed in `accumulation_steps` parts."""
         if accumulation_steps == 1:
-            return part(params, rest, *batch)
+            return part(params, rest, taught, *batch)
 
         def add_part(carry, batch):
             rest, *sums = carry
-            rest, *terms = part(params, rest, *batch)
+            rest, *terms = part(params, rest, taught, *batch)
             return (rest, *jax.tree.map(jnp.add, sums, terms)), None
 
         # Each part takes every n-th image of each device, so that none moves between devices.
@@ -197,8 +210,9 @@ def make_train_step(
             lambda x: x.reshape(-1, accumulation_steps, *x.shape[1:]).swapaxes(0, 1),
             batch,
         )
-        zero = jnp.zeros((), batch[1].dtype)  # as the targets
-        start = (rest, jax.tree.map(jnp.zeros_like, params), zero, zero)
+        first = jax.tree.map(lambda x: x[0], parts)
+        _, grads, metrics = jax.eval_shape(part, params, rest, taught, *first)
+        start = (rest, *jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (grads, metrics)))
         (rest, *sums), _ = jax.lax.scan(add_part, start, parts)
         return rest, *jax.tree.map(lambda x: x / accumulation_steps, sums)
 
@@ -207,7 +221,7 @@ def make_train_step(
     @functools.partial(
         jax.shard_map,
         mesh=mesh,
-        in_specs=(everywhere, everywhere, split, split, split),
+        in_specs=(everywhere, everywhere, everywhere, split, split, split),
         out_specs=everywhere,
         check_vma=False,  # else JAX itself would sum the gradients, once for each part
     )
@@ -217,7 +231,8 @@ def make_train_step(
             rest["batch_stats"] = jax.lax.pmean(rest["batch_stats"], "data")
         return rest, *jax.lax.pmean(means, "data")
 
-    def train_step(key_data: jax.Array, state: TrainState, batch: dict[str, jax.Array]):
+    def train_step(shared: tuple, state: TrainState, batch: dict[str, jax.Array]):
+        key_data, taught = shared
         # In the precision of the parameters, which jax_enable_x64 alone does not change.
         params = state.params
         dtype = at_least_float32(jax.tree.leaves(params)[0].dtype)
@@ -227,7 +242,7 @@ def make_train_step(
             images, targets = augment(step_key, batch["image"], targets)
         scales = draw_scales(jax.random.fold_in(step_key, _SCALES), len(targets))
         rest = {name: tree for name, tree in state.variables.items() if name != "params"}
-        rest, grads, value, accuracy = whole_on_all_devices(params, rest, images, targets, scales)
+        rest, grads, metrics = whole_on_all_devices(params, rest, taught, images, targets, scales)
         with jax.named_scope("optimizer"):
             updates, opt_state = optimizer.update(grads, state.opt_state, params)
             after = optax.apply_updates(params, updates)
@@ -243,9 +258,7 @@ def make_train_step(
             at_first = (1 + step).astype(jnp.float32) / (10 + step).astype(jnp.float32)
             decay = jnp.minimum(ema_decay, at_first)
             ema = optax.incremental_update({name: after[name] for name in ema}, ema, 1 - decay)
-        metrics = {
-            "loss": value,
-            "accuracy": accuracy,
+        metrics |= {
             "grad_norm": _norm(grads),
             "learning_rate": jnp.asarray(learning_rate_fn(state.step)),
         }
@@ -259,4 +272,5 @@ def make_train_step(
         out_shardings=replicated(mesh),
         donate_argnums=(1,) if mesh.devices.flat[0].platform == "tpu" else (),
     )
-    return functools.partial(compiled, np.asarray(jax.random.key_data(key)))
+    taught = {} if teacher is None else teacher.variables
+    return functools.partial(compiled, (np.asarray(jax.random.key_data(key)), taught))

@@ -1,0 +1,155 @@
+"""What a student learns from a teacher, compared with PyTorch."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import torch
+from flax import nnx
+from randomize import randomized
+
+from slimconv_jax.devices import data_mesh, replicated
+from slimconv_jax.models.variables import variables
+from slimconv_jax.models.zoo import abstract_model
+from slimconv_jax.storage.model_directory import save_model
+from slimconv_jax.training.distillation import create_teacher
+from slimconv_jax.training.step import create_state, make_train_step
+
+CLASSES = ["a", "b", "c"]
+PREPROCESSING = {"image_size": 8, "mean": [0.1, 0.2, 0.3], "std": [0.5, 0.6, 0.7]}
+
+
+def small(width=4):
+    options = {"width": width, "num_classes": 3, "stem": "cifar"}
+    return randomized(lambda: abstract_model("resnet14", **options))
+
+
+@pytest.fixture(scope="module")
+def teacher_model():
+    model = small(8)
+    model.eval()
+    return model
+
+
+@pytest.fixture(scope="module")
+def path(teacher_model, tmp_path_factory):
+    path = str(tmp_path_factory.mktemp("teacher") / "teacher")
+    info = {"class_names": CLASSES, "preprocessing": PREPROCESSING}
+    save_model(teacher_model, path, info=info)
+    return path
+
+
+def taught(path, **options):
+    return create_teacher(3, CLASSES, None, teacher=path, **options)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 4.0])
+def test_the_divergence_is_that_of_pytorch(path, temperature):
+    rng = np.random.default_rng(0)
+    ours, theirs = (rng.normal(size=(6, 3)).astype(np.float32) * 3 for _ in range(2))
+    loss = taught(path, temperature=temperature).loss
+    log_softmax = torch.nn.functional.log_softmax
+    tensors = [torch.tensor(x, requires_grad=True) for x in (ours, theirs)]
+    student, teacher = (log_softmax(x / temperature, dim=-1) for x in tensors)
+    each = torch.nn.functional.kl_div(student, teacher, reduction="none", log_target=True)
+    expected = temperature**2 * each.sum(-1)
+    np.testing.assert_allclose(loss(ours, theirs), expected.detach(), rtol=1e-5, atol=1e-6)
+    expected.mean().backward()
+    gradient = jax.grad(lambda x: loss(x, theirs).mean())(ours)
+    np.testing.assert_allclose(gradient, tensors[0].grad, atol=1e-6)
+    np.testing.assert_array_equal(loss(theirs, theirs), 0)
+
+
+def test_hard_labels_are_those_of_the_teacher(path):
+    rng = np.random.default_rng(1)
+    ours, theirs = (rng.normal(size=(6, 3)).astype(np.float32) for _ in range(2))
+    labels = torch.tensor(theirs.argmax(-1))
+    expected = torch.nn.functional.cross_entropy(torch.tensor(ours), labels, reduction="none")
+    np.testing.assert_allclose(taught(path, hard=True).loss(ours, theirs), expected, rtol=1e-5)
+
+
+def run_step(model, teacher, *, devices=8, **options):
+    optimizer, mesh = optax.sgd(0.1), data_mesh(jax.devices()[:devices])
+    step = make_train_step(
+        model,
+        optimizer,
+        lambda step: 0.1,
+        num_classes=3,
+        augment=lambda key, images, targets: (images, targets),
+        normalize=lambda images: images / 255.0,
+        key=jax.random.key(5),
+        mesh=mesh,
+        teacher=teacher,
+        **options,
+    )
+    state = jax.tree.map(jnp.copy, create_state(model, optimizer))
+    rng = np.random.default_rng(0)
+    batch = {
+        "image": rng.integers(0, 256, (16, 8, 8, 3), dtype=np.uint8),
+        "label": rng.integers(0, 3, 16).astype(np.int32),
+    }
+    state, metrics = step(jax.device_put(state, replicated(mesh)), batch)
+    return batch, state, {name: float(value) for name, value in metrics.items()}
+
+
+@pytest.mark.parametrize("options", [{}, {"devices": 1, "accumulation_steps": 2}])
+def test_a_step_learns_from_labels_and_teacher(path, teacher_model, options):
+    student = small()
+    teacher = taught(path, weight=0.25, temperature=2.0)
+    batch, state, metrics = run_step(student, teacher, batch_norm="frozen", **options)
+
+    def losses(student):
+        logits = student(batch["image"] / 255.0)
+        mean, std = (np.array(PREPROCESSING[name]) for name in ("mean", "std"))
+        answers = teacher_model(jnp.asarray((batch["image"] / 255.0 - mean) / std, jnp.float32))
+        labels = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
+        return labels.mean(), teacher.loss(logits, answers).mean()
+
+    @nnx.jit
+    def gradients(student):
+        return nnx.grad(lambda m: jnp.dot(jnp.array([0.75, 0.25]), jnp.array(losses(m))))(student)
+
+    student.eval()
+    labels, distance = map(float, losses(student))
+    assert metrics["loss"] == pytest.approx(0.75 * labels + 0.25 * distance, rel=1e-4)
+    assert metrics["distillation_loss"] == pytest.approx(distance, rel=1e-4)
+    assert distance > 0.01
+    grads = nnx.to_pure_dict(gradients(student))
+    expected = jax.tree.map(lambda p, g: p - 0.1 * g, variables(student)["params"], grads)
+    for ours, reference in zip(*map(jax.tree.leaves, (state.params, expected)), strict=True):
+        np.testing.assert_allclose(ours, reference, atol=2e-4)
+
+
+def test_a_student_that_is_its_teacher_has_nothing_to_learn(teacher_model, path):
+    teacher = taught(path, weight=1.0)._replace(normalize=lambda images: images / 255.0)
+    _, state, metrics = run_step(teacher_model, teacher, batch_norm="frozen")
+    assert metrics["distillation_loss"] == metrics["loss"] == 0
+    assert metrics["grad_norm"] < 1e-5
+    for a, b in zip(
+        *map(jax.tree.leaves, (state.params, variables(teacher_model)["params"])), strict=True
+    ):
+        np.testing.assert_allclose(a, b, atol=1e-6)
+
+
+def test_without_weight_there_is_no_teacher():
+    assert taught("/nowhere", weight=0.0) is None
+    assert create_teacher(3, CLASSES, None) is None
+
+
+def test_bad_settings(path, tmp_path):
+    for options, message in [
+        ({"weight": 1.5}, "distillation: weight=1.5 must be a number from 0 to 1"),
+        ({"temperature": 0}, "distillation: temperature=0 must be a number"),
+        ({"hard": 1}, "distillation: hard=1 must be True or False"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            taught(path, **options)
+    with pytest.raises(ValueError, match="teacher='' must be a path or None"):
+        taught("")
+    with pytest.raises(ValueError, match="there is no directory"):
+        taught(str(tmp_path / "nothing"))
+    with pytest.raises(ValueError, match="has 3 classes, and the data have 4"):
+        create_teacher(4, None, None, teacher=path)
+    with pytest.raises(ValueError, match="has a class 'b' where the data have 'x'"):
+        create_teacher(3, ["a", "x", "c"], None, teacher=path)
