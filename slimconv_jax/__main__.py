@@ -12,12 +12,12 @@ from slimconv_jax.console import ctrl_c_held_back, exit_status, prepare_console
 from slimconv_jax.errors import InputError
 
 COMMANDS = (
-    *("train", "convert", "evaluate", "predict", "export"),
+    *("train", "slim", "convert", "evaluate", "predict", "export"),
     *("list", "summary", "benchmark", "plan"),
 )
 """Each is a module in `commands`, with `HELP`, `add_arguments(parser)` and `run(args)`."""
 
-_GO_ON_UNREAD = ("train", "convert")
+_GO_ON_UNREAD = ("train", "slim", "convert")
 """The commands whose purpose is what they write, not what they print."""
 
 

@@ -16,6 +16,7 @@ from slimconv_jax.training.config import check_config, read_config, shipped_conf
 from slimconv_jax.training.optimizer import create_schedule
 from slimconv_jax.training.setup import create_step
 from slimconv_jax.training.step import abstract_state, create_state
+from slimconv_jax.training.timetable import create_timetable
 
 CONFIGS = [
     *("cifar100:resnet50", "cifar100:sc_resnet50", "cifar100_small", "digits", "finetune"),
@@ -48,13 +49,8 @@ def abstract_model_of(config):
 
 def build(config, model, devices):
     """The step of a config, as a run of 5 steps an epoch has it, and its optimiser."""
-    return create_step(
-        config,
-        model,
-        steps_per_epoch=5,
-        total_steps=5 * config.num_epochs,
-        mesh=data_mesh(jax.devices()[:devices]),
-    )
+    timetable = create_timetable(config, 5 * config.batch_size)
+    return create_step(config, model, timetable=timetable, mesh=data_mesh(jax.devices()[:devices]))
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -28,6 +28,7 @@ from slimconv_jax.models.zoo import abstract_model
 from slimconv_jax.training.config import check_config
 from slimconv_jax.training.setup import create_normalize, create_step, uses_ema
 from slimconv_jax.training.step import abstract_state
+from slimconv_jax.training.timetable import create_timetable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -223,9 +224,8 @@ def lower_steps(
     check_config(config, mesh.size)
     model = abstract_model(num_classes=num_classes, **config.model)
     # The length of the run does not change the size of the schedule in the program.
-    optimizer, train_step = create_step(
-        config, model, steps_per_epoch=100, total_steps=100 * config.num_epochs, mesh=mesh
-    )
+    timetable = create_timetable(config, 100 * config.batch_size)
+    optimizer, train_step = create_step(config, model, timetable=timetable, mesh=mesh)
     state = abstract_state(model, optimizer, ema=uses_ema(config))
 
     def batch(size: int, shape: tuple, **more: Any) -> dict[str, jax.ShapeDtypeStruct]:

@@ -6,6 +6,7 @@ import re
 import shutil
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from slimconv_jax.errors import LIBRARY_ERRORS, InputError, exhausted
@@ -62,12 +63,35 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Trains; returns the exit status."""
-    signal.signal(signal.SIGTERM, _terminate)
     file, _, argument = args.config.partition(":")
     name = "-".join(filter(None, (Path(file).stem, re.sub(r"\W+", "-", argument))))
     workdir = args.workdir or f"runs/{name}"
+    return supervise(lambda: _train(args, workdir), workdir)
+
+
+def _train(args: argparse.Namespace, workdir: str) -> None:
+    from slimconv_jax.training.config import describe_keys, read_config
+    from slimconv_jax.training.hosts import initialize
+    from slimconv_jax.training.loop import train
+
+    config = read_config(args.config, args.overrides)
+    if args.help_config:
+        print("\n".join(describe_keys(config, shutil.get_terminal_size().columns)))
+        return
+    initialize(
+        args.coordinator_address,
+        args.num_processes,
+        args.process_id,
+        args.initialization_timeout,
+    )
+    train(config, workdir)
+
+
+def supervise(start: Callable[[], None], workdir: str) -> int:
+    """Calls a function that trains in a work directory; returns the exit status."""
+    signal.signal(signal.SIGTERM, _terminate)
     try:
-        return _train(args, workdir)
+        return _supervise(start)
     except KeyboardInterrupt as error:
         what = "nothing was saved"
         if os.path.isdir(os.path.join(workdir, "checkpoints")):
@@ -75,32 +99,20 @@ def run(args: argparse.Namespace) -> int:
         _leave(f"interrupted; {what}", 143 if isinstance(error, _Terminated) else 130)
 
 
-def _train(args: argparse.Namespace, workdir: str) -> int:
+def _supervise(start: Callable[[], None]) -> int:
     # Imported here since they take seconds, during which Ctrl-C should print one sentence.
     import absl.logging
     import jax
 
     from slimconv_jax.devices import enable_compilation_cache
-    from slimconv_jax.training.config import describe_keys, read_config
-    from slimconv_jax.training.hosts import initialize, is_lost_contact
+    from slimconv_jax.training.hosts import is_lost_contact
     from slimconv_jax.training.interruption import RunInterruptedError
-    from slimconv_jax.training.loop import train
 
     # Else Orbax logs every file it touches, and prints tracebacks of errors that it also raises.
     absl.logging.set_verbosity(absl.logging.FATAL)
-    config = read_config(args.config, args.overrides)
-    if args.help_config:
-        print("\n".join(describe_keys(config, shutil.get_terminal_size().columns)))
-        return 0
     enable_compilation_cache()
     try:
-        initialize(
-            args.coordinator_address,
-            args.num_processes,
-            args.process_id,
-            args.initialization_timeout,
-        )
-        train(config, workdir)
+        start()
         return 0
     except InputError as error:
         message, status = f"error: {error}", 1

@@ -7,6 +7,7 @@ fast as Pillow.
 
 import dataclasses
 import io
+import itertools
 import math
 import os
 from collections.abc import Sequence
@@ -278,6 +279,9 @@ class Transform:
       scale: of the random resized crop, the range of areas as fractions of the image's.
       ratio: of the random resized crop, the range of width over height.
       test_size: pixels a side for evaluations; None for those of training.
+      progressive_sizes: pixels a side of the training images in equal parts of the run, in
+        ascending order, before a last part at `image_size`. Their batches have more images, so that
+        they have about as many pixels.
       crop_ratio: of evaluations, the side of the central square over the image's shorter side.
       max_pixels: the most pixels of an image file that is decoded.
 
@@ -289,6 +293,7 @@ class Transform:
     scale: Sequence[float] = (0.08, 1.0)
     ratio: Sequence[float] = (3 / 4, 4 / 3)
     test_size: int | None = None
+    progressive_sizes: Sequence[int] = ()
     crop_ratio: float = CROP_RATIO
     max_pixels: int = MOST_PIXELS
 
@@ -296,6 +301,7 @@ class Transform:
         for name, value in (("image_size", self.image_size), ("test_size", self.test_size)):
             if value is not None:
                 require_integer(f"transform: {name}", value, 1, MOST_SIDE)
+        self._check_progressive_sizes()
         require_number("transform: crop_ratio", self.crop_ratio, least=0.1, most=1)
         require_integer("transform: max_pixels", self.max_pixels, 1, 178_956_970)  # Pillow's own
         for name, highest in (("scale", 1), ("ratio", math.inf)):
@@ -306,9 +312,21 @@ class Transform:
                     f"transform: {name}={value!r} must be two numbers, low and high, {limits}"
                 )
 
+    def _check_progressive_sizes(self) -> None:
+        sizes = self.progressive_sizes
+        if isinstance(sizes, str) or not isinstance(sizes, Sequence):
+            raise InputError(f"transform: progressive_sizes={sizes!r} must be a list of sizes")
+        if sizes and self.image_size is None:
+            raise InputError(
+                "transform: progressive_sizes needs an image_size, that of the last part"
+            )
+        for size, larger in itertools.pairwise((*sizes, self.image_size)):
+            require_integer("transform: progressive_sizes: each", size, 1, larger - 1)
+
     def for_tests(self) -> "Transform":
         """Returns the transform of evaluations, which are at a size of their own."""
-        return dataclasses.replace(self, image_size=self.test_size or self.image_size)
+        size = self.test_size or self.image_size
+        return dataclasses.replace(self, image_size=size, progressive_sizes=())
 
     @property
     def is_random(self) -> bool:

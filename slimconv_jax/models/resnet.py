@@ -421,11 +421,13 @@ class ResNet(nnx.Module):
             raise InputError(
                 f"images must be (N, H, W, 3), normalised floats, not {x.dtype} of shape {x.shape}"
             )
-        with jax.named_scope("stem"):
-            x = nnx.relu(self.stem(x))
-            if self.config.stem == "imagenet":
-                x = max_pool(x)
-        return self.stage_outputs(x, branch_scales)
+        return self.stage_outputs(self.stem_output(x), branch_scales)
+
+    @jax.named_scope("stem")
+    def stem_output(self, x: jax.Array) -> jax.Array:
+        """Maps images (N, H, W, 3) to the pooled output (N, H', W', width) of the stem."""
+        x = nnx.relu(self.stem(x))
+        return max_pool(x) if self.config.stem == "imagenet" else x
 
     def stage_outputs(
         self, x: jax.Array, branch_scales: jax.Array | None = None

@@ -241,8 +241,20 @@ def read_config(path: str, overrides: Sequence[str] = ()) -> ml_collections.Conf
     Raises:
       ValueError: if the config or a key does not exist, or a value is not allowed.
     """
-    config = _load(path)
-    if name := _override(overrides, "optimizer.name"):  # which has keys of its own
+    return override(_load(path), overrides, of=path)
+
+
+def override(
+    config: ml_collections.ConfigDict, overrides: Sequence[str], *, of: str
+) -> ml_collections.ConfigDict:
+    """Completes a config and applies overrides.
+
+    Args:
+      config: as `get_config` returns it; it may change.
+      overrides: see `read_config`, also for errors.
+      of: where the config is from, for messages.
+    """
+    if name := _value_in(overrides, "optimizer.name"):  # which has keys of its own
         with config.unlocked():
             if "optimizer" not in config:
                 config.optimizer = ml_collections.ConfigDict()
@@ -256,14 +268,14 @@ def read_config(path: str, overrides: Sequence[str] = ()) -> ml_collections.Conf
         _, *rest = parsed(arguments)
     except (flags.Error, IndexError, TypeError, ValueError, SyntaxError) as error:
         reason = "; ".join(str(error).splitlines())
-        raise InputError(f"the config {path} cannot be changed like this: {reason}") from None
+        raise InputError(f"the config {of} cannot be changed like this: {reason}") from None
     if rest:
         raise InputError(f"unknown argument {rest[0]!r}; options begin with --")
     config.update_from_flattened_dict(nothing)
     return config
 
 
-def _override(overrides: Sequence[str], key: str) -> str | None:
+def _value_in(overrides: Sequence[str], key: str) -> str | None:
     """Returns the value that overrides give a key, if they do."""
     value = None
     for text, following in itertools.pairwise([*overrides, ""]):

@@ -39,6 +39,7 @@ from slimconv_jax.training.profiling import Profiler
 from slimconv_jax.training.report import Reporter
 from slimconv_jax.training.setup import Parts, create_initial, create_parts, uses_ema
 from slimconv_jax.training.step import TrainState, abstract_state, create_state
+from slimconv_jax.training.timetable import train_batches
 
 _OF_A_HOST = ("dataset.data_dir", "loader.num_threads")
 """The keys of a config that may differ between the processes of a run."""
@@ -82,9 +83,9 @@ def train(
             return tests[step]
         _announce(parts, origin)
         lines = _run(parts, workdir, step, model, evaluated=step in tests)
-    for data in (parts.train_data, parts.test_data):
-        if data.skipped:
-            say(describe_skipped(data.skipped))
+    skipped = set().union(*(data.skipped for data in parts.train_data))
+    for names in filter(None, (skipped, parts.test_data.skipped)):
+        say(describe_skipped(names))
     say(f"finished in {_duration(time.perf_counter() - began)}")
     return _conclude(parts, workdir, lines)
 
@@ -125,7 +126,7 @@ def _facts(parts: Parts, workdir: epath.Path) -> dict:
     return {
         **{f"config.{key}": value for key, value in values.items() if key not in _OF_A_HOST},
         "the architecture": json.dumps(dataclasses.asdict(parts.model.config)),
-        "the number of training images": len(parts.train_data),
+        "the number of training images": len(parts.train_data[-1]),
         "the number of test images": parts.num_test_images,
         "the classes": f"{len(names)}{first}, SHA-256 {digest}",
         "the work directory": str(workdir),
@@ -137,16 +138,23 @@ def _facts(parts: Parts, workdir: epath.Path) -> dict:
 def _announce(parts: Parts, origin: str) -> None:
     """Prints what the run is going to do."""
     config, mesh, model = parts.config, parts.mesh, parts.model
-    height, width, _ = parts.train_data.image_shape
+    data, timetable = parts.train_data[-1], parts.timetable
+    height, width, _ = data.image_shape
     processes = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
     epochs = f"{config.num_epochs} epoch{'s' if config.num_epochs > 1 else ''}"
+    smaller = "".join(
+        f"; until epoch {after.first_epoch} of {phase.batch_size} at {size} pixels"
+        for size, (phase, after) in zip(
+            config.transform.progressive_sizes, itertools.pairwise(timetable.phases), strict=True
+        )
+    )
     say(
         f"model    {describe_model(model.config)}: {count_params(model):,} parameters, "
         f"{count_macs(model, height):,} multiply-adds at {width}x{height}\n"
-        f"data     {len(parts.train_data)} training images {parts.train_data.where}, "
+        f"data     {len(data)} training images {data.where}, "
         f"{parts.num_test_images} test images, {len(parts.class_names)} classes\n"
         f"devices  {mesh.size} x {mesh.devices.flat[0].device_kind}{processes}\n"
-        f"steps    {parts.timetable.total_steps} of {config.batch_size} images, {epochs}\n"
+        f"steps    {timetable.total_steps} of {config.batch_size} images, {epochs}{smaller}\n"
         f"start    {origin}; compiling"
     )
 
@@ -183,8 +191,8 @@ def _run(
             if stop.name:
                 raise RunInterruptedError(stop.name, first_step)
         saved_at = time.monotonic()
-        batches = parts.train_data.train_batches(
-            config.batch_size, seed=config.seed, first_step=first_step
+        batches = train_batches(
+            timetable, parts.train_data, seed=config.seed, first_step=first_step
         )
         metrics = None
         constants = jax.device_put(parts.train_step.args, everywhere)

@@ -19,7 +19,7 @@ from slimconv_jax.storage.checkpoints import list_checkpoints
 from slimconv_jax.storage.work_directory import flatten
 from slimconv_jax.training.loggers import RunInfo
 from slimconv_jax.training.metrics import read_metrics
-from slimconv_jax.training.setup import Timetable
+from slimconv_jax.training.timetable import Timetable
 from slimconv_jax.training.window import Window
 from slimconv_jax.training.writers import create_writers
 
@@ -58,7 +58,7 @@ class Reporter:
     first_step: int
 
     def __post_init__(self):
-        self._window = Window(self.config.batch_size)
+        self._window = Window()
         damaged: set[int] = set()
         lines = read_metrics(self.workdir, damaged)
         self.lines = [line for line in lines if line["step"] <= self.first_step]
@@ -160,7 +160,7 @@ class Reporter:
         metrics = {key: value.item() for key, value in metrics.items()}
         for name in ("loss", "grad_norm"):
             self._require_finite(name, metrics[name], step)
-        self._window.add(metrics, data_seconds)
+        self._window.add(metrics, data_seconds, self.timetable.phase_of(step).batch_size)
         text = _describe_training(self._window.means())
         self._bar.update(self._task, description="training", completed=step, metrics=text)
 
@@ -180,17 +180,18 @@ class Reporter:
             self._print(step, f"train    {_describe_training(means)}")
 
     def _append(self, *lines: dict) -> None:
-        epoch_steps = self.timetable.steps_per_epoch
-        lines = [{"epoch": round(line["step"] / epoch_steps, 3), **line} for line in lines]
+        lines = [
+            {"epoch": round(self.timetable.epoch_of(line["step"]), 3), **line} for line in lines
+        ]
         self.lines += lines
         with _writing(self.workdir):
             for writer in self._writers:
                 writer.write(lines)
 
     def _print(self, step: int, text: str) -> None:
-        total, epoch_steps = self.timetable.total_steps, self.timetable.steps_per_epoch
-        width, epochs = len(str(total)), len(f"{total / epoch_steps:.1f}")
-        say(f"step {step:>{width}}/{total}  epoch {step / epoch_steps:{epochs}.1f}  {text}")
+        total, epoch_of = self.timetable.total_steps, self.timetable.epoch_of
+        width, epochs = len(str(total)), len(f"{epoch_of(total):.1f}")
+        say(f"step {step:>{width}}/{total}  epoch {epoch_of(step):{epochs}.1f}  {text}")
 
     def _require_finite(self, name: str, value: float, step: int) -> None:
         if not math.isfinite(value):

@@ -20,7 +20,7 @@ from slimconv_jax.data.transforms import MOST_SIDE, Transform
 from slimconv_jax.devices import batch_sharded
 from slimconv_jax.errors import InputError, InputWarning
 from slimconv_jax.inference.eval_step import make_evaluate
-from slimconv_jax.models.resnet import ResNet
+from slimconv_jax.models.resnet import STEMS, ResNet
 from slimconv_jax.models.variables import variables
 from slimconv_jax.models.zoo import abstract_model, create_model, describe
 from slimconv_jax.signatures import keys_of, select
@@ -39,48 +39,7 @@ from slimconv_jax.training.optimizer import (
 )
 from slimconv_jax.training.regularization import draw_scales
 from slimconv_jax.training.step import make_train_step
-
-
-@dataclasses.dataclass(frozen=True)
-class Timetable:
-    """The schedule of a run, in steps.
-
-    Attributes:
-      steps_per_epoch: not necessarily a whole number.
-      total_steps: of the run.
-      eval_steps: those after which the model is evaluated and saved.
-      checkpoint_steps: all those after which it is saved, except for `checkpoint_every_minutes`.
-    """
-
-    steps_per_epoch: float
-    total_steps: int
-    eval_steps: frozenset[int]
-    checkpoint_steps: frozenset[int]
-
-
-def create_timetable(config: ml_collections.ConfigDict, num_images: int) -> Timetable:
-    """Returns the schedule of a run on `num_images` training images.
-
-    Raises:
-      ValueError: if there are too few images, or the run is too long.
-    """
-    if num_images < config.batch_size:
-        raise InputError(
-            f"there are only {num_images} images to train on, fewer than "
-            f"config.batch_size={config.batch_size}"
-        )
-    steps_per_epoch = num_images / config.batch_size
-    total_steps = max(round(config.num_epochs * steps_per_epoch), 1)
-    if total_steps >= 2**31:
-        raise InputError(
-            f"config.num_epochs={config.num_epochs} are {total_steps} steps of "
-            f"config.batch_size={config.batch_size}; a run must have fewer than 2**31 steps"
-        )
-    eval_epochs = range(config.eval_every_epochs, config.num_epochs, config.eval_every_epochs)
-    eval_steps = frozenset(round(epoch * steps_per_epoch) for epoch in eval_epochs) | {total_steps}
-    every = config.checkpoint_every_steps
-    checkpoint_steps = eval_steps.union(range(every, total_steps, every) if every else ())
-    return Timetable(steps_per_epoch, total_steps, eval_steps, checkpoint_steps)
+from slimconv_jax.training.timetable import Timetable, create_timetable, transforms_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +51,7 @@ class Parts:
       mesh: the devices.
       model: abstract; it gives the structure of the computation.
       class_names: the name of each class.
-      train_data: batches to train on.
+      train_data: images to train on, at their size in each phase of `timetable`.
       test_data: batches to evaluate on.
       num_test_images: the number of test images, including those that are skipped.
       timetable: from `create_timetable`.
@@ -105,7 +64,7 @@ class Parts:
     mesh: jax.sharding.Mesh
     model: ResNet
     class_names: tuple[str, ...]
-    train_data: ResidentDataset | StreamedDataset
+    train_data: tuple[ResidentDataset | StreamedDataset, ...]
     test_data: ResidentDataset | StreamedDataset
     num_test_images: int
     timetable: Timetable
@@ -120,7 +79,7 @@ class Parts:
         return {
             "class_names": list(self.class_names),
             "preprocessing": {**size, **self.config.normalize.to_dict()},
-            "image_shape": list(self.train_data.image_shape),
+            "image_shape": list(self.train_data[-1].image_shape),
         }
 
 
@@ -138,20 +97,27 @@ def create_parts(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> 
     train_source, test_source = load_splits(**config.dataset)
     class_names = train_source.class_names
     model = abstract_model(num_classes=len(class_names), **config.model)
+    for size in config.transform.progressive_sizes:
+        if size < (least := 8 * STEMS[model.config.stem]):
+            raise InputError(
+                f"transform: progressive_sizes has {size}; it must be at least {least}, so that "
+                "the model's last feature map has a pixel"
+            )
     # Finds most errors of a config before images are decoded. No image is larger than this.
     _try_out(config, (MOST_SIDE, MOST_SIDE, 3), len(class_names))
-    transform, sharding = Transform(**config.transform), batch_sharded(mesh)
-    train_data = load_dataset(train_source, transform, True, sharding, **config.loader)
-    test_data = load_dataset(test_source, transform.for_tests(), False, sharding, **config.loader)
-    _try_out(config, train_data.image_shape, len(class_names))
-    timetable = create_timetable(config, len(train_data))
+    sharding = batch_sharded(mesh)
+    train_data = tuple(
+        load_dataset(train_source, transform, True, sharding, **config.loader)
+        for transform in transforms_of(config)
+    )
+    for_tests = Transform(**config.transform).for_tests()
+    test_data = load_dataset(test_source, for_tests, False, sharding, **config.loader)
+    for data in train_data:
+        _try_out(config, data.image_shape, len(class_names))
+    multiple = mesh.size * config.step.accumulation_steps
+    timetable = create_timetable(config, len(train_data[-1]), multiple=multiple)
     optimizer, train_step = create_step(
-        config,
-        model,
-        steps_per_epoch=timetable.steps_per_epoch,
-        total_steps=timetable.total_steps,
-        mesh=mesh,
-        class_names=class_names,
+        config, model, timetable=timetable, mesh=mesh, class_names=class_names
     )
     return Parts(
         config=config,
@@ -184,8 +150,7 @@ def create_step(
     config: ml_collections.ConfigDict,
     model: ResNet,
     *,
-    steps_per_epoch: float,
-    total_steps: int,
+    timetable: Timetable,
     mesh: jax.sharding.Mesh,
     class_names: Sequence[str] | None = None,
 ) -> tuple[optax.GradientTransformation, functools.partial]:
@@ -194,8 +159,7 @@ def create_step(
     Args:
       config: a config that passed `check_config`.
       model: gives the structure of the computation; its arrays are not used.
-      steps_per_epoch: not necessarily a whole number.
-      total_steps: of the run.
+      timetable: of the run.
       mesh: from `slimconv_jax.devices.data_mesh`.
       class_names: of the data; None where they are unknown.
 
@@ -206,7 +170,12 @@ def create_step(
       ValueError: if a setting is out of range.
     """
     options = select(config.optimizer, create_schedule)
-    learning_rate_fn = create_schedule(config.batch_size, steps_per_epoch, total_steps, **options)
+    steps_per_epoch = timetable.steps_per_epoch
+    total_steps = max(round(config.num_epochs * steps_per_epoch), 1)
+    learning_rate_fn = timetable.scale_schedule(
+        create_schedule(config.batch_size, steps_per_epoch, total_steps, **options),
+        with_batch=config.optimizer.base_batch_size is not None,
+    )
     options = select(config.optimizer, create_optimizer)
     arguments = {k: config.optimizer[k] for k in arguments_of(config.optimizer.name)}
     optimizer = create_optimizer(learning_rate_fn, **options, **arguments)

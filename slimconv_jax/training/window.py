@@ -7,35 +7,32 @@ class Window:
     """Consecutive training steps, and how long they take.
 
     The time starts with the first metrics that arrive, so it does not include compilation.
-
-    Args:
-      batch_size: images in a step.
     """
 
-    def __init__(self, batch_size: int):
-        self._batch_size = batch_size
+    def __init__(self):
         self._last_arrival: float | None = None
         self._begin()
 
     def _begin(self) -> None:
         self._metrics: list[dict[str, float]] = []
-        self._steps_timed = 0
+        self._images_timed = 0
         self._seconds = self._data_seconds = 0.0
 
     def __len__(self) -> int:
         return len(self._metrics)
 
-    def add(self, metrics: dict[str, float], data_seconds: float) -> None:
+    def add(self, metrics: dict[str, float], data_seconds: float, images: int) -> None:
         """Adds the metrics of a step, which have just arrived.
 
         Args:
           metrics: its metrics.
           data_seconds: how long the devices may have waited for its batch.
+          images: in its batch.
         """
         now = time.perf_counter()
         if self._last_arrival is not None:
             passed = now - self._last_arrival
-            self._steps_timed += 1
+            self._images_timed += images
             self._seconds += passed
             # Steps are dispatched ahead: part of the wait may lie before the last arrival.
             self._data_seconds += min(data_seconds, passed)
@@ -56,8 +53,8 @@ class Window:
             key: sum(metrics[key] for metrics in self._metrics) / len(self._metrics)
             for key in self._metrics[0]
         }
-        if images := self._steps_timed * self._batch_size:
-            means["images_per_second"] = images / self._seconds
+        if self._images_timed:
+            means["images_per_second"] = self._images_timed / self._seconds
             means["data_wait"] = self._data_seconds / self._seconds
         return means
 

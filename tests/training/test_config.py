@@ -141,7 +141,7 @@ def test_tests_have_a_size_of_their_own():
     arguments += [f"--config.transform.{text}" for text in sizes]
     more = ["--config.batch_size=8", "--config.model.width=4", "--config.dataset.test_split=test"]
     parts = create_parts(read_config("digits", [*arguments, *more]), data_mesh())
-    assert parts.train_data.image_shape == (16, 16, 3)
+    assert parts.train_data[0].image_shape == (16, 16, 3)
     assert parts.test_data.image_shape == (20, 20, 3)
     preprocessing = preprocessing_of(parts.info())
     assert (preprocessing.image_size, preprocessing.crop_ratio) == (20, 1.0)

@@ -147,6 +147,29 @@ def test_an_interrupted_run_continues_to_the_same_result(run, tmp_path, capsys, 
     assert_same_state(saved_state(copy, 45), saved_state(workdir, 45))
 
 
+@pytest.mark.long
+def test_a_run_whose_images_grow_continues_to_the_same_result(tmp_path, capsys):
+    config = small_config()
+    options = {"num_examples": 96, "num_classes": 5, "image_size": 56}
+    config.dataset = {"name": "synthetic", "train_split": "train", "test_split": "test", **options}
+    config.transform.update(image_size=48, progressive_sizes=(32,))
+    config.update(batch_size=16, checkpoint_every_steps=3, checkpoints_to_keep=9)
+    config.optimizer.base_batch_size = 16
+    result = train(complete(config), tmp_path / "run")
+    printed = capsys.readouterr().out
+    assert "9 of 16 images, 2 epochs; until epoch 1 of 32 at 32 pixels" in printed
+    rates = [line["learning_rate"] for line in metrics(tmp_path / "run", "train")]
+    assert rates == sorted(rates, reverse=True)
+    for step in (3, 6):  # the end of the smaller images, and within the larger ones
+        copy = shutil.copytree(tmp_path / "run", tmp_path / str(step))
+        for path in (copy / "checkpoints").iterdir():
+            if int(path.name) > step:
+                shutil.rmtree(path)
+        assert train(complete(config), copy) == result
+        assert metrics(copy, "train") == metrics(tmp_path / "run", "train")
+        assert_same_state(saved_state(copy, 9), saved_state(tmp_path / "run", 9))
+
+
 def test_a_complete_run_says_so_and_changes_nothing(run, capsys):
     workdir, result = run
     before = (workdir / "metrics.jsonl").stat().st_mtime_ns

@@ -12,13 +12,13 @@ from tensorboardX.proto import event_pb2
 
 from slimconv_jax.training.metrics import rank_evaluations, read_metrics
 from slimconv_jax.training.report import Reporter
-from slimconv_jax.training.setup import Timetable
+from slimconv_jax.training.timetable import Phase, Timetable
 
 
 def reporter(workdir, first_step=0):
     return Reporter(
         epath.Path(workdir),
-        Timetable(2.5, 10, eval_steps=frozenset({10}), checkpoint_steps=frozenset({5, 10})),
+        Timetable(10, (Phase(4),), 10, frozenset({10}), frozenset({5, 10})),
         ml_collections.ConfigDict(
             {"batch_size": 4, "log_every_steps": 4, "loggers": ("tensorboard",)}
         ),

@@ -1,0 +1,291 @@
+"""Puts SlimConv into a trained ResNet: new layers imitate the old ones, then the whole is taught.
+
+    slimconv slim MODEL OUTPUT --k 8/3
+
+Every 3x3 convolution of the bottlenecks, with the 1x1 convolution after it, becomes SlimConv with a
+1x1 convolution. At first these learn, block by block and all blocks at once, to give what the
+old ones give for the same input: least squares on the feature maps of training images. Then the
+network trains for a few epochs as any other, with the old one as its teacher.
+"""
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import optax
+from etils import epath
+from flax import nnx
+
+from slimconv_jax.console import Progress, say
+from slimconv_jax.data.loader import Batch
+from slimconv_jax.devices import batch_sharded, data_mesh, replicated
+from slimconv_jax.errors import InputError, require_integer
+from slimconv_jax.files import MissingFileError, absolute, read_json, write_json
+from slimconv_jax.inference.eval_step import make_evaluate, summarize
+from slimconv_jax.inference.saved import SavedModel, open_model
+from slimconv_jax.models.complexity import count_macs, count_params
+from slimconv_jax.models.resnet import Bottleneck, ResNet
+from slimconv_jax.models.slimconv import CompressionRatio, SlimConv, k_from_reduction
+from slimconv_jax.models.slimify import slimify
+from slimconv_jax.models.variables import merge, variables
+from slimconv_jax.models.zoo import describe, name_of
+from slimconv_jax.storage.model_directory import save_model
+from slimconv_jax.storage.work_directory import CONFIG, claim_workdir
+from slimconv_jax.training.config import default_values, override, read_config
+from slimconv_jax.training.loop import train
+from slimconv_jax.training.setup import Parts, create_normalize, create_parts
+
+IMITATED = "imitated"
+"""The directory, in the work directory, of the model whose new layers imitate the old ones."""
+
+REPORT = "slim.json"
+
+RECIPE = {
+    "optimizer.schedule": "cosine",
+    "optimizer.milestones": (),
+    "optimizer.warmup_epochs": 0.0,
+    "distillation.weight": 0.5,
+    "distillation.temperature": 2.0,
+    "step.batch_norm": "global",
+}
+"""What differs, in the training at the end, from that of the model that is slimmed."""
+
+RATE_FACTOR = 0.2
+"""The learning rate of that training, in terms of the rate of the model that is slimmed."""
+
+
+def slim(
+    model: epath.PathLike,
+    workdir: epath.PathLike,
+    *,
+    k: CompressionRatio = "4/3",
+    config: str | None = None,
+    overrides: tuple[str, ...] = (),
+    data: str | None = None,
+    data_dir: epath.PathLike | None = None,
+    imitation_steps: int = 300,
+    num_epochs: int = 5,
+) -> list[dict[str, Any]]:
+    """Slims a trained ResNet, and continues where an earlier call with this `workdir` stopped.
+
+    Args:
+      model: a directory of `save_model` or of `train`, a network of bottlenecks without SlimConv.
+      workdir: gets the files of `train`, the model before that in `imitated/`, and `slim.json`.
+      k: compression ratio of SlimConv.
+      config: a config to train with, as `read_config` takes it; None for that of the run at
+        `model`, and for other models "finetune" with their preprocessing.
+      overrides: of that config, as in `read_config`; they also override the other arguments.
+      data: the name of the data to train on; None for that of the config.
+      data_dir: where they are. Needed even if the config of the run at `model` names a directory,
+        since that file may be a stranger's.
+      imitation_steps: steps in which the new layers learn to imitate the old ones.
+      num_epochs: of the training after that.
+
+    Returns:
+      The stages, also in `slim.json`: before, after imitation and after distillation, each with
+      what it is, `top1` and `top5` (fractions) and `loss` of the test data, `parameters`,
+      `multiply_adds` of an image, and the `seconds` it took.
+
+    Raises:
+      ValueError: if something cannot be used; see `train`.
+    """
+    require_integer("imitation_steps", imitation_steps, 0)
+    require_integer("num_epochs", num_epochs, 1)
+    workdir, old = absolute(workdir), open_model(model)
+    new = _slimmed(old.model, k)
+    config = _config_of(old, new, config, data, data_dir)
+    teacher = {"init_from": str(workdir / IMITATED), "distillation.teacher": str(absolute(model))}
+    config.update_from_flattened_dict(teacher | {"num_epochs": num_epochs})
+    config = override(config, overrides, of=str(model))
+
+    parts = create_parts(config, data_mesh())
+    size = parts.test_data.image_shape
+    claim_workdir(workdir, config, default_values())
+    try:
+        report = read_json(workdir / REPORT)[:2]
+    except MissingFileError:
+        report = [_stage("before", old.model, size, _test(parts, old.model), 0.0)]
+        say(describe_stage(report[0]))
+        start = time.perf_counter()
+        new = imitate(old.model, new, parts, steps=imitation_steps)
+        seconds = time.perf_counter() - start
+        report.append(_stage("after imitation", new, size, _test(parts, new), seconds))
+        say(describe_stage(report[1]))
+        save_model(new, workdir / IMITATED, info=parts.info(), overwrite=True)
+        write_json(workdir / REPORT, report)
+    del parts  # train loads the data again
+    start = time.perf_counter()
+    result = train(config, workdir)
+    seconds = time.perf_counter() - start
+    report.append(_stage("after distillation", new, size, result, seconds))
+    write_json(workdir / REPORT, report)
+    return report
+
+
+def _slimmed(model: ResNet, k: CompressionRatio) -> ResNet:
+    """Returns a ResNet with SlimConv, whose new layers have random parameters."""
+    new, _ = slimify(model, k=k, image_size=32)
+    if new.config.reduction is None or name_of(new.config) is None:
+        raise InputError(
+            f"slim takes a network of plain bottlenecks, such as resnet50, not "
+            f"{describe(model.config)}"
+        )
+    return new
+
+
+def _config_of(
+    old: SavedModel,
+    new: ResNet,
+    config: str | None,
+    data: str | None,
+    data_dir: epath.PathLike | None,
+) -> ml_collections.ConfigDict:
+    """Returns the config to train a slimmed model with."""
+    changes: dict[str, Any] = dict(RECIPE)
+    try:
+        recorded = read_json(absolute(old.path) / CONFIG)
+    except MissingFileError:
+        recorded = None
+    if config is not None:
+        base = read_config(config)
+    elif recorded is not None:
+        base = override(ml_collections.ConfigDict(_as_tuples(recorded)), (), of=str(old.path))
+        # Of a stranger's file, nothing is read or written elsewhere.
+        changes |= {"init_from": None, "loggers": ("tensorboard",)}
+        changes |= {"distillation.teacher": None, "dataset.data_dir": None}
+    else:
+        base = read_config("finetune")
+        changes["transform.image_size"] = old.preprocessing.image_size
+        changes["normalize.mean"] = tuple(old.preprocessing.mean)
+        changes["normalize.std"] = tuple(old.preprocessing.std)
+    kind = new.config
+    changes |= {f"model.{name}": getattr(kind, name) for name in ("stem", "width", "dilation")}
+    changes |= {"model.name": name_of(kind), "model.k": str(k_from_reduction(kind.reduction))}
+    changes["optimizer.learning_rate"] = RATE_FACTOR * base.optimizer.learning_rate
+    if data is not None:
+        changes["dataset.name"] = data
+    if data_dir is not None:
+        changes["dataset.data_dir"] = str(data_dir)
+    with base.unlocked():
+        base.update_from_flattened_dict(changes)
+    return base
+
+
+def _as_tuples(tree: Any) -> Any:
+    """Returns what JSON has as configs have it, with tuples for lists."""
+    if isinstance(tree, dict):
+        return {key: _as_tuples(value) for key, value in tree.items()}
+    return tuple(map(_as_tuples, tree)) if isinstance(tree, list) else tree
+
+
+def imitate(
+    teacher: ResNet,
+    student: ResNet,
+    parts: Parts,
+    *,
+    steps: int,
+    learning_rate: float = 3e-3,
+) -> ResNet:
+    """Trains the SlimConvs of a network to give what another has in their place.
+
+    Each SlimConv, with the 1x1 convolution and the batch norm after it, gets what the teacher's
+    3x3 convolution gets. Its error is the mean square of the difference of the outputs, relative to
+    the variance of the teacher's; Adam minimises the sum over all blocks.
+
+    Args:
+      teacher: a network of bottlenecks.
+      student: one that differs in its SlimConvs and what follows them in their blocks.
+      parts: of a run, for its training images.
+      steps: how many, each of a batch of that run.
+      learning_rate: of Adam at first; it falls to 0 as a cosine.
+
+    Returns:
+      A model with the trained layers, in evaluation mode.
+    """
+    teacher, student = nnx.clone(teacher), nnx.clone(student)
+    teacher.eval()
+    student.eval()
+    for _, module in nnx.iter_modules(student):
+        if isinstance(module, SlimConv):
+            module.train()
+    seen, learnt = map(nnx.graphdef, (teacher, student))
+    normalize = create_normalize(parts.config)
+    optimizer = optax.adam(optax.cosine_decay_schedule(learning_rate, max(steps, 1)))
+
+    def step(fixed, state, opt_state, images):
+        def loss_fn(params):
+            model = merge(learnt, state | {"params": params})
+            errors = jnp.stack(list(_errors(merge(seen, fixed), model, normalize(images))))
+            return errors.sum(), (variables(model)["batch_stats"], errors.mean())
+
+        grads, (stats, error) = jax.grad(loss_fn, has_aux=True)(state["params"])
+        updates, opt_state = optimizer.update(grads, opt_state)
+        params = optax.apply_updates(state["params"], updates)
+        return state | {"params": params, "batch_stats": stats}, opt_state, error
+
+    everywhere, split = replicated(parts.mesh), batch_sharded(parts.mesh)
+    step = jax.jit(step, in_shardings=(everywhere, everywhere, everywhere, split))
+    state = jax.device_put(variables(student), everywhere)
+    fixed = jax.device_put(variables(teacher), everywhere)
+    opt_state = jax.device_put(optimizer.init(state["params"]), everywhere)
+    size = parts.config.batch_size
+    with Progress("imitating", steps * size) as progress:
+        for _, batch in zip(range(steps), _batches(parts), strict=False):
+            state, opt_state, error = step(fixed, state, opt_state, batch["image"])
+            error.block_until_ready()
+            progress.advance(size)
+    if steps:
+        say(f"imitation: {error:.1%} of the variance of the old layers' outputs is left")
+    student = merge(learnt, state)
+    student.eval()
+    return student
+
+
+def _batches(parts: Parts) -> Iterator[Batch]:
+    return parts.train_data[-1].train_batches(
+        parts.config.batch_size, seed=parts.config.seed, first_step=0
+    )
+
+
+def _errors(teacher: ResNet, student: ResNet, images: jax.Array) -> Iterator[jax.Array]:
+    """Yields the relative error of each SlimConv; see `imitate`."""
+    x = teacher.stem_output(images)
+    for theirs, ours in zip(teacher.stages, student.stages, strict=True):
+        for old, new in zip(theirs, ours, strict=True):
+            if isinstance(new, Bottleneck) and isinstance(new.conv2, SlimConv):
+                inner = nnx.relu(old.conv1(x))
+                wanted, output = (b.conv3(nnx.relu(b.conv2(inner))) for b in (old, new))
+                variance = jnp.square(wanted - wanted.mean((0, 1, 2))).mean()
+                yield jnp.square(output - wanted).mean() / (variance + 1e-12)
+            x = old(x)
+
+
+def _test(parts: Parts, model: ResNet) -> dict[str, float]:
+    """Evaluates a model on the test data of a run."""
+    evaluate = make_evaluate(model, normalize=create_normalize(parts.config), mesh=parts.mesh)
+    weights = jax.device_put(variables(model), replicated(parts.mesh))
+    totals = evaluate(weights, parts.test_data.eval_batches(parts.config.eval_batch_size))
+    return summarize({name: total.item() for name, total in totals.items()})
+
+
+def _stage(what: str, model: ResNet, size: tuple, result: dict, seconds: float) -> dict[str, Any]:
+    return {
+        "stage": what,
+        "model": describe(model.config),
+        **{name: result[name] for name in ("top1", "top5", "loss", "examples")},
+        "parameters": count_params(model),
+        "multiply_adds": count_macs(model, size),
+        "seconds": seconds,
+    }
+
+
+def describe_stage(stage: dict[str, Any]) -> str:
+    """Describes a stage in a line."""
+    line = (
+        "{stage:18}  top-1 {top1:.2%}  top-5 {top5:.2%}  {parameters:,} parameters, "
+        "{multiply_adds:,} multiply-adds  {seconds:.0f} s"
+    )
+    return line.format(**stage)
