@@ -129,12 +129,8 @@ def find_data(
         options = read_run_dataset(model)
         if not options:
             raise InputError(f"{model} does not say what it was trained on, so --data is needed")
-        there = options.get("data_dir")
-        if there is not None and data_dir is None:
-            raise InputError(
-                f"{model}/config.json says that its data are in {there}; to read them from there, "
-                f"add --data-dir {shlex.quote(str(there))}"
-            )
+        if data_dir is None:
+            refuse_data_dir(model, options)
         options["split"] = split or options.get("test_split", "test")
         options = {key: options[key] for key in options if not key.endswith("_split")}
     if data_dir is not None:
@@ -144,6 +140,19 @@ def find_data(
     except TypeError as error:  # only from the run's own config.json, which someone has changed
         raise InputError(f"{model}/config.json is damaged: {error}") from None
     return load_source(**options), options
+
+
+def refuse_data_dir(model: epath.PathLike, dataset: dict[str, Any]) -> None:
+    """Checks that the data of a run are not in a directory that its config.json names.
+
+    Raises:
+      ValueError: if they are, since the file may be a stranger's; it says how to read them.
+    """
+    if (there := dataset.get("data_dir")) is not None:
+        raise InputError(
+            f"{model}/config.json says that its data are in {there}; to read them from there, "
+            f"add --data-dir {shlex.quote(str(there))}"
+        )
 
 
 def _match_classes(source: Source, saved: SavedModel) -> Source:

@@ -254,7 +254,7 @@ def override(
       overrides: see `read_config`, also for errors.
       of: where the config is from, for messages.
     """
-    if name := _value_in(overrides, "optimizer.name"):  # which has keys of its own
+    if name := value_in(overrides, "optimizer.name"):  # which has keys of its own
         with config.unlocked():
             if "optimizer" not in config:
                 config.optimizer = ml_collections.ConfigDict()
@@ -275,7 +275,7 @@ def override(
     return config
 
 
-def _value_in(overrides: Sequence[str], key: str) -> str | None:
+def value_in(overrides: Sequence[str], key: str) -> str | None:
     """Returns the value that overrides give a key, if they do."""
     value = None
     for text, following in itertools.pairwise([*overrides, ""]):

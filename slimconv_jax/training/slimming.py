@@ -25,16 +25,17 @@ from slimconv_jax.devices import batch_sharded, data_mesh, replicated
 from slimconv_jax.errors import InputError, require_integer
 from slimconv_jax.files import MissingFileError, absolute, read_json, write_json
 from slimconv_jax.inference.eval_step import make_evaluate, summarize
+from slimconv_jax.inference.evaluate import refuse_data_dir
 from slimconv_jax.inference.saved import SavedModel, open_model
 from slimconv_jax.models.complexity import count_macs, count_params
 from slimconv_jax.models.resnet import Bottleneck, ResNet
 from slimconv_jax.models.slimconv import CompressionRatio, SlimConv, k_from_reduction
 from slimconv_jax.models.slimify import slimify
 from slimconv_jax.models.variables import merge, variables
-from slimconv_jax.models.zoo import describe, name_of
+from slimconv_jax.models.zoo import ARCHITECTURES, describe, name_of
 from slimconv_jax.storage.model_directory import save_model
-from slimconv_jax.storage.work_directory import CONFIG, claim_workdir
-from slimconv_jax.training.config import default_values, override, read_config
+from slimconv_jax.storage.work_directory import CONFIG, claim_workdir, read_run_dataset
+from slimconv_jax.training.config import default_values, override, read_config, value_in
 from slimconv_jax.training.loop import train
 from slimconv_jax.training.setup import Parts, create_normalize, create_parts
 
@@ -96,12 +97,16 @@ def slim(
     require_integer("num_epochs", num_epochs, 1)
     workdir, old = absolute(workdir), open_model(model)
     new = _slimmed(old.model, k)
+    if data_dir is None:
+        data_dir = value_in(overrides, "dataset.data_dir")
     config = _config_of(old, new, config, data, data_dir)
     teacher = {"init_from": str(workdir / IMITATED), "distillation.teacher": str(absolute(model))}
     config.update_from_flattened_dict(teacher | {"num_epochs": num_epochs})
     config = override(config, overrides, of=str(model))
 
     parts = create_parts(config, data_mesh())
+    if (count := old.model.config.num_classes) != len(parts.class_names):
+        raise InputError(f"{model} has {count} classes, and the data {len(parts.class_names)}")
     size = parts.test_data.image_shape
     claim_workdir(workdir, config, default_values())
     try:
@@ -127,13 +132,13 @@ def slim(
 
 def _slimmed(model: ResNet, k: CompressionRatio) -> ResNet:
     """Returns a ResNet with SlimConv, whose new layers have random parameters."""
-    new, _ = slimify(model, k=k, image_size=32)
-    if new.config.reduction is None or name_of(new.config) is None:
+    name = name_of(model.config) or ""
+    if f"sc_{name}" not in ARCHITECTURES:
         raise InputError(
             f"slim takes a network of plain bottlenecks, such as resnet50, not "
             f"{describe(model.config)}"
         )
-    return new
+    return slimify(model, k=k, image_size=32)[0]
 
 
 def _config_of(
@@ -152,6 +157,8 @@ def _config_of(
     if config is not None:
         base = read_config(config)
     elif recorded is not None:
+        if data_dir is None:
+            refuse_data_dir(old.path, read_run_dataset(old.path))
         base = override(ml_collections.ConfigDict(_as_tuples(recorded)), (), of=str(old.path))
         # Of a stranger's file, nothing is read or written elsewhere.
         changes |= {"init_from": None, "loggers": ("tensorboard",)}

@@ -38,7 +38,6 @@ def test_smaller_images_come_in_larger_batches():
     epochs = [timetable.epoch_of(step) for step in range(44)]
     assert sorted(epochs) == epochs
     evaluated = sorted(timetable.eval_steps)
-    # Epoch 1 ends within the last step before the end of training with this size.
     assert evaluated[-1] == 43 and all(
         abs(timetable.epoch_of(step) - epoch) < 0.2
         for step, epoch in zip(evaluated, (5, 6), strict=True)
