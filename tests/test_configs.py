@@ -20,7 +20,7 @@ from slimconv_jax.training.timetable import create_timetable
 
 CONFIGS = [
     *("cifar100:resnet50", "cifar100:sc_resnet50", "cifar100:sc_resnet50,modern"),
-    *("cifar100_small", "digits", "finetune"),
+    *("cifar100_small", "digits", "finetune", "finetune:probe"),
     *("imagenet:resnet50", "imagenet:sc_resnet50", "imagenet:sc_resnet50,cosine"),
     *("imagenet:sc_resnet101", "imagenet:sc_resnext101_32x3d", "synthetic"),
     *("imagenet:sc_resnet50,a1", "imagenet:resnet50,a2", "imagenet:sc_resnet50,a3"),
