@@ -9,6 +9,7 @@ from typing import NamedTuple
 import jax
 
 PARTS = {
+    "teacher": {"teacher"},
     "optimiser": {"optimizer"},
     "augmentation": {"augment"},
     "stem": {"stem"},

@@ -224,7 +224,7 @@ def lower_steps(
     check_config(config, mesh.size)
     model = abstract_model(num_classes=num_classes, **config.model)
     # The length of the run does not change the size of the schedule in the program.
-    timetable = create_timetable(config, 100 * config.batch_size)
+    timetable = create_timetable(config, 10**4 * config.batch_size)
     optimizer, train_step = create_step(config, model, timetable=timetable, mesh=mesh)
     state = abstract_state(model, optimizer, ema=uses_ema(config))
 

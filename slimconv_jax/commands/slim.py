@@ -34,8 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--k", default="4/3", help="compression ratio of SlimConv (default: 4/3)")
     add(
         "--config",
-        help="a config file, or a name as in `train` (default: that of the run at MODEL, with a "
-        "fifth of its learning rate; for a model that is not a run, finetune)",
+        help="a config file, or a name as in `train` (default: that of the run at MODEL, or "
+        "finetune); of it, the learning rate becomes a fifth and the schedule a cosine",
     )
     add(
         "--data",

@@ -320,6 +320,8 @@ class Transform:
             raise InputError(
                 "transform: progressive_sizes needs an image_size, that of the last part"
             )
+        for size in sizes:
+            require_integer("transform: progressive_sizes: each", size, 1, MOST_SIDE)
         for size, larger in itertools.pairwise((*sizes, self.image_size)):
             require_integer("transform: progressive_sizes: each", size, 1, larger - 1)
 

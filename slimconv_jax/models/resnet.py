@@ -412,7 +412,7 @@ class ResNet(nnx.Module):
         Args:
           x: the images.
           branch_scales: numbers (N, blocks) by which each image's residual branches are multiplied,
-            such as those of `stochastic_depth`; None for 1.
+            for training with stochastic depth; None for 1.
 
         Raises:
           ValueError: if the images have another shape, or are not floats.
@@ -460,7 +460,7 @@ class ResNet(nnx.Module):
 
         Args:
           x: the images.
-          branch_scales: for training with stochastic depth; see `features`.
+          branch_scales: see `features`.
           feature_scales: numbers (N, C) by which the pooled features are multiplied, for training
             with dropout; None for 1.
         """

@@ -18,14 +18,14 @@ class Teacher(NamedTuple):
     """A model to learn from.
 
     Attributes:
-      model: in evaluation mode; it gives the structure of the computation.
+      graphdef: the structure of the computation, in evaluation mode.
       variables: its arrays, by collection.
       normalize: maps images to inputs of the model.
       weight: of its share in the loss.
       loss: maps the student's and the teacher's logits, both (N, classes), to losses (N,).
     """
 
-    model: nnx.Module
+    graphdef: nnx.GraphDef
     variables: dict[str, Any]
     normalize: Callable[[jax.Array], jax.Array]
     weight: float
@@ -48,7 +48,8 @@ def create_teacher(
       num_classes: of the data.
       class_names: of the data; None where they are unknown.
       dtype: of the teacher's computation.
-      teacher: a directory of `convert` or of another run; None for no distillation.
+      teacher: a directory of `convert` or of another run, of which it has the newest weights
+        (`export` makes a directory of others); None for no distillation.
       weight: the share of the teacher in the loss, from 0 to 1; the labels have the rest.
       temperature: by which the logits of both are divided. The loss is the Kullback-Leibler
         divergence of the student from the teacher, times the square of the temperature (Hinton et
@@ -90,4 +91,4 @@ def create_teacher(
 
     # NumPy arrays, which programs for devices that are not here take, too.
     arrays = jax.tree.map(np.asarray, variables(saved.model))
-    return Teacher(saved.model, arrays, saved.normalize, weight, loss)
+    return Teacher(nnx.graphdef(saved.model), arrays, saved.normalize, weight, loss)

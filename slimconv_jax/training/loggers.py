@@ -38,25 +38,28 @@ class RunInfo(NamedTuple):
       config: of the run, as JSON has it, by flat key.
       title: what is trained, in a few words.
       first_step: steps done before.
+      identity: from `identify`.
     """
 
     workdir: epath.Path
     config: dict[str, Any]
     title: str
     first_step: int
-
-    def identity(self) -> str:
-        """Returns a name for the run that it keeps when it continues, and no other run has."""
-        file = self.workdir / RUN_ID
-        if self.first_step and file.exists():
-            return file.read_text()
-        replace_file(file, (identity := uuid.uuid4().hex).encode())
-        return identity
+    identity: str
 
     def curves(self) -> Image.Image | None:
         """Returns `curves.png`, if there is one yet."""
         file = self.workdir / PICTURE
         return Image.open(io.BytesIO(file.read_bytes())) if file.exists() else None
+
+
+def identify(workdir: epath.Path, first_step: int) -> str:
+    """Returns a name for a run that it keeps when it continues, and no other run has."""
+    file = workdir / RUN_ID
+    if first_step and file.exists():
+        return file.read_text()
+    replace_file(file, (identity := uuid.uuid4().hex).encode())
+    return identity
 
 
 class Wandb:
@@ -70,7 +73,7 @@ class Wandb:
         self._run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", "slimconv_jax"),
             dir=os.environ.get("WANDB_DIR", local),
-            id=run.identity(),
+            id=run.identity,
             resume="allow",
             name=run.workdir.name,
             notes=run.title,
@@ -100,9 +103,8 @@ class Mlflow:
         name = os.environ.get("MLFLOW_EXPERIMENT_NAME", "slimconv_jax")
         experiment = self._client.get_experiment_by_name(name)
         place = experiment.experiment_id if experiment else self._client.create_experiment(name)
-        identity = run.identity()
-        found = self._client.search_runs([place], f"tags.slimconv_jax = '{identity}'")
-        tags = {"slimconv_jax": identity, "mlflow.note.content": run.title}
+        found = self._client.search_runs([place], f"tags.slimconv_jax = '{run.identity}'")
+        tags = {"slimconv_jax": run.identity, "mlflow.note.content": run.title}
         name = run.workdir.name
         self._run = (found or [self._client.create_run(place, run_name=name, tags=tags)])[0]
         if not found:

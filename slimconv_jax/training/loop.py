@@ -142,11 +142,11 @@ def _announce(parts: Parts, origin: str) -> None:
     height, width, _ = data.image_shape
     processes = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
     epochs = f"{config.num_epochs} epoch{'s' if config.num_epochs > 1 else ''}"
-    smaller = "".join(
-        f"; until epoch {after.first_epoch} of {phase.batch_size} at {size} pixels"
-        for size, (phase, after) in zip(
-            config.transform.progressive_sizes, itertools.pairwise(timetable.phases), strict=True
-        )
+    sizes = [data.image_shape[0] for data in parts.train_data]
+    steps = ", then ".join(
+        f"{end - phase.first_step} of {phase.batch_size} images"
+        + (f" at {size} pixels" if len(sizes) > 1 else "")
+        for size, phase, end in zip(sizes, timetable.phases, timetable.knots[0][1:], strict=True)
     )
     say(
         f"model    {describe_model(model.config)}: {count_params(model):,} parameters, "
@@ -154,7 +154,7 @@ def _announce(parts: Parts, origin: str) -> None:
         f"data     {len(data)} training images {data.where}, "
         f"{parts.num_test_images} test images, {len(parts.class_names)} classes\n"
         f"devices  {mesh.size} x {mesh.devices.flat[0].device_kind}{processes}\n"
-        f"steps    {timetable.total_steps} of {config.batch_size} images, {epochs}{smaller}\n"
+        f"steps    {steps}, {epochs}\n"
         f"start    {origin}; compiling"
     )
 

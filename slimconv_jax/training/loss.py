@@ -57,6 +57,8 @@ def create_loss(
         if loss != "binary_cross_entropy":
             raise InputError("step: target_threshold is for loss='binary_cross_entropy'")
     weights = 1.0
+    if isinstance(class_weights, str) or not isinstance(class_weights, Sequence):
+        raise InputError(f"step: class_weights={class_weights!r} must be a list of numbers")
     if class_weights:
         for weight in class_weights:
             require_number("step: class_weights", weight, least=0)

@@ -196,6 +196,11 @@ def create_optimizer(
         optimizer = known[name](learning_rate_fn, **arguments)
     except (TypeError, ValueError) as error:
         raise InputError(f"optimizer: Optax cannot build {name}: {error}") from None
+    if is_schedule_free(name) and (learning_rate_factors or layer_decay != 1):
+        raise InputError(
+            f"optimizer: learning_rate_factors and layer_decay are not for {name}, whose averaged "
+            "weights would go on at the full rate"
+        )
     return adapt(
         optax.chain(*steps, optimizer),
         freeze=freeze,

@@ -17,7 +17,7 @@ from slimconv_jax.console import console, say
 from slimconv_jax.errors import InputError
 from slimconv_jax.storage.checkpoints import list_checkpoints
 from slimconv_jax.storage.work_directory import flatten
-from slimconv_jax.training.loggers import RunInfo
+from slimconv_jax.training.loggers import RunInfo, identify
 from slimconv_jax.training.metrics import read_metrics
 from slimconv_jax.training.timetable import Timetable
 from slimconv_jax.training.window import Window
@@ -66,8 +66,10 @@ class Reporter:
         if jax.process_index() == 0:
             with _writing(self.workdir):
                 config = flatten(json.loads(self.config.to_json_best_effort()))
+                needs_identity = set(self.config.loggers) - {"tensorboard"}
+                identity = identify(self.workdir, self.first_step) if needs_identity else ""
                 self._writers = create_writers(
-                    RunInfo(self.workdir, config, self.title, self.first_step),
+                    RunInfo(self.workdir, config, self.title, self.first_step, identity),
                     self.lines,
                     damaged=damaged,
                     loggers=self.config.loggers,
@@ -101,6 +103,7 @@ class Reporter:
             # After a second Ctrl-C nobody wants to wait for the devices: drops what is pending.
             self._error = self._error or error
             self._pending.put(None)
+            self._writers = []
         else:
             self._pending.put(None)
             self._thread.join()
@@ -160,7 +163,10 @@ class Reporter:
         metrics = {key: value.item() for key, value in metrics.items()}
         for name in ("loss", "grad_norm"):
             self._require_finite(name, metrics[name], step)
-        self._window.add(metrics, data_seconds, self.timetable.phase_of(step).batch_size)
+        phase = self.timetable.phase_of(step)
+        if step == phase.first_step + 1:
+            self._window.pause()  # the step was compiled for images of another size
+        self._window.add(metrics, data_seconds, phase.batch_size)
         text = _describe_training(self._window.means())
         self._bar.update(self._task, description="training", completed=step, metrics=text)
 

@@ -20,7 +20,7 @@ from slimconv_jax.data.transforms import MOST_SIDE, Transform
 from slimconv_jax.devices import batch_sharded
 from slimconv_jax.errors import InputError, InputWarning
 from slimconv_jax.inference.eval_step import make_evaluate
-from slimconv_jax.models.resnet import STEMS, ResNet
+from slimconv_jax.models.resnet import ResNet
 from slimconv_jax.models.variables import variables
 from slimconv_jax.models.zoo import abstract_model, create_model, describe
 from slimconv_jax.signatures import keys_of, select
@@ -97,18 +97,13 @@ def create_parts(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> 
     train_source, test_source = load_splits(**config.dataset)
     class_names = train_source.class_names
     model = abstract_model(num_classes=len(class_names), **config.model)
-    for size in config.transform.progressive_sizes:
-        if size < (least := 8 * STEMS[model.config.stem]):
-            raise InputError(
-                f"transform: progressive_sizes has {size}; it must be at least {least}, so that "
-                "the model's last feature map has a pixel"
-            )
+    transforms = transforms_of(config)
     # Finds most errors of a config before images are decoded. No image is larger than this.
     _try_out(config, (MOST_SIDE, MOST_SIDE, 3), len(class_names))
     sharding = batch_sharded(mesh)
     train_data = tuple(
         load_dataset(train_source, transform, True, sharding, **config.loader)
-        for transform in transforms_of(config)
+        for transform in transforms
     )
     for_tests = Transform(**config.transform).for_tests()
     test_data = load_dataset(test_source, for_tests, False, sharding, **config.loader)

@@ -1,6 +1,6 @@
 """Puts SlimConv into a trained ResNet: new layers imitate the old ones, then the whole is taught.
 
-    slimconv slim MODEL OUTPUT --k 8/3
+    slimconv slim MODEL WORKDIR --k 8/3
 
 Every 3x3 convolution of the bottlenecks, with the 1x1 convolution after it, becomes SlimConv with a
 1x1 convolution. At first these learn, block by block and all blocks at once, to give what the
@@ -8,6 +8,7 @@ old ones give for the same input: least squares on the feature maps of training 
 network trains for a few epochs as any other, with the old one as its teacher.
 """
 
+import json
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -23,7 +24,7 @@ from slimconv_jax.console import Progress, say
 from slimconv_jax.data.loader import Batch
 from slimconv_jax.devices import batch_sharded, data_mesh, replicated
 from slimconv_jax.errors import InputError, require_integer
-from slimconv_jax.files import MissingFileError, absolute, read_json, write_json
+from slimconv_jax.files import MissingFileError, absolute, read_json, replace_file
 from slimconv_jax.inference.eval_step import make_evaluate, summarize
 from slimconv_jax.inference.evaluate import refuse_data_dir
 from slimconv_jax.inference.saved import SavedModel, open_model
@@ -37,6 +38,7 @@ from slimconv_jax.storage.model_directory import save_model
 from slimconv_jax.storage.work_directory import CONFIG, claim_workdir, read_run_dataset
 from slimconv_jax.training.config import default_values, override, read_config, value_in
 from slimconv_jax.training.loop import train
+from slimconv_jax.training.optimizer import is_schedule_free
 from slimconv_jax.training.setup import Parts, create_normalize, create_parts
 
 IMITATED = "imitated"
@@ -48,8 +50,13 @@ RECIPE = {
     "optimizer.schedule": "cosine",
     "optimizer.milestones": (),
     "optimizer.warmup_epochs": 0.0,
+    "optimizer.freeze": (),
+    "optimizer.learning_rate_factors": (),
+    "optimizer.layer_decay": 1.0,
+    "transform.progressive_sizes": (),
     "distillation.weight": 0.5,
     "distillation.temperature": 2.0,
+    "distillation.hard": False,
     "step.batch_norm": "global",
 }
 """What differs, in the training at the end, from that of the model that is slimmed."""
@@ -105,12 +112,18 @@ def slim(
     config = override(config, overrides, of=str(model))
 
     parts = create_parts(config, data_mesh())
-    if (count := old.model.config.num_classes) != len(parts.class_names):
-        raise InputError(f"{model} has {count} classes, and the data {len(parts.class_names)}")
+    if parts.model.config != new.config:
+        raise InputError(
+            f"the config makes {describe(parts.model.config)}, and {model} with SlimConv is "
+            f"{describe(new.config)}"
+        )
     size = parts.test_data.image_shape
     claim_workdir(workdir, config, default_values())
     try:
-        report = read_json(workdir / REPORT)[:2]
+        report = _read_report(workdir / REPORT)
+        if len(report) == 3:
+            say(f"{workdir} is complete, nothing to do")
+            return report
     except MissingFileError:
         report = [_stage("before", old.model, size, _test(parts, old.model), 0.0)]
         say(describe_stage(report[0]))
@@ -120,13 +133,30 @@ def slim(
         report.append(_stage("after imitation", new, size, _test(parts, new), seconds))
         say(describe_stage(report[1]))
         save_model(new, workdir / IMITATED, info=parts.info(), overwrite=True)
-        write_json(workdir / REPORT, report)
+        _write_report(workdir / REPORT, report)
     del parts  # train loads the data again
     start = time.perf_counter()
     result = train(config, workdir)
     seconds = time.perf_counter() - start
     report.append(_stage("after distillation", new, size, result, seconds))
-    write_json(workdir / REPORT, report)
+    _write_report(workdir / REPORT, report)
+    return report
+
+
+def _write_report(path: epath.Path, report: list[dict[str, Any]]) -> None:
+    replace_file(path, (json.dumps(report, indent=2) + "\n").encode())
+
+
+def _read_report(path: epath.Path) -> list[dict[str, Any]]:
+    """Reads the stages that are finished, at least two.
+
+    Raises:
+      ValueError: if the file is damaged.
+    """
+    report, wanted = read_json(path), {"stage", "top1", "top5", "parameters", "multiply_adds"}
+    is_list = isinstance(report, list) and len(report) in (2, 3)
+    if not is_list or not all(isinstance(s, dict) and wanted <= s.keys() for s in report):
+        raise InputError(f"{path} is damaged; choose another WORKDIR, or delete this one")
     return report
 
 
@@ -138,7 +168,10 @@ def _slimmed(model: ResNet, k: CompressionRatio) -> ResNet:
             f"slim takes a network of plain bottlenecks, such as resnet50, not "
             f"{describe(model.config)}"
         )
-    return slimify(model, k=k, image_size=32)[0]
+    new, report = slimify(model, k=k, image_size=32)
+    if new.config.reduction is None:
+        raise InputError(f"slim: {next(iter(report.left.values()))}")
+    return new
 
 
 def _config_of(
@@ -157,7 +190,7 @@ def _config_of(
     if config is not None:
         base = read_config(config)
     elif recorded is not None:
-        if data_dir is None:
+        if data is None and data_dir is None:
             refuse_data_dir(old.path, read_run_dataset(old.path))
         base = override(ml_collections.ConfigDict(_as_tuples(recorded)), (), of=str(old.path))
         # Of a stranger's file, nothing is read or written elsewhere.
@@ -165,15 +198,23 @@ def _config_of(
         changes |= {"distillation.teacher": None, "dataset.data_dir": None}
     else:
         base = read_config("finetune")
+    is_its_own = config is None and recorded is not None
+    if "preprocessing" in old.info and not is_its_own:  # the old model sees images as ever
         changes["transform.image_size"] = old.preprocessing.image_size
+        changes["transform.crop_ratio"] = old.preprocessing.crop_ratio
         changes["normalize.mean"] = tuple(old.preprocessing.mean)
         changes["normalize.std"] = tuple(old.preprocessing.std)
     kind = new.config
-    changes |= {f"model.{name}": getattr(kind, name) for name in ("stem", "width", "dilation")}
+    names = ("stem", "width", "dilation", "sc_stages")
+    changes |= {f"model.{name}": getattr(kind, name) for name in names}
     changes |= {"model.name": name_of(kind), "model.k": str(k_from_reduction(kind.reduction))}
-    changes["optimizer.learning_rate"] = RATE_FACTOR * base.optimizer.learning_rate
+    if is_schedule_free(base.optimizer.name):
+        changes["optimizer.schedule"] = "constant"
+    if base.optimizer.learning_rate is not None:
+        changes["optimizer.learning_rate"] = RATE_FACTOR * base.optimizer.learning_rate
     if data is not None:
-        changes["dataset.name"] = data
+        base.dataset = ml_collections.ConfigDict({"name": data})
+        base = override(base, (), of=str(old.path))
     if data_dir is not None:
         changes["dataset.data_dir"] = str(data_dir)
     with base.unlocked():
@@ -182,9 +223,9 @@ def _config_of(
 
 
 def _as_tuples(tree: Any) -> Any:
-    """Returns what JSON has as configs have it, with tuples for lists."""
+    """Returns what JSON has as configs have it: tuples for lists, and nothing for null."""
     if isinstance(tree, dict):
-        return {key: _as_tuples(value) for key, value in tree.items()}
+        return {key: _as_tuples(value) for key, value in tree.items() if value is not None}
     return tuple(map(_as_tuples, tree)) if isinstance(tree, list) else tree
 
 
@@ -206,7 +247,7 @@ def imitate(
       teacher: a network of bottlenecks.
       student: one that differs in its SlimConvs and what follows them in their blocks.
       parts: of a run, for its training images.
-      steps: how many, each of a batch of that run.
+      steps: how many, each of the images that the run computes at once.
       learning_rate: of Adam at first; it falls to 0 as a cosine.
 
     Returns:
@@ -238,9 +279,9 @@ def imitate(
     state = jax.device_put(variables(student), everywhere)
     fixed = jax.device_put(variables(teacher), everywhere)
     opt_state = jax.device_put(optimizer.init(state["params"]), everywhere)
-    size = parts.config.batch_size
+    size = parts.config.batch_size // parts.config.step.accumulation_steps
     with Progress("imitating", steps * size) as progress:
-        for _, batch in zip(range(steps), _batches(parts), strict=False):
+        for _, batch in zip(range(steps), _batches(parts, size), strict=False):
             state, opt_state, error = step(fixed, state, opt_state, batch["image"])
             error.block_until_ready()
             progress.advance(size)
@@ -251,10 +292,8 @@ def imitate(
     return student
 
 
-def _batches(parts: Parts) -> Iterator[Batch]:
-    return parts.train_data[-1].train_batches(
-        parts.config.batch_size, seed=parts.config.seed, first_step=0
-    )
+def _batches(parts: Parts, size: int) -> Iterator[Batch]:
+    return parts.train_data[-1].train_batches(size, seed=parts.config.seed, first_step=0)
 
 
 def _errors(teacher: ResNet, student: ResNet, images: jax.Array) -> Iterator[jax.Array]:

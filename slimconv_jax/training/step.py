@@ -147,7 +147,8 @@ def make_train_step(
     Returns:
       A `functools.partial` of the compiled function with what all steps share as its first
       argument: the data of the key and the teacher's variables. So
-      `step.func.lower(*step.args, state, batch)` lowers it. Its metrics are scalars: `loss` (the
+      `step.func.lower(*step.args, state, batch)` lowers it; once on the devices, they need not go
+      there at every call. Its metrics are scalars: `loss` (the
       mean, of the mixed targets and the teacher) and `accuracy` (fraction, top-1; of mixed images,
       of the larger part) of the batch, as the model was before the update, `grad_norm`, and
       `learning_rate`; with a teacher, also `distillation_loss`, without its weight.
@@ -168,7 +169,6 @@ def make_train_step(
         if isinstance(module, nnx.BatchNorm):
             module.axis_name = "data" if batch_norm == "global" else None
     graphdef = nnx.graphdef(model)
-    teacher_graphdef = None if teacher is None else nnx.graphdef(teacher.model)
 
     def loss_fn(params, rest, taught, images, targets, scales):
         if freeze:
@@ -183,7 +183,7 @@ def make_train_step(
         value, metrics = loss(logits, targets).mean(), {"accuracy": accuracy}
         if teacher is not None:
             with jax.named_scope("teacher"):
-                answers = merge(teacher_graphdef, taught)(teacher.normalize(images))
+                answers = merge(teacher.graphdef, taught)(teacher.normalize(images))
             distance = teacher.loss(logits, answers).mean()
             value = (1 - teacher.weight) * value + teacher.weight * distance
             metrics["distillation_loss"] = distance

@@ -57,10 +57,17 @@ class Timetable:
         """Returns the phase of a step, which is counted from 1."""
         return next(phase for phase in reversed(self.phases) if phase.first_step < max(step, 1))
 
+    @property
+    def knots(self) -> tuple[list[int], list[float]]:
+        """Steps at which phases begin, then all of them, and the epochs before each."""
+        last, steps = self.phases[-1], [phase.first_step for phase in self.phases]
+        rest = (self.total_steps - last.first_step) / self.steps_per_epoch
+        epochs = [phase.first_epoch for phase in self.phases]
+        return [*steps, self.total_steps], [*epochs, last.first_epoch + rest]
+
     def epoch_of(self, step: int) -> float:
         """Returns the epochs after `step` steps."""
-        phase = self.phase_of(step)
-        return phase.first_epoch + (step - phase.first_step) * phase.batch_size / self.num_images
+        return float(np.interp(step, *self.knots))
 
     def scale_schedule(self, schedule: optax.Schedule, *, with_batch: bool) -> optax.Schedule:
         """Returns the schedule of the steps of this run, in the terms of its epochs.
@@ -71,14 +78,12 @@ class Timetable:
         """
         if len(self.phases) == 1:
             return schedule
-        firsts = np.array([phase.first_step for phase in self.phases])
-        epochs = [phase.first_epoch for phase in self.phases] + [self.epoch_of(self.total_steps)]
+        steps, epochs = map(np.array, self.knots)
         factors = np.array([p.batch_size / self.phases[-1].batch_size for p in self.phases])
 
         def scaled(step: jax.Array) -> jax.Array:
-            epoch = jnp.interp(step, np.append(firsts, self.total_steps), np.array(epochs))
-            value = schedule(epoch * self.steps_per_epoch)
-            phase = jnp.searchsorted(firsts, step, side="right") - 1
+            value = schedule(jnp.interp(step, steps, epochs) * self.steps_per_epoch)
+            phase = jnp.searchsorted(steps[1:-1], step, side="right")
             return value * jnp.asarray(factors)[phase] if with_batch else value
 
         return scaled
@@ -101,11 +106,11 @@ def create_timetable(
     Raises:
       ValueError: if there are too few images or epochs, or the run is too long.
     """
-    sizes = (*config.transform.progressive_sizes, config.transform.image_size)
+    sizes = [transform.image_size for transform in transforms_of(config)]
     if config.num_epochs < len(sizes):
         raise InputError(
             f"config.num_epochs={config.num_epochs} must be at least {len(sizes)}, one for each of "
-            f"the image sizes {sizes}"
+            f"the image sizes {tuple(sizes)}"
         )
     phases, step, ends = [], 0, [0]
     for number, size in enumerate(sizes, 1):

@@ -11,7 +11,7 @@ from PIL import Image
 
 from slimconv_jax.training import loggers
 from slimconv_jax.training.config import read_config
-from slimconv_jax.training.loggers import LOGGERS, Detached, RunInfo, check_loggers
+from slimconv_jax.training.loggers import LOGGERS, Detached, RunInfo, check_loggers, identify
 from slimconv_jax.training.loop import train
 from slimconv_jax.training.metrics import read_metrics
 
@@ -111,7 +111,8 @@ def test_unknown_and_missing_loggers(monkeypatch):
 @pytest.fixture
 def run(tmp_path):
     Image.new("RGB", (8, 8), "red").save(tmp_path / "curves.png")
-    return RunInfo(epath.Path(tmp_path), {"model.name": "resnet14", "seed": 3}, "a model", 0)
+    config = {"model.name": "resnet14", "seed": 3}
+    return RunInfo(epath.Path(tmp_path), config, "a model", 0, "a1b2")
 
 
 def log(name, run):
@@ -121,10 +122,11 @@ def log(name, run):
     logger.close()
 
 
-def test_a_run_keeps_its_identity(run):
-    first = run.identity()
-    assert run._replace(first_step=5).identity() == first
-    assert run.identity() != first  # begun anew
+def test_a_run_keeps_its_identity(tmp_path):
+    workdir = epath.Path(tmp_path)
+    first = identify(workdir, 0)
+    assert identify(workdir, 5) == first
+    assert identify(workdir, 0) != first  # begun anew
 
 
 @pytest.mark.process

@@ -157,9 +157,10 @@ def test_a_run_whose_images_grow_continues_to_the_same_result(tmp_path, capsys):
     config.optimizer.base_batch_size = 16
     result = train(complete(config), tmp_path / "run")
     printed = capsys.readouterr().out
-    assert "9 of 16 images, 2 epochs; until epoch 1 of 32 at 32 pixels" in printed
+    assert "3 of 32 images at 32 pixels, then 6 of 16 images at 48 pixels, 2 epochs" in printed
     rates = [line["learning_rate"] for line in metrics(tmp_path / "run", "train")]
     assert rates == sorted(rates, reverse=True)
+    assert rates[0] > 1.5 * rates[1]  # batches twice as large until then
     for step in (3, 6):  # the end of the smaller images, and within the larger ones
         copy = shutil.copytree(tmp_path / "run", tmp_path / str(step))
         for path in (copy / "checkpoints").iterdir():

@@ -34,7 +34,7 @@ def test_smaller_images_come_in_larger_batches():
     assert timetable.total_steps == 43
     assert timetable.phase_of(0) == timetable.phase_of(6) == Phase(32)
     assert timetable.phase_of(7).batch_size == 16 and timetable.phase_of(43).batch_size == 8
-    assert timetable.epoch_of(3) == 0.96 and timetable.epoch_of(43) == 6
+    assert timetable.epoch_of(3) == 1 and timetable.epoch_of(43) == 6
     epochs = [timetable.epoch_of(step) for step in range(44)]
     assert sorted(epochs) == epochs
     evaluated = sorted(timetable.eval_steps)
