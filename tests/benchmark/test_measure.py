@@ -147,6 +147,7 @@ def test_table_and_ratios():
     assert all(len(line) == width for line in report.table_rows(ROWS))
 
 
+@pytest.mark.long
 def test_the_command_prints_writes_and_draws(tmp_path, capsys, caching):
     figures, chart = tmp_path / "figures.json", tmp_path / "chart.png"
     command = ["benchmark", "resnet14", "--image-size", "32", "--batch-size", "1", "2"]

@@ -93,7 +93,9 @@ def run_step(model, teacher, *, devices=8, **options):
     return batch, state, {name: float(value) for name, value in metrics.items()}
 
 
-@pytest.mark.parametrize("options", [{}, {"devices": 1, "accumulation_steps": 2}])
+@pytest.mark.parametrize(
+    "options", [{}, pytest.param({"devices": 1, "accumulation_steps": 2}, marks=pytest.mark.long)]
+)
 def test_a_step_learns_from_labels_and_teacher(path, teacher_model, options):
     student = small()
     teacher = taught(path, weight=0.25, temperature=2.0)

@@ -387,6 +387,7 @@ def test_a_run_that_diverges_keeps_its_checkpoints(tmp_path):
     assert load_model(tmp_path, ema=True).config.width == 4
 
 
+@pytest.mark.long
 def test_checkpoints_between_evaluations(tmp_path, monkeypatch):
     """Every nine steps, or every minute, which is looked at where lines are written."""
     config = small_config()

@@ -36,6 +36,7 @@ def network(name="resnet14", **options):
     return randomized(lambda: abstract_model(name, **options))
 
 
+@pytest.mark.long
 def test_new_layers_imitate_the_old_ones_and_the_rest_stays(capsys):
     teacher = network()
     student, _ = slimify(teacher, k="4/3", image_size=8)

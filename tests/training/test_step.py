@@ -147,6 +147,7 @@ def test_accumulation_equals_one_batch_where_batch_statistics_do_not_enter():
     np.testing.assert_allclose(last["loss"], loss, rtol=1e-5)
 
 
+@pytest.mark.long
 def test_what_is_left_out_is_drawn_for_each_image_of_each_step():
     # Frozen statistics, so that images do not influence each other.
     model, batch = small_model(), make_batch()
