@@ -59,10 +59,10 @@ RECIPE = {
     "distillation.hard": False,
     "step.batch_norm": "global",
 }
-"""What differs, in the training at the end, from that of the model that is slimmed."""
+"""What differs, in the training at the end, from the config that it has otherwise."""
 
 RATE_FACTOR = 0.2
-"""The learning rate of that training, in terms of the rate of the model that is slimmed."""
+"""The learning rate of that training, in terms of the rate of that config."""
 
 
 def slim(
@@ -84,7 +84,8 @@ def slim(
       workdir: gets the files of `train`, the model before that in `imitated/`, and `slim.json`.
       k: compression ratio of SlimConv.
       config: a config to train with, as `read_config` takes it; None for that of the run at
-        `model`, and for other models "finetune" with their preprocessing.
+        `model`, and for other models "finetune". Any but the run's own gets the preprocessing of
+        the model; all get `RECIPE` and `RATE_FACTOR`.
       overrides: of that config, as in `read_config`; they also override the other arguments.
       data: the name of the data to train on; None for that of the config.
       data_dir: where they are. Needed even if the config of the run at `model` names a directory,
@@ -210,8 +211,8 @@ def _config_of(
     changes |= {"model.name": name_of(kind), "model.k": str(k_from_reduction(kind.reduction))}
     if is_schedule_free(base.optimizer.name):
         changes["optimizer.schedule"] = "constant"
-    if base.optimizer.learning_rate is not None:
-        changes["optimizer.learning_rate"] = RATE_FACTOR * base.optimizer.learning_rate
+    if isinstance(rate := base.optimizer.learning_rate, int | float):
+        changes["optimizer.learning_rate"] = RATE_FACTOR * rate
     if data is not None:
         base.dataset = ml_collections.ConfigDict({"name": data})
         base = override(base, (), of=str(old.path))
