@@ -15,13 +15,18 @@ _OPENING = ("checkpoint", "ema", "average", "dtype", "image_size", "crop_ratio",
 
 
 def add_saved_model(parser: argparse.ArgumentParser) -> None:
-    """Adds the arguments that choose the saved weights."""
-    add = parser.add_argument
-    add(
+    """Adds the arguments that choose a saved model and its weights."""
+    parser.add_argument(
         "model",
         metavar="MODEL_OR_WORKDIR",
         help="a directory of save_model or `convert`, or the work directory of `train`",
     )
+    add_weights(parser)
+
+
+def add_weights(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments that choose the weights of a training run."""
+    add = parser.add_argument
     add(
         "--checkpoint",
         type=int,

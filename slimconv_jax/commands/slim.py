@@ -2,6 +2,7 @@
 
 import argparse
 
+from slimconv_jax.commands.options import add_weights
 from slimconv_jax.commands.train import supervise
 from slimconv_jax.signatures import select
 
@@ -30,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="MODEL",
         help="a ResNet of bottlenecks: a directory of save_model or `convert`, or of a run",
     )
+    add_weights(parser)
     add("workdir", metavar="WORKDIR", help="the new work directory")
     add("--k", default="4/3", help="compression ratio of SlimConv (default: 4/3)")
     add(

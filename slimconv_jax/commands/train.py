@@ -94,8 +94,10 @@ def supervise(start: Callable[[], None], workdir: str) -> int:
         return _supervise(start)
     except KeyboardInterrupt as error:
         what = "nothing was saved"
-        if os.path.isdir(os.path.join(workdir, "checkpoints")):
-            what = "the same command continues from the last checkpoint"
+        kept = {"checkpoints": "from the last checkpoint", "slim.json": "after the imitation"}
+        there = (name for name in kept if os.path.exists(os.path.join(workdir, name)))
+        if name := next(there, None):
+            what = f"the same command continues {kept[name]}"
         _leave(f"interrupted; {what}", 143 if isinstance(error, _Terminated) else 130)
 
 

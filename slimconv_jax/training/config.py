@@ -22,6 +22,7 @@ from typing import Any
 
 import ml_collections
 from absl import flags
+from etils import epath
 from ml_collections import config_dict, config_flags
 
 import slimconv_jax
@@ -36,8 +37,10 @@ from slimconv_jax.errors import (
     require_integer,
     require_number,
 )
+from slimconv_jax.files import MissingFileError, absolute, read_json
 from slimconv_jax.models.zoo import create_model, named_config
 from slimconv_jax.signatures import keys_of, meanings, type_of
+from slimconv_jax.storage.work_directory import CONFIG
 from slimconv_jax.training.augment import augment
 from slimconv_jax.training.distillation import create_teacher
 from slimconv_jax.training.loggers import check_loggers
@@ -273,6 +276,35 @@ def override(
         raise InputError(f"unknown argument {rest[0]!r}; options begin with --")
     config.update_from_flattened_dict(nothing)
     return config
+
+
+def read_run_config(workdir: epath.PathLike) -> ml_collections.ConfigDict | None:
+    """Reads the config of a training run, and completes it; returns None if there is none.
+
+    Raises:
+      ValueError: if the file is damaged.
+    """
+    file = absolute(workdir) / CONFIG
+    try:
+        recorded = read_json(file)
+    except MissingFileError:
+        return None
+    try:
+        config = complete(ml_collections.ConfigDict(_as_tuples(recorded)))
+        for where in filter(None, SECTIONS):
+            if not isinstance(config[where], ml_collections.ConfigDict):
+                raise InputError(f"{where} is not a section")
+        _check_optimizer(config.optimizer)
+    except LIBRARY_ERRORS as error:
+        raise InputError(f"{file} is damaged: it is not a config ({error})") from None
+    return config
+
+
+def _as_tuples(tree: Any) -> Any:
+    """Returns what JSON has as configs have it: tuples for lists, and nothing for null."""
+    if isinstance(tree, dict):
+        return {key: _as_tuples(value) for key, value in tree.items() if value is not None}
+    return tuple(map(_as_tuples, tree)) if isinstance(tree, list) else tree
 
 
 def value_in(overrides: Sequence[str], key: str) -> str | None:

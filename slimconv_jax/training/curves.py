@@ -43,5 +43,5 @@ def draw_curves(lines: Sequence[dict], title: str) -> bytes:
 
 
 def _loss(line: dict) -> float:
-    """Returns the loss of training, which that of tests is comparable with."""
-    return line.get("training_loss", line["loss"])
+    """Returns the loss of training, without that of a teacher, which tests do not have."""
+    return line.get("label_loss", line.get("training_loss", line["loss"]))

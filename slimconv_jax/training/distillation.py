@@ -41,6 +41,9 @@ def create_teacher(
     weight: float = 0.5,
     temperature: float = 1.0,
     hard: bool = False,
+    checkpoint: int | None = None,
+    ema: bool = False,
+    average: int = 1,
 ) -> Teacher | None:
     """Opens the teacher of a run; the keyword-only arguments are keys of `config.distillation`.
 
@@ -48,13 +51,15 @@ def create_teacher(
       num_classes: of the data.
       class_names: of the data; None where they are unknown.
       dtype: of the teacher's computation.
-      teacher: a directory of `convert` or of another run, of which it has the newest weights
-        (`export` makes a directory of others); None for no distillation.
+      teacher: a directory of `convert` or of another run; None for no distillation.
       weight: the share of the teacher in the loss, from 0 to 1; the labels have the rest.
       temperature: by which the logits of both are divided. The loss is the Kullback-Leibler
         divergence of the student from the teacher, times the square of the temperature (Hinton et
         al., 2015).
       hard: whether the loss is the cross-entropy with the teacher's most likely class instead.
+      checkpoint: of another run, the step whose checkpoint has the weights; None for the newest.
+      ema: of another run, whether to take the averaged weights.
+      average: of another run, the number of checkpoints whose weights are averaged.
 
     Returns:
       The teacher; None without one, or with weight 0.
@@ -64,13 +69,14 @@ def create_teacher(
     """
     require_number("distillation: weight", weight, least=0, most=1)
     require_number("distillation: temperature", temperature, least=0.01)
-    if not isinstance(hard, bool):
-        raise InputError(f"distillation: hard={hard!r} must be True or False")
+    for name, value in {"hard": hard, "ema": ema}.items():
+        if not isinstance(value, bool):
+            raise InputError(f"distillation: {name}={value!r} must be True or False")
     if teacher is None or not weight:
         return None
     if not isinstance(teacher, str) or not teacher:
         raise InputError(f"distillation: teacher={teacher!r} must be a path or None")
-    saved = open_model(teacher, dtype=dtype)
+    saved = open_model(teacher, dtype=dtype, checkpoint=checkpoint, ema=ema, average=average)
     if saved.model.config.num_classes != num_classes:
         raise InputError(
             f"distillation: the teacher {teacher} has {saved.model.config.num_classes} classes, "

@@ -1,9 +1,11 @@
 """Sends a run's metrics to the services that its config names, none of which can stop the run.
 
-A logger is a writer (see `slimconv_jax.training.writers`) that is created with the run. To add one,
-write its class and a row of `LOGGERS`.
+A logger is a writer (see `slimconv_jax.training.writers`) that is created with the run. It also has
+`close(status)`, which gets the exit status of the run: 0 at its end, more than 128 after a signal,
+1 for an error. To add one, write its class and a row of `LOGGERS`.
 """
 
+import functools
 import importlib.util
 import io
 import os
@@ -85,11 +87,11 @@ class Wandb:
         for line in lines:
             self._run.log(_numbers(line), step=line["step"])
 
-    def close(self) -> None:
-        """Sends the curves."""
+    def close(self, status: int) -> None:
+        """Sends the curves, and how the run ended."""
         if curves := self._info.curves():
             self._run.log({"curves": self._image(curves)})
-        self._run.finish()
+        self._run.finish(exit_code=status)
 
 
 class Mlflow:
@@ -107,7 +109,9 @@ class Mlflow:
         tags = {"slimconv_jax": run.identity, "mlflow.note.content": run.title}
         name = run.workdir.name
         self._run = (found or [self._client.create_run(place, run_name=name, tags=tags)])[0]
-        if not found:
+        if found:
+            self._client.update_run(self._run.info.run_id, status="RUNNING")
+        else:
             values = [(key, str(value)[:500]) for key, value in run.config.items()]
             params = [mlflow.entities.Param(*pair) for pair in values]
             for start in range(0, len(params), 100):  # the most at once
@@ -123,11 +127,12 @@ class Mlflow:
         ]
         self._client.log_batch(self._run.info.run_id, metrics=metrics)
 
-    def close(self) -> None:
-        """Sends the curves."""
+    def close(self, status: int) -> None:
+        """Sends the curves, and how the run ended."""
         if curves := self._info.curves():
             self._client.log_image(self._run.info.run_id, curves, PICTURE)
-        self._client.set_terminated(self._run.info.run_id)
+        how = {0: "FINISHED", 1: "FAILED"}.get(status, "KILLED")
+        self._client.set_terminated(self._run.info.run_id, how)
 
 
 def _numbers(line: dict) -> dict[str, float]:
@@ -181,9 +186,9 @@ class Detached:
     def _run(self, create: Callable[[], Any]) -> None:
         try:
             logger = create()
-            for lines in iter(self._pending.get, None):
-                logger.write(lines)
-            logger.close()
+            while not isinstance(item := self._pending.get(), int):
+                logger.write(item)
+            logger.close(item)
         except Exception as error:  # others' code: of any kind
             self._give_up(f"failed: {' '.join(str(error).split()) or type(error).__name__}")
 
@@ -196,16 +201,44 @@ class Detached:
         """Hands lines over, unless the logger was given up."""
         self._put(list(lines))
 
-    def close(self) -> None:
-        """Waits for the logger to finish, at most `PATIENCE` seconds."""
-        self._put(None)
-        self._thread.join(PATIENCE)
+    def close(self, status: int) -> None:
+        """Tells the logger that the run has ended; see the module's docstring."""
+        self._put(status)
+
+    def wait(self, seconds: float) -> None:
+        """Waits for the logger to finish, at most some seconds."""
+        self._thread.join(seconds)
         if self._thread.is_alive():
             self._give_up(f"has not finished after {PATIENCE:.0f} s")
 
-    def _put(self, item: list[dict] | None) -> None:
+    def _put(self, item: list[dict] | int) -> None:
         try:
             if not self._given_up:
                 self._pending.put_nowait(item)
         except queue.Full:
             self._give_up(f"is {MOST_PENDING} writes behind")
+
+
+class Loggers:
+    """A writer that hands everything to several loggers.
+
+    Args:
+      names: of `LOGGERS`.
+      run: what they know of it.
+    """
+
+    def __init__(self, names: Sequence[str], run: RunInfo):
+        self._loggers = [Detached(name, functools.partial(LOGGERS[name][0], run)) for name in names]
+
+    def write(self, lines: Sequence[dict]) -> None:
+        """Hands lines over."""
+        for logger in self._loggers:
+            logger.write(lines)
+
+    def close(self, status: int) -> None:
+        """Ends all loggers; waits `PATIENCE` seconds at most, for all together."""
+        for logger in self._loggers:
+            logger.close(status)
+        deadline = time.monotonic() + PATIENCE
+        for logger in self._loggers:
+            logger.wait(max(deadline - time.monotonic(), 0))

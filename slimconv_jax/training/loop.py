@@ -121,6 +121,8 @@ def _facts(parts: Parts, workdir: epath.Path) -> dict:
     """Returns what must be the same in all processes of a run."""
     values = flatten(json.loads(parts.config.to_json_best_effort()))
     names = parts.class_names
+    ((_, taught),) = parts.train_step.args
+    weights = hashlib.sha256(b"".join(x.tobytes() for x in jax.tree.leaves(taught)))
     digest = hashlib.sha256(json.dumps(names).encode()).hexdigest()[:12]
     first = f", from {names[0]!r} on" if names else ""
     return {
@@ -129,6 +131,7 @@ def _facts(parts: Parts, workdir: epath.Path) -> dict:
         "the number of training images": len(parts.train_data[-1]),
         "the number of test images": parts.num_test_images,
         "the classes": f"{len(names)}{first}, SHA-256 {digest}",
+        "the SHA-256 of the teacher's weights": weights.hexdigest()[:12],
         "the work directory": str(workdir),
         "jax_enable_x64": jax.config.jax_enable_x64,
         **{f"the version of {name}": version for name, version in versions().items()},

@@ -101,9 +101,6 @@ class MetricsFile:
             with open(os.fspath(self._path), "a") as file:
                 file.write("".join(json.dumps(line) + "\n" for line in lines))
 
-    def close(self) -> None:
-        """Does nothing; every line is in the file already."""
-
     def _rewrite(self) -> None:
         text = "".join(json.dumps(line) + "\n" for line in self._lines)
         replace_file(self._path, text.encode())

@@ -17,7 +17,7 @@ from slimconv_jax.console import console, say
 from slimconv_jax.errors import InputError
 from slimconv_jax.storage.checkpoints import list_checkpoints
 from slimconv_jax.storage.work_directory import flatten
-from slimconv_jax.training.loggers import RunInfo, identify
+from slimconv_jax.training.loggers import Loggers, RunInfo, identify
 from slimconv_jax.training.metrics import read_metrics
 from slimconv_jax.training.timetable import Timetable
 from slimconv_jax.training.window import Window
@@ -62,18 +62,16 @@ class Reporter:
         damaged: set[int] = set()
         lines = read_metrics(self.workdir, damaged)
         self.lines = [line for line in lines if line["step"] <= self.first_step]
-        self._writers = []
+        self._writers, self._loggers = [], None
         if jax.process_index() == 0:
             with _writing(self.workdir):
                 config = flatten(json.loads(self.config.to_json_best_effort()))
                 needs_identity = set(self.config.loggers) - {"tensorboard"}
                 identity = identify(self.workdir, self.first_step) if needs_identity else ""
-                self._writers = create_writers(
-                    RunInfo(self.workdir, config, self.title, self.first_step, identity),
-                    self.lines,
-                    damaged=damaged,
-                    loggers=self.config.loggers,
-                )
+                run = RunInfo(self.workdir, config, self.title, self.first_step, identity)
+                files = create_writers(run, self.lines, damaged=damaged)
+                self._loggers = Loggers(self.config.loggers, run)
+                self._writers = [*files, self._loggers]
         self._bar = rich.progress.Progress(
             rich.progress.SpinnerColumn(),
             rich.progress.TextColumn("{task.description}"),
@@ -103,17 +101,14 @@ class Reporter:
             # After a second Ctrl-C nobody wants to wait for the devices: drops what is pending.
             self._error = self._error or error
             self._pending.put(None)
-            self._writers = []
+            self._loggers = None
         else:
             self._pending.put(None)
             self._thread.join()
         self._bar.stop()
-        try:
-            with _writing(self.workdir):
-                for writer in self._writers:
-                    writer.close()
-        except InputError as unwritten:
-            self._error = self._error or unwritten
+        if self._loggers:
+            failure = error or self._error
+            self._loggers.close(getattr(failure, "status", 1) if failure else 0)
         if error is None and self._error:
             raise self._error
 

@@ -19,6 +19,7 @@ import ml_collections
 import optax
 from etils import epath
 from flax import nnx
+from flax.typing import Dtype
 
 from slimconv_jax.console import Progress, say
 from slimconv_jax.data.loader import Batch
@@ -33,10 +34,17 @@ from slimconv_jax.models.resnet import Bottleneck, ResNet
 from slimconv_jax.models.slimconv import CompressionRatio, SlimConv, k_from_reduction
 from slimconv_jax.models.slimify import slimify
 from slimconv_jax.models.variables import merge, variables
-from slimconv_jax.models.zoo import ARCHITECTURES, describe, name_of
+from slimconv_jax.models.zoo import ARCHITECTURES, abstract_resnet, describe, name_of
 from slimconv_jax.storage.model_directory import save_model
-from slimconv_jax.storage.work_directory import CONFIG, claim_workdir, read_run_dataset
-from slimconv_jax.training.config import default_values, override, read_config, value_in
+from slimconv_jax.storage.work_directory import claim_workdir, hold_workdir
+from slimconv_jax.training.config import (
+    complete,
+    default_values,
+    override,
+    read_config,
+    read_run_config,
+    value_in,
+)
 from slimconv_jax.training.loop import train
 from slimconv_jax.training.optimizer import is_schedule_free
 from slimconv_jax.training.setup import Parts, create_normalize, create_parts
@@ -76,6 +84,9 @@ def slim(
     data_dir: epath.PathLike | None = None,
     imitation_steps: int = 300,
     num_epochs: int = 5,
+    checkpoint: int | None = None,
+    ema: bool = False,
+    average: int = 1,
 ) -> list[dict[str, Any]]:
     """Slims a trained ResNet, and continues where an earlier call with this `workdir` stopped.
 
@@ -92,6 +103,9 @@ def slim(
         since that file may be a stranger's.
       imitation_steps: steps in which the new layers learn to imitate the old ones.
       num_epochs: of the training after that.
+      checkpoint: of a run at `model`, the step whose checkpoint to slim; None for the newest.
+      ema: of a run at `model`, whether to slim the averaged weights.
+      average: of a run at `model`, the number of checkpoints whose weights are averaged.
 
     Returns:
       The stages, also in `slim.json`: before, after imitation and after distillation, each with
@@ -103,13 +117,15 @@ def slim(
     """
     require_integer("imitation_steps", imitation_steps, 0)
     require_integer("num_epochs", num_epochs, 1)
-    workdir, old = absolute(workdir), open_model(model)
+    weights = {"checkpoint": checkpoint, "ema": ema, "average": average}
+    workdir, old = absolute(workdir), open_model(model, **weights)
     new = _slimmed(old.model, k)
     if data_dir is None:
         data_dir = value_in(overrides, "dataset.data_dir")
-    config = _config_of(old, new, config, data, data_dir)
-    teacher = {"init_from": str(workdir / IMITATED), "distillation.teacher": str(absolute(model))}
-    config.update_from_flattened_dict(teacher | {"num_epochs": num_epochs})
+    changes = {"init_from": str(workdir / IMITATED), "num_epochs": num_epochs}
+    changes |= {f"distillation.{name}": value for name, value in weights.items()}
+    changes |= {"distillation.teacher": str(absolute(model))}
+    config = _config_of(old, new, config, data, data_dir, changes)
     config = override(config, overrides, of=str(model))
 
     parts = create_parts(config, data_mesh())
@@ -118,23 +134,21 @@ def slim(
             f"the config makes {describe(parts.model.config)}, and {model} with SlimConv is "
             f"{describe(new.config)}"
         )
+    with hold_workdir(workdir):
+        claim_workdir(workdir, config, default_values())
+        try:
+            report = _read_report(workdir / REPORT)
+            if (there := report[1]["imitation_steps"]) != imitation_steps:
+                raise InputError(
+                    f"{workdir} holds another experiment: imitation_steps is {there} there and "
+                    f"{imitation_steps} here; choose another WORKDIR, or delete this one"
+                )
+        except MissingFileError:
+            report = _start(old.model, new, parts, imitation_steps, workdir)
+    if len(report) == 3:
+        say(f"{workdir} is complete, nothing to do")
+        return report
     size = parts.test_data.image_shape
-    claim_workdir(workdir, config, default_values())
-    try:
-        report = _read_report(workdir / REPORT)
-        if len(report) == 3:
-            say(f"{workdir} is complete, nothing to do")
-            return report
-    except MissingFileError:
-        report = [_stage("before", old.model, size, _test(parts, old.model), 0.0)]
-        say(describe_stage(report[0]))
-        start = time.perf_counter()
-        new = imitate(old.model, new, parts, steps=imitation_steps)
-        seconds = time.perf_counter() - start
-        report.append(_stage("after imitation", new, size, _test(parts, new), seconds))
-        say(describe_stage(report[1]))
-        save_model(new, workdir / IMITATED, info=parts.info(), overwrite=True)
-        _write_report(workdir / REPORT, report)
     del parts  # train loads the data again
     start = time.perf_counter()
     result = train(config, workdir)
@@ -142,6 +156,32 @@ def slim(
     report.append(_stage("after distillation", new, size, result, seconds))
     _write_report(workdir / REPORT, report)
     return report
+
+
+def _start(
+    old: ResNet, new: ResNet, parts: Parts, steps: int, workdir: epath.Path
+) -> list[dict[str, Any]]:
+    """Imitates, and saves the new model; returns the first two stages."""
+    old, new = (_in_dtype(model, parts.config.model.dtype) for model in (old, new))
+    size = parts.test_data.image_shape
+    report = [_stage("before", old, size, _test(parts, old), 0.0)]
+    say(describe_stage(report[0]))
+    start = time.perf_counter()
+    new = imitate(old, new, parts, steps=steps)
+    seconds = time.perf_counter() - start
+    stage = _stage("after imitation", new, size, _test(parts, new), seconds)
+    report.append(stage | {"imitation_steps": steps})
+    say(describe_stage(report[1]))
+    save_model(new, workdir / IMITATED, info=parts.info(), overwrite=True)
+    _write_report(workdir / REPORT, report)
+    return report
+
+
+def _in_dtype(model: ResNet, dtype: Dtype | None) -> ResNet:
+    """Returns a model that computes in a dtype, with the arrays of another, for evaluation."""
+    model = merge(nnx.graphdef(abstract_resnet(model.config, dtype=dtype)), variables(model))
+    model.eval()
+    return model
 
 
 def _write_report(path: epath.Path, report: list[dict[str, Any]]) -> None:
@@ -156,7 +196,8 @@ def _read_report(path: epath.Path) -> list[dict[str, Any]]:
     """
     report, wanted = read_json(path), {"stage", "top1", "top5", "parameters", "multiply_adds"}
     is_list = isinstance(report, list) and len(report) in (2, 3)
-    if not is_list or not all(isinstance(s, dict) and wanted <= s.keys() for s in report):
+    is_list = is_list and all(isinstance(s, dict) and wanted <= s.keys() for s in report)
+    if not is_list or "imitation_steps" not in report[1]:
         raise InputError(f"{path} is damaged; choose another WORKDIR, or delete this one")
     return report
 
@@ -181,26 +222,23 @@ def _config_of(
     config: str | None,
     data: str | None,
     data_dir: epath.PathLike | None,
+    changes: dict[str, Any],
 ) -> ml_collections.ConfigDict:
-    """Returns the config to train a slimmed model with."""
-    changes: dict[str, Any] = dict(RECIPE)
-    try:
-        recorded = read_json(absolute(old.path) / CONFIG)
-    except MissingFileError:
-        recorded = None
+    """Returns the config to train a slimmed model with, which has `changes` by flat key."""
+    recorded = read_run_config(old.path) if config is None else None
+    last, changes = changes, dict(RECIPE)
     if config is not None:
         base = read_config(config)
     elif recorded is not None:
+        base = recorded
         if data is None and data_dir is None:
-            refuse_data_dir(old.path, read_run_dataset(old.path))
-        base = override(ml_collections.ConfigDict(_as_tuples(recorded)), (), of=str(old.path))
+            refuse_data_dir(old.path, base.dataset)
         # Of a stranger's file, nothing is read or written elsewhere.
         changes |= {"init_from": None, "loggers": ("tensorboard",)}
         changes |= {"distillation.teacher": None, "dataset.data_dir": None}
     else:
         base = read_config("finetune")
-    is_its_own = config is None and recorded is not None
-    if "preprocessing" in old.info and not is_its_own:  # the old model sees images as ever
+    if "preprocessing" in old.info and recorded is None:  # the old model sees images as ever
         changes["transform.image_size"] = old.preprocessing.image_size
         changes["transform.crop_ratio"] = old.preprocessing.crop_ratio
         changes["normalize.mean"] = tuple(old.preprocessing.mean)
@@ -215,19 +253,12 @@ def _config_of(
         changes["optimizer.learning_rate"] = RATE_FACTOR * rate
     if data is not None:
         base.dataset = ml_collections.ConfigDict({"name": data})
-        base = override(base, (), of=str(old.path))
+        base = complete(base)
     if data_dir is not None:
         changes["dataset.data_dir"] = str(data_dir)
-    with base.unlocked():
-        base.update_from_flattened_dict(changes)
+    with base.unlocked(), base.ignore_type():  # `check_config` reports values of other types
+        base.update_from_flattened_dict(changes | last)
     return base
-
-
-def _as_tuples(tree: Any) -> Any:
-    """Returns what JSON has as configs have it: tuples for lists, and nothing for null."""
-    if isinstance(tree, dict):
-        return {key: _as_tuples(value) for key, value in tree.items() if value is not None}
-    return tuple(map(_as_tuples, tree)) if isinstance(tree, list) else tree
 
 
 def imitate(

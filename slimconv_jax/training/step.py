@@ -151,7 +151,8 @@ def make_train_step(
       there at every call. Its metrics are scalars: `loss` (the
       mean, of the mixed targets and the teacher) and `accuracy` (fraction, top-1; of mixed images,
       of the larger part) of the batch, as the model was before the update, `grad_norm`, and
-      `learning_rate`; with a teacher, also `distillation_loss`, without its weight.
+      `learning_rate`; with a teacher, also its two parts, `label_loss` and `distillation_loss`,
+      without their weights.
 
     Raises:
       ValueError: if a setting is out of range.
@@ -185,8 +186,8 @@ def make_train_step(
             with jax.named_scope("teacher"):
                 answers = merge(teacher.graphdef, taught)(teacher.normalize(images))
             distance = teacher.loss(logits, answers).mean()
+            metrics |= {"label_loss": value, "distillation_loss": distance}
             value = (1 - teacher.weight) * value + teacher.weight * distance
-            metrics["distillation_loss"] = distance
         return value, (rest, metrics)
 
     def part(params, *args):

@@ -44,8 +44,8 @@ class EventWriter:
                     self._write(step=line["step"], summary=scalar)
         self._file.flush()
 
-    def close(self) -> None:
-        """Closes the file."""
+    def close(self, status: int) -> None:
+        """Closes the file, whose format has no place for how the run ended."""
         self._file.close()
 
     def _write(self, **fields) -> None:

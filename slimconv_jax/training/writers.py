@@ -1,10 +1,9 @@
 """Creates the writers of a run's metrics, each of which takes lines as in `metrics.jsonl`.
 
-A writer has `write(lines)` and `close()`; both raise an OSError if they fail. To add one, write
-its class and add a line to `create_writers`; what may fail without ending the run is a logger.
+A writer has `write(lines)`, which raises an OSError if it fails. To add one, write its class and
+add a line to `create_writers`; what may fail without ending the run is a logger.
 """
 
-import functools
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -13,7 +12,7 @@ from etils import epath
 from slimconv_jax.files import replace_file
 from slimconv_jax.storage.work_directory import PICTURE
 from slimconv_jax.training.curves import draw_curves
-from slimconv_jax.training.loggers import LOGGERS, Detached, RunInfo
+from slimconv_jax.training.loggers import RunInfo
 from slimconv_jax.training.metrics import MetricsFile
 
 
@@ -22,19 +21,14 @@ class Writer(Protocol):
 
     def write(self, lines: Sequence[dict]) -> None: ...
 
-    def close(self) -> None: ...
 
-
-def create_writers(
-    run: RunInfo, lines: Sequence[dict], *, damaged: set[int], loggers: Sequence[str]
-) -> list[Writer]:
+def create_writers(run: RunInfo, lines: Sequence[dict], *, damaged: set[int]) -> list[Writer]:
     """Creates the writers of a run.
 
     Args:
       run: its work directory gets `metrics.jsonl` and, at each evaluation, `curves.png`.
       lines: the existing ones, up to the first step.
       damaged: see `MetricsFile`.
-      loggers: names of `LOGGERS`, which get everything too.
 
     Raises:
       OSError: if a file cannot be written.
@@ -42,7 +36,6 @@ def create_writers(
     return [
         MetricsFile(run.workdir, lines, damaged),
         Picture(run.workdir, lines, run.title),
-        *(Detached(name, functools.partial(LOGGERS[name][0], run)) for name in loggers),
     ]
 
 
@@ -63,6 +56,3 @@ class Picture:
         self._lines += lines
         if any(line["split"] != "train" for line in lines):
             replace_file(self._path, draw_curves(self._lines, self._title))
-
-    def close(self) -> None:
-        """Does nothing; the picture is drawn already."""

@@ -7,14 +7,13 @@ import optax
 import pytest
 import torch
 from flax import nnx
+from plain_step import build, make_batch
 from randomize import randomized
 
-from slimconv_jax.devices import data_mesh, replicated
 from slimconv_jax.models.variables import variables
 from slimconv_jax.models.zoo import abstract_model
 from slimconv_jax.storage.model_directory import save_model
 from slimconv_jax.training.distillation import create_teacher
-from slimconv_jax.training.step import create_state, make_train_step
 
 CLASSES = ["a", "b", "c"]
 PREPROCESSING = {"image_size": 8, "mean": [0.1, 0.2, 0.3], "std": [0.5, 0.6, 0.7]}
@@ -69,27 +68,9 @@ def test_hard_labels_are_those_of_the_teacher(path):
     np.testing.assert_allclose(taught(path, hard=True).loss(ours, theirs), expected, rtol=1e-5)
 
 
-def run_step(model, teacher, *, devices=8, **options):
-    optimizer, mesh = optax.sgd(0.1), data_mesh(jax.devices()[:devices])
-    step = make_train_step(
-        model,
-        optimizer,
-        lambda step: 0.1,
-        num_classes=3,
-        augment=lambda key, images, targets: (images, targets),
-        normalize=lambda images: images / 255.0,
-        key=jax.random.key(5),
-        mesh=mesh,
-        teacher=teacher,
-        **options,
-    )
-    state = jax.tree.map(jnp.copy, create_state(model, optimizer))
-    rng = np.random.default_rng(0)
-    batch = {
-        "image": rng.integers(0, 256, (16, 8, 8, 3), dtype=np.uint8),
-        "label": rng.integers(0, 3, 16).astype(np.int32),
-    }
-    state, metrics = step(jax.device_put(state, replicated(mesh)), batch)
+def run_step(model, teacher, **options):
+    step, state = build(model, optax.sgd(0.1), teacher=teacher, batch_norm="frozen", **options)
+    state, metrics = step(state, batch := make_batch())
     return batch, state, {name: float(value) for name, value in metrics.items()}
 
 
@@ -99,7 +80,7 @@ def run_step(model, teacher, *, devices=8, **options):
 def test_a_step_learns_from_labels_and_teacher(path, teacher_model, options):
     student = small()
     teacher = taught(path, weight=0.25, temperature=2.0)
-    batch, state, metrics = run_step(student, teacher, batch_norm="frozen", **options)
+    batch, state, metrics = run_step(student, teacher, **options)
 
     def losses(student):
         logits = student(batch["image"] / 255.0)
@@ -115,6 +96,7 @@ def test_a_step_learns_from_labels_and_teacher(path, teacher_model, options):
     student.eval()
     labels, distance = map(float, losses(student))
     assert metrics["loss"] == pytest.approx(0.75 * labels + 0.25 * distance, rel=1e-4)
+    assert metrics["label_loss"] == pytest.approx(labels, rel=1e-4)
     assert metrics["distillation_loss"] == pytest.approx(distance, rel=1e-4)
     assert distance > 0.01
     grads = nnx.to_pure_dict(gradients(student))
@@ -125,7 +107,7 @@ def test_a_step_learns_from_labels_and_teacher(path, teacher_model, options):
 
 def test_a_student_that_is_its_teacher_has_nothing_to_learn(teacher_model, path):
     teacher = taught(path, weight=1.0)._replace(normalize=lambda images: images / 255.0)
-    _, state, metrics = run_step(teacher_model, teacher, batch_norm="frozen")
+    _, state, metrics = run_step(teacher_model, teacher)
     assert metrics["distillation_loss"] == metrics["loss"] == 0
     assert metrics["grad_norm"] < 1e-5
     for a, b in zip(
@@ -144,6 +126,9 @@ def test_bad_settings(path, tmp_path):
         ({"weight": 1.5}, "distillation: weight=1.5 must be a number from 0 to 1"),
         ({"temperature": 0}, "distillation: temperature=0 must be a number"),
         ({"hard": 1}, "distillation: hard=1 must be True or False"),
+        ({"ema": "yes"}, "distillation: ema='yes' must be True or False"),
+        ({"ema": True}, "is not a training run, so it has one set of weights only"),
+        ({"checkpoint": 3}, "is not a training run, so it has one set of weights only"),
     ]:
         with pytest.raises(ValueError, match=message):
             taught(path, **options)

@@ -1,19 +1,17 @@
 """Parameters that stay, and learning rates of their own."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 import torch
+from plain_step import build, make_batch
 from randomize import randomized
 
-from slimconv_jax.devices import data_mesh, replicated
 from slimconv_jax.models.variables import variables
 from slimconv_jax.models.zoo import abstract_model
 from slimconv_jax.training.fine_tuning import check_patterns, names_of, rate_factors
 from slimconv_jax.training.optimizer import create_optimizer
-from slimconv_jax.training.step import create_state, make_train_step
 
 OPTIONS = {
     "sgd": {"momentum": 0.9, "nesterov": True},
@@ -31,20 +29,6 @@ IN_PYTORCH = {
 
 def small(name="sc_resnet26"):
     return abstract_model(name, width=8, num_classes=3, stem="cifar")
-
-
-def build_step(model, optimizer, **options):
-    return make_train_step(
-        model,
-        optimizer,
-        lambda step: 0.1,
-        num_classes=3,
-        augment=lambda key, images, targets: (images, targets),
-        normalize=lambda images: images / 255.0,
-        key=jax.random.key(0),
-        mesh=data_mesh(),
-        **options,
-    )
 
 
 def params_like_a_resnet():
@@ -125,13 +109,8 @@ def test_frozen_parameters_stay_to_the_bit(name, options, moments):
         freeze=freeze,
         **options,
     )
-    step = build_step(model, optimizer, freeze=freeze)
-    state = jax.device_put(create_state(model, optimizer), replicated(data_mesh()))
-    before = state.params
-    batch = {
-        "image": np.random.default_rng(0).integers(0, 256, (16, 16, 16, 3), dtype=np.uint8),
-        "label": np.arange(16, dtype=np.int32) % 3,
-    }
+    step, state = build(model, optimizer, freeze=freeze)
+    before, batch = jax.tree.map(np.asarray, state.params), make_batch()
     for _ in range(2):
         state, metrics = step(state, batch)
     assert np.isfinite(metrics["loss"])
@@ -151,9 +130,8 @@ def test_the_gradient_of_what_stays_is_not_computed():
 
     def convolutions(freeze):
         optimizer = create_optimizer(lambda step: 0.1, freeze=freeze)
-        step = build_step(model, optimizer, batch_norm="frozen", freeze=freeze)
-        batch = {"image": jnp.zeros((8, 8, 8, 3), jnp.uint8), "label": jnp.zeros(8, jnp.int32)}
-        text = step.func.lower(*step.args, create_state(model, optimizer), batch).as_text()
+        step, state = build(model, optimizer, batch_norm="frozen", freeze=freeze)
+        text = step.func.lower(*step.args, state, make_batch()).as_text()
         return text.count("stablehlo.convolution")
 
     forward = convolutions(("stem*", "stages*"))  # a linear probe

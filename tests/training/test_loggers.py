@@ -11,7 +11,14 @@ from PIL import Image
 
 from slimconv_jax.training import loggers
 from slimconv_jax.training.config import read_config
-from slimconv_jax.training.loggers import LOGGERS, Detached, RunInfo, check_loggers, identify
+from slimconv_jax.training.loggers import (
+    LOGGERS,
+    Detached,
+    Loggers,
+    RunInfo,
+    check_loggers,
+    identify,
+)
 from slimconv_jax.training.loop import train
 from slimconv_jax.training.metrics import read_metrics
 
@@ -26,7 +33,7 @@ class Recorder:
     """A logger that keeps what it gets, and fails or hangs where it is told to."""
 
     def __init__(self, fails_in=None, waits_in=None):
-        self.got, self.closed = [], False
+        self.got, self.status = [], None
         self.fails_in, self.waits_in, self.go_on = fails_in, waits_in, threading.Event()
         self._at("create")
 
@@ -40,9 +47,9 @@ class Recorder:
         self._at("write")
         self.got += lines
 
-    def close(self):
+    def close(self, status):
         self._at("close")
-        self.closed = True
+        self.status = status
 
 
 def test_a_logger_gets_everything_in_order(capsys):
@@ -50,8 +57,9 @@ def test_a_logger_gets_everything_in_order(capsys):
     detached = Detached("x", lambda: recorder)
     for line in LINES:
         detached.write([line])
-    detached.close()
-    assert recorder.got == LINES and recorder.closed
+    detached.close(0)
+    detached.wait(9)
+    assert recorder.got == LINES and recorder.status == 0
     assert capsys.readouterr().out == ""
 
 
@@ -60,7 +68,8 @@ def test_one_that_raises_is_given_up(where, capsys):
     detached = Detached("x", lambda: Recorder(fails_in=where))
     for _ in range(3):
         detached.write(LINES)
-    detached.close()
+    detached.close(0)
+    detached.wait(9)
     said = f"warning: the logger x failed: 'no luck in {where}'; the run goes on without it\n"
     assert capsys.readouterr().out == said
 
@@ -73,16 +82,37 @@ def test_one_that_hangs_is_given_up(monkeypatch, capsys):
     for _ in range(9):
         detached.write(LINES)
     assert capsys.readouterr().out.startswith("warning: the logger x is 3 writes behind; the run")
-    detached.close()
+    detached.close(0)
+    detached.wait(0)
     assert capsys.readouterr().out == ""  # once is enough
-    other = Recorder(waits_in="close")
-    Detached("y", lambda: other).close()
-    assert "the logger y has not finished after 0 s; the run goes on" in capsys.readouterr().out
     recorder.go_on.set()
-    other.go_on.set()
 
 
-@pytest.mark.long
+def test_all_that_hang_have_one_deadline(run, monkeypatch, capsys):
+    monkeypatch.setattr(loggers, "PATIENCE", 0.3)
+    hanging, waits, wait = [], [], Detached.wait
+
+    def create(run):
+        hanging.append(Recorder())
+        hanging[-1].waits_in = "close"
+        return hanging[-1]
+
+    def waiting(self, seconds):
+        waits.append(seconds)
+        wait(self, seconds)
+
+    monkeypatch.setattr(Detached, "wait", waiting)
+    for name in LOGGERS:
+        monkeypatch.setitem(LOGGERS, name, (create, "json"))
+    everyone = Loggers(list(LOGGERS), run)
+    everyone.write(LINES)
+    everyone.close(0)
+    assert 0.3 >= waits[0] > waits[1] == waits[2] == 0
+    assert capsys.readouterr().out.count("has not finished after 0 s") == len(LOGGERS) == 3
+    for recorder in hanging:
+        recorder.go_on.set()
+
+
 def test_a_run_does_not_mind(tmp_path, monkeypatch, capsys):
     recorder = Recorder()
     monkeypatch.setitem(LOGGERS, "wandb", (lambda run: recorder, "json"))
@@ -92,7 +122,7 @@ def test_a_run_does_not_mind(tmp_path, monkeypatch, capsys):
     config.batch_size = 256
     train(config, tmp_path, devices=jax.devices()[:1])
     assert "the logger mlflow failed: 'no luck in write'" in capsys.readouterr().out
-    assert recorder.got == read_metrics(epath.Path(tmp_path)) and recorder.closed
+    assert recorder.got == read_metrics(epath.Path(tmp_path)) and recorder.status == 0
     assert not (tmp_path / "tensorboard").exists()
 
 
@@ -115,11 +145,11 @@ def run(tmp_path):
     return RunInfo(epath.Path(tmp_path), config, "a model", 0, "a1b2")
 
 
-def log(name, run):
+def log(name, run, status=0):
     logger = LOGGERS[name][0](run)
     logger.write(LINES[:2])
     logger.write(LINES[2:])
-    logger.close()
+    logger.close(status)
 
 
 def test_a_run_keeps_its_identity(tmp_path):
@@ -134,9 +164,11 @@ def test_mlflow_gets_config_metrics_and_curves(run, tmp_path, monkeypatch):
     mlflow = pytest.importorskip("mlflow")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", store := f"file:{tmp_path}/store")
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
-    log("mlflow", run)
-    log("mlflow", run._replace(first_step=5))  # continued
     client = mlflow.MlflowClient(store)
+    log("mlflow", run, 143)
+    (stopped,) = client.search_runs([client.get_experiment_by_name("slimconv_jax").experiment_id])
+    assert stopped.info.status == "KILLED"
+    log("mlflow", run._replace(first_step=5))  # continued
     (experiment,) = [e for e in client.search_experiments() if e.name == "slimconv_jax"]
     (logged,) = client.search_runs([experiment.experiment_id])
     assert logged.data.params == {"model.name": "resnet14", "seed": "3"}

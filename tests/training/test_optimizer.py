@@ -241,6 +241,14 @@ def test_bad_schedules(settings, message):
         ({"b1": 0.5}, "sgd has no b1; it has momentum, nesterov"),
         ({"name": "adamw", "momentum": 0.9}, "adamw has no momentum; it has b1, b2, eps"),
         ({"name": "lamb", "eps": float("inf")}, "eps=inf must be a number"),
+        (
+            {"name": "schedule_free_sgd", "learning_rate_factors": ("x=2",)},
+            "learning_rate_factors and layer_decay are not for schedule_free_sgd",
+        ),
+        (
+            {"name": "schedule_free_sgd", "layer_decay": 0.5},
+            "learning_rate_factors and layer_decay are not for schedule_free_sgd",
+        ),
     ],
 )
 def test_bad_optimizers(settings, message):

@@ -1,3 +1,4 @@
+import contextlib
 import json
 import resource
 import struct
@@ -10,15 +11,21 @@ import pytest
 from etils import epath
 from tensorboardX.proto import event_pb2
 
+from slimconv_jax.errors import InputError
+from slimconv_jax.training import window
+from slimconv_jax.training.interruption import RunInterruptedError
+from slimconv_jax.training.loggers import LOGGERS, Loggers
 from slimconv_jax.training.metrics import rank_evaluations, read_metrics
 from slimconv_jax.training.report import Reporter
 from slimconv_jax.training.timetable import Phase, Timetable
 
+ONE_PHASE = (Phase(4),)
 
-def reporter(workdir, first_step=0):
+
+def reporter(workdir, first_step=0, *, phases=ONE_PHASE):
     return Reporter(
         epath.Path(workdir),
-        Timetable(10, (Phase(4),), 10, frozenset({10}), frozenset({5, 10})),
+        Timetable(10, phases, 10, frozenset({10}), frozenset({5, 10})),
         ml_collections.ConfigDict(
             {"batch_size": 4, "log_every_steps": 4, "loggers": ("tensorboard",)}
         ),
@@ -242,6 +249,46 @@ def test_a_run_that_stops_between_lines_writes_one(tmp_path):
             report.flush(last_step)
     lines = read_metrics(epath.Path(tmp_path))
     assert [(line["step"], line["loss"]) for line in lines] == [(2, 1.5), (4, 3.5)]
+
+
+def test_the_time_of_compiling_for_another_size_is_left_out(tmp_path, monkeypatch):
+    clock = iter([0.0, 1.0, 2.0, 100.0, 101.0, 102.0])  # the arrivals of steps 1 to 6
+    monkeypatch.setattr(window.time, "perf_counter", lambda: next(clock))
+    phases = (Phase(8), Phase(4, first_step=3, first_epoch=2))
+    with reporter(tmp_path, phases=phases) as report:
+        for step in range(1, 7):
+            report.train_step(step, metrics(step), 0.0)
+        report.flush(6)
+        (first, second, third) = read_metrics(epath.Path(tmp_path))
+    assert [line["step"] for line in (first, second, third)] == [4, 5, 6]
+    assert first["images_per_second"] == 8  # of steps 2 and 3
+    assert second["images_per_second"] == third["images_per_second"] == 4
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [(None, 0), (InputError("x"), 1), (KeyError("x"), 1), (RunInterruptedError("SIGTERM", 5), 143)],
+)
+def test_loggers_hear_how_a_run_ends(tmp_path, monkeypatch, error, status):
+    ends = []
+
+    class Logger:
+        def close(self, status):
+            ends.append(status)
+
+    monkeypatch.setitem(LOGGERS, "tensorboard", (lambda run: Logger(), "json"))
+    with pytest.raises(type(error)) if error else contextlib.nullcontext(), reporter(tmp_path):
+        if error:
+            raise error
+    assert ends == [status]
+
+
+def test_loggers_hear_of_training_that_diverges(tmp_path, monkeypatch):
+    ends = []
+    monkeypatch.setattr(Loggers, "close", lambda self, status: ends.append(status))
+    with pytest.raises(ValueError, match="the training diverged"), reporter(tmp_path) as report:
+        report.train_step(1, metrics(float("nan")), 0.0)
+    assert ends == [1]
 
 
 def test_the_best_evaluation():

@@ -7,18 +7,24 @@ import shutil
 import jax
 import numpy as np
 import pytest
+from etils import epath
+from flax import nnx
 from randomize import randomized
 
 from slimconv_jax.__main__ import main
 from slimconv_jax.devices import data_mesh
+from slimconv_jax.errors import InputError
+from slimconv_jax.inference.saved import open_model
 from slimconv_jax.models.slimify import slimify
 from slimconv_jax.models.variables import by_name
 from slimconv_jax.models.zoo import abstract_model
 from slimconv_jax.storage.model_directory import load_model, save_model
+from slimconv_jax.storage.work_directory import hold_workdir
+from slimconv_jax.training import distillation, slimming
 from slimconv_jax.training.config import read_config
 from slimconv_jax.training.loop import train
 from slimconv_jax.training.setup import create_parts
-from slimconv_jax.training.slimming import imitate, slim
+from slimconv_jax.training.slimming import _errors, imitate, slim
 
 SYNTHETIC = [
     *("--config.dataset.name=synthetic", "--config.dataset.test_split=test"),
@@ -57,6 +63,25 @@ def test_new_layers_imitate_the_old_ones_and_the_rest_stays(capsys):
     assert after.stages[0][0].conv2.upper.bn.use_running_average
 
 
+@pytest.mark.long
+def test_blocks_of_a_stage_see_what_the_blocks_before_give():
+    teacher, images = network("resnet26"), jax.random.normal(jax.random.key(0), (2, 8, 8, 3))
+    teacher.eval()
+    student, _ = slimify(teacher, k="4/3", image_size=8)
+    student.eval()
+    errors = [float(error) for error in _errors(teacher, student, images)]
+    x, expected = teacher.stem_output(images), []
+    for old_stage, new_stage in zip(teacher.stages, student.stages, strict=True):
+        for old, new in zip(old_stage, new_stage, strict=True):
+            inner = nnx.relu(old.conv1(x))
+            theirs = np.asarray(old.conv3(nnx.relu(old.conv2(inner))), np.float64)
+            ours = np.asarray(new.conv3(nnx.relu(new.conv2(inner))), np.float64)
+            expected.append(((ours - theirs) ** 2).mean() / theirs.var((0, 1, 2)).mean())
+            x = old(x)
+    assert len(errors) == 8
+    np.testing.assert_allclose(errors, expected, rtol=1e-3)
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """The run of a plain network on the digits."""
@@ -72,22 +97,30 @@ def trained(tmp_path_factory):
 @pytest.mark.long
 def test_a_run_is_slimmed_and_continues_where_it_was_stopped(trained, tmp_path, capsys):
     workdir = tmp_path / "slim"
-    options = {"k": "8/3", "imitation_steps": 60, "num_epochs": 2}
+    options = {"k": "4/3", "imitation_steps": 200, "num_epochs": 1}
+    options["overrides"] = ("--config.log_every_steps=8",)
     before, imitated, distilled = stages = slim(trained, workdir, **options)
     printed = capsys.readouterr().out
     assert "from the weights of " in printed and "imitation: " in printed
     assert before["parameters"] > imitated["parameters"] == distilled["parameters"]
     assert before["multiply_adds"] > imitated["multiply_adds"]
-    assert distilled["top1"] > 0.7 * before["top1"] and imitated["top1"] > 0.15
+    without = options | {"imitation_steps": 0}
+    _, random, unimitated = slim(trained, tmp_path / "unimitated", **without)
+    capsys.readouterr()
+    assert imitated["top1"] > 3 * random["top1"]
+    assert distilled["top1"] > unimitated["top1"] + 0.05
     assert before["model"] == "resnet14, 10 classes, width 8"
-    assert imitated["model"] == "sc_resnet14, k=8/3, 10 classes, width 8"
+    assert imitated["model"] == "sc_resnet14, k=4/3, 10 classes, width 8"
     assert json.loads((workdir / "slim.json").read_text()) == stages
     model = load_model(workdir)
-    assert model.config.reduction == 4
+    assert model.config.reduction == 2
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    assert all("distillation_loss" in line for line in lines if line["split"] == "train")
+    distances = [line["distillation_loss"] for line in lines if line["split"] == "train"]
+    assert distances[-1] < 0.8 * distances[0]
     assert lines[-1]["top1"] == distilled["top1"]
 
+    again = slim(trained, workdir, **options)  # complete
+    assert again == stages and "nothing to do" in capsys.readouterr().out
     shutil.rmtree(workdir / "checkpoints")  # as if stopped before the first one
     (workdir / "slim.json").write_text(json.dumps(stages[:2]))
     again = slim(trained, workdir, **options)
@@ -98,8 +131,8 @@ def test_a_run_is_slimmed_and_continues_where_it_was_stopped(trained, tmp_path, 
         {name: variable[...] for name, variable in by_name(model).items()},
         {name: variable[...] for name, variable in by_name(load_model(workdir)).items()},
     )
-    with pytest.raises(ValueError, match=r"holds another experiment: config\.model\.k is '8/3'"):
-        slim(trained, workdir, **options | {"k": "4/3"})
+    with pytest.raises(ValueError, match=r"holds another experiment: config\.model\.k is '4/3'"):
+        slim(trained, workdir, **options | {"k": "8/3"})
 
 
 def test_what_cannot_be_slimmed(tmp_path, capsys):
@@ -120,6 +153,108 @@ def test_what_cannot_be_slimmed(tmp_path, capsys):
         assert main(["slim", str(tmp_path / name), out, *arguments]) == 1
         assert re.match(f"error: .*{message}", capsys.readouterr().err)
         assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture
+def parts_only(monkeypatch):
+    """Makes `slim` stop before it computes anything; returns the configs that it came to."""
+    configs = []
+
+    def stop(old, new, parts, steps, workdir):
+        configs.append(parts.config)
+        raise InputError("far enough")
+
+    monkeypatch.setattr(slimming, "_start", stop)
+    return configs
+
+
+RUN = {
+    "dataset": {"name": "synthetic", "num_examples": 64, "num_classes": 3, "image_size": 8},
+    "model": {"name": "resnet14", "width": 8, "stem": "cifar", "k": None},
+    "optimizer": {"name": "sgd", "momentum": 0.9, "freeze": ["stem*"], "learning_rate": 0.5},
+    "normalize": {"mean": [0.5] * 3, "std": [0.25] * 3},
+    "loggers": ["wandb"],
+    "batch_size": 16,
+    "num_epochs": 90,
+}
+
+
+def recorded(path, config):
+    """A saved model with the config of a run."""
+    save_model(network(), path)
+    (path / "config.json").write_text(json.dumps(config))
+    return path
+
+
+def test_the_config_of_the_run_with_the_recipe_and_overrides(tmp_path, parts_only):
+    run = recorded(tmp_path / "run", RUN)
+    overrides = ("--config.optimizer.weight_decay=0.01", "--config.num_epochs=7")
+    overrides += ("--config.model.dtype=bfloat16", "--config.dataset.num_examples=32")
+    with pytest.raises(InputError, match="far enough"):
+        slim(run, tmp_path / "out", k="8/3", overrides=overrides)
+    (config,) = parts_only
+    assert config.model.name == "sc_resnet14" and config.model.k == "8/3"
+    assert config.model.width == 8 and config.model.dtype == "bfloat16"
+    assert config.optimizer.learning_rate == 0.1 and config.optimizer.weight_decay == 0.01
+    assert config.optimizer.freeze == () and config.optimizer.schedule == "cosine"
+    assert config.loggers == ("tensorboard",)
+    assert config.num_epochs == 7 and config.dataset.num_examples == 32
+    assert config.distillation.teacher == str(run) and not config.distillation.ema
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ([], "is damaged: it is not a config"),
+        ({"optimizer": 3}, "is damaged: it is not a config .optimizer is not a section"),
+        ({"optimizer": {"name": []}}, "is damaged: it is not a config"),
+        ({"dataset": "x"}, "is damaged: it is not a config .dataset is not a section"),
+        ({"num_epochs": "x"}, "far enough"),  # slim has its own
+        ({"batch_size": "x"}, "config.batch_size='x' must be an integer"),
+        ({"model": {"width": [3]}}, "far enough"),  # the model is known
+        ({"transform": {"image_size": "x"}}, "image_size='x' must be an integer"),
+    ],
+)
+def test_the_damaged_config_of_a_run_is_a_sentence(tmp_path, parts_only, change, message):
+    run = recorded(tmp_path / "run", RUN | change if isinstance(change, dict) else change)
+    with pytest.raises(InputError, match=message):
+        slim(run, tmp_path / "out")
+
+
+def test_another_imitation_and_a_damaged_report_are_refused(tmp_path, parts_only):
+    run, workdir = recorded(tmp_path / "run", RUN), tmp_path / "out"
+    with pytest.raises(InputError, match="far enough"):
+        slim(run, workdir)
+    stage = {"stage": "x", "top1": 0.5, "top5": 1.0, "parameters": 5, "multiply_adds": 6}
+    stages = [stage, stage | {"imitation_steps": 300}, stage]
+    report = workdir / "slim.json"
+    report.write_text(json.dumps(stages))
+    assert slim(run, workdir) == stages  # complete
+    with pytest.raises(ValueError, match="imitation_steps is 300 there and 9 here"):
+        slim(run, workdir, imitation_steps=9)
+    for damaged in ["", "{}", "[]", json.dumps([stage, stage]), json.dumps([stage, {}]), "[3, 4]"]:
+        report.write_text(damaged)
+        with pytest.raises(InputError, match=f"{report}.* is damaged"):
+            slimming._read_report(epath.Path(report))
+    with (
+        hold_workdir(epath.Path(workdir)),
+        pytest.raises(ValueError, match="is in use by process"),
+    ):
+        slim(run, workdir)
+
+
+def test_the_weights_of_a_run_that_are_slimmed_are_the_teacher(tmp_path, parts_only, monkeypatch):
+    run, asked = recorded(tmp_path / "run", RUN), []
+
+    def open_saved(path, *, dtype=None, **weights):
+        asked.append(weights)
+        return open_model(path, dtype=dtype)
+
+    for module in (slimming, distillation):
+        monkeypatch.setattr(module, "open_model", open_saved)
+    arguments = ["--checkpoint", "40", "--ema", "--average", "2"]
+    assert main(["slim", str(run), str(tmp_path / "out"), *arguments]) == 1
+    assert asked == [{"checkpoint": 40, "ema": True, "average": 2}] * 2
 
 
 def test_the_data_of_a_strangers_run_are_asked_for(tmp_path):
