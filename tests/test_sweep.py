@@ -208,7 +208,7 @@ def test_a_file_of_channels_has_the_recipe_without_k(tmp_path):
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(name, marks=[] if name in ("gating", "gate16", "time") else pytest.mark.long)
+        pytest.param(name, marks=[] if name in ("gate16", "time") else pytest.mark.long)
         for name in ablation.STUDIES
     ],
 )

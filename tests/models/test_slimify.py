@@ -358,6 +358,7 @@ def test_a_model_that_gets_state_is_told_so(vgg):
     assert "had no batch statistics" not in str(sc.slimify(vgg)[1])
 
 
+@pytest.mark.long
 def test_batch_norms_have_the_settings_of_the_models(images):
     model, report = sc.slimify(Synchronised(rngs=nnx.Rngs(0)), image_size=8)
     norms = [m for _, m in nnx.iter_modules(model) if isinstance(m, nnx.BatchNorm)]

@@ -113,6 +113,7 @@ def test_all_that_hang_have_one_deadline(run, monkeypatch, capsys):
         recorder.go_on.set()
 
 
+@pytest.mark.long
 def test_a_run_does_not_mind(tmp_path, monkeypatch, capsys):
     recorder = Recorder()
     monkeypatch.setitem(LOGGERS, "wandb", (lambda run: recorder, "json"))

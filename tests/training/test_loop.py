@@ -180,7 +180,7 @@ def test_a_complete_run_says_so_and_changes_nothing(run, capsys):
     assert (workdir / "metrics.jsonl").stat().st_mtime_ns == before
 
 
-@pytest.mark.parametrize("step", [22, 45])
+@pytest.mark.parametrize("step", [pytest.param(22, marks=pytest.mark.long), 45])
 def test_an_evaluation_that_an_interruption_took_is_made_up_for(run, tmp_path, step):
     # As after a kill between a checkpoint and the end of its evaluation.
     workdir, result = run
@@ -376,6 +376,7 @@ def test_another_architecture_to_start_from_is_refused_and_claims_nothing(tmp_pa
         assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.long
 def test_a_run_that_diverges_keeps_its_checkpoints(tmp_path):
     config = small_config()
     config.model.width = 4
