@@ -94,10 +94,11 @@ def supervise(start: Callable[[], None], workdir: str) -> int:
         return _supervise(start)
     except KeyboardInterrupt as error:
         what = "nothing was saved"
-        kept = {"checkpoints": "from the last checkpoint", "slim.json": "after the imitation"}
-        there = (name for name in kept if os.path.exists(os.path.join(workdir, name)))
-        if name := next(there, None):
-            what = f"the same command continues {kept[name]}"
+        there = Path(workdir).expanduser()
+        if any(path.name.isdigit() for path in there.glob("checkpoints/*")):
+            what = "the same command continues from the last checkpoint"
+        elif (there / "slim.json").exists():
+            what = "the same command continues after the imitation"
         _leave(f"interrupted; {what}", 143 if isinstance(error, _Terminated) else 130)
 
 

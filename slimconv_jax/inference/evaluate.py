@@ -21,7 +21,7 @@ from slimconv_jax.errors import InputError, require_integer
 from slimconv_jax.inference.eval_step import make_evaluate, summarize
 from slimconv_jax.inference.saved import SavedModel, open_model
 from slimconv_jax.models.variables import variables
-from slimconv_jax.storage.work_directory import read_run_dataset
+from slimconv_jax.storage.work_directory import read_recorded_config
 
 
 def evaluate(
@@ -126,7 +126,7 @@ def find_data(
     """
     options = {"name": name, "split": split or "test"}
     if name is None:
-        options = read_run_dataset(model)
+        options = (read_recorded_config(model) or {}).get("dataset")
         if not options:
             raise InputError(f"{model} does not say what it was trained on, so --data is needed")
         if data_dir is None:

@@ -36,8 +36,8 @@ PROFILE = "profile"
 LOCK = ".lock"
 
 
-def read_run_dataset(workdir: epath.PathLike) -> dict[str, Any]:
-    """Reads `config.dataset` of a training run from its `config.json`; empty if there is none.
+def read_recorded_config(workdir: epath.PathLike) -> dict[str, Any] | None:
+    """Reads the `config.json` of a training run; returns None if there is none.
 
     Raises:
       ValueError: if the file is damaged.
@@ -46,11 +46,10 @@ def read_run_dataset(workdir: epath.PathLike) -> dict[str, Any]:
     try:
         config = read_json(file)
     except MissingFileError:
-        return {}
-    dataset = config.get("dataset", {}) if isinstance(config, dict) else None
-    if not isinstance(dataset, dict):
+        return None
+    if not isinstance(config, dict) or not isinstance(config.get("dataset", {}), dict):
         raise InputError(f"{file} is damaged: it is not a config")
-    return dataset
+    return config
 
 
 NOT_COMPARED = (

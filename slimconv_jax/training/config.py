@@ -37,10 +37,10 @@ from slimconv_jax.errors import (
     require_integer,
     require_number,
 )
-from slimconv_jax.files import MissingFileError, absolute, read_json
+from slimconv_jax.files import absolute
 from slimconv_jax.models.zoo import create_model, named_config
 from slimconv_jax.signatures import keys_of, meanings, type_of
-from slimconv_jax.storage.work_directory import CONFIG
+from slimconv_jax.storage.work_directory import CONFIG, read_recorded_config
 from slimconv_jax.training.augment import augment
 from slimconv_jax.training.distillation import create_teacher
 from slimconv_jax.training.loggers import check_loggers
@@ -185,15 +185,13 @@ def check_config(config: ml_collections.ConfigDict, num_devices: int) -> None:
     Raises:
       ValueError: if a key is unknown or missing, or a number is out of range.
     """
+    check_sections(config)
     missing = []
     for where in SECTIONS:
         section, name = _section(config, where)
-        if not isinstance(section, ml_collections.ConfigDict):
-            raise InputError(f"{name} must be a section, that is, a ConfigDict")
         allowed = [*keys(where, section), *(() if where else filter(None, SECTIONS))]
         unknown = [key for key in section if key not in allowed]
         if where == "optimizer":
-            _check_optimizer(section)
             unknown = [key for key in unknown if section[key] is not None]
         if unknown:
             raise unknown_key(name, unknown[0], allowed)
@@ -212,6 +210,18 @@ def check_config(config: ml_collections.ConfigDict, num_devices: int) -> None:
             f"config.batch_size={config.batch_size} does not divide over {num_devices} "
             f"devices{each}; it must be a multiple of {num_devices * parts}"
         )
+
+
+def check_sections(config: ml_collections.ConfigDict) -> None:
+    """Checks that the sections of a config are some, and that there is such an optimiser.
+
+    Raises:
+      ValueError: if not.
+    """
+    for where in filter(None, SECTIONS):
+        if not isinstance(config[where], ml_collections.ConfigDict):
+            raise InputError(f"config.{where} must be a section, that is, a ConfigDict")
+    _check_optimizer(config.optimizer)
 
 
 def _check_optimizer(section: ml_collections.ConfigDict) -> None:
@@ -284,19 +294,14 @@ def read_run_config(workdir: epath.PathLike) -> ml_collections.ConfigDict | None
     Raises:
       ValueError: if the file is damaged.
     """
-    file = absolute(workdir) / CONFIG
-    try:
-        recorded = read_json(file)
-    except MissingFileError:
+    if (recorded := read_recorded_config(workdir)) is None:
         return None
     try:
         config = complete(ml_collections.ConfigDict(_as_tuples(recorded)))
-        for where in filter(None, SECTIONS):
-            if not isinstance(config[where], ml_collections.ConfigDict):
-                raise InputError(f"{where} is not a section")
-        _check_optimizer(config.optimizer)
+        check_sections(config)
     except LIBRARY_ERRORS as error:
-        raise InputError(f"{file} is damaged: it is not a config ({error})") from None
+        place = absolute(workdir) / CONFIG
+        raise InputError(f"{place} is damaged: it is not a config ({error})") from None
     return config
 
 
@@ -357,12 +362,15 @@ def _is_boolean(config: ml_collections.ConfigDict, key: str) -> bool:
 def _find(config: ml_collections.ConfigDict, key: str) -> None:
     """Checks that a config has a key, such as "model.k" or "milestones[0]"."""
     section, where = config, "config"
-    for name in re.sub(r"\[.*?\]", "", key).split("."):
+    for part in key.split("."):
+        name, bracket, _ = part.partition("[")
         if not isinstance(section, ml_collections.ConfigDict):
             raise InputError(f"{where} is a value, so there is no config.{key}")
         if name not in section:
             raise unknown_key(where, name, list(section))
         section, where = section[name], f"{where}.{name}"
+        if bracket and isinstance(section, ml_collections.ConfigDict):
+            raise InputError(f"{where} is a section, so there is no config.{key}")
 
 
 def shipped_configs() -> dict[str, Path]:

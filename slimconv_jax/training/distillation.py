@@ -10,8 +10,10 @@ from flax import nnx
 from flax.typing import Dtype
 
 from slimconv_jax.errors import InputError, require_number
+from slimconv_jax.files import absolute
 from slimconv_jax.inference.saved import open_model
 from slimconv_jax.models.variables import variables
+from slimconv_jax.storage.checkpoints import list_checkpoints
 
 
 class Teacher(NamedTuple):
@@ -30,6 +32,14 @@ class Teacher(NamedTuple):
     normalize: Callable[[jax.Array], jax.Array]
     weight: float
     loss: Callable[[jax.Array, jax.Array], jax.Array]
+
+
+def newest_checkpoint(teacher: str | None) -> int | None:
+    """Returns the step of the newest checkpoint of a teacher; None if it is no training run."""
+    if not isinstance(teacher, str) or not teacher:
+        return None
+    there = list_checkpoints(absolute(teacher))
+    return int(there[-1].name) if there else None
 
 
 def create_teacher(
@@ -57,7 +67,8 @@ def create_teacher(
         divergence of the student from the teacher, times the square of the temperature (Hinton et
         al., 2015).
       hard: whether the loss is the cross-entropy with the teacher's most likely class instead.
-      checkpoint: of another run, the step whose checkpoint has the weights; None for the newest.
+      checkpoint: of another run, the step whose checkpoint has the weights; None for the newest, at
+        which the run stays when it continues.
       ema: of another run, whether to take the averaged weights.
       average: of another run, the number of checkpoints whose weights are averaged.
 

@@ -14,6 +14,7 @@ from jax.experimental import multihost_utils
 
 from slimconv_jax.console import console
 from slimconv_jax.errors import InputError, require_integer
+from slimconv_jax.training.loggers import PATIENCE
 from slimconv_jax.training.rendezvous import meet
 
 
@@ -65,7 +66,7 @@ def initialize(
             cluster_detection_method=method,
             initialization_timeout=initialization_timeout,
             heartbeat_timeout_seconds=60,
-            shutdown_timeout_seconds=30,
+            shutdown_timeout_seconds=round(PATIENCE) + 30,  # the first one waits for its loggers
         )
     except ValueError as error:
         if method or "coordinator_address" not in str(error):

@@ -5,11 +5,13 @@ A logger is a writer (see `slimconv_jax.training.writers`) that is created with 
 1 for an error. To add one, write its class and a row of `LOGGERS`.
 """
 
+import contextlib
 import functools
 import importlib.util
 import io
 import os
 import queue
+import re
 import threading
 import time
 import uuid
@@ -21,9 +23,9 @@ from PIL import Image
 
 from slimconv_jax.console import say
 from slimconv_jax.errors import InputError, missing, require_choice
-from slimconv_jax.files import is_address, replace_file
+from slimconv_jax.files import is_address, read_text, replace_file
 from slimconv_jax.storage.work_directory import PICTURE, RUN_ID, TENSORBOARD
-from slimconv_jax.training.tensorboard import EventWriter
+from slimconv_jax.training.tensorboard import EventWriter, import_tensorboardx
 
 PATIENCE = 60.0
 """Seconds that the end of a run waits for a logger."""
@@ -56,10 +58,23 @@ class RunInfo(NamedTuple):
 
 
 def identify(workdir: epath.Path, first_step: int) -> str:
-    """Returns a name for a run that it keeps when it continues, and no other run has."""
+    """Returns a name for a run that it keeps when it continues, and no other run has.
+
+    Raises:
+      ValueError: if the file that has it is damaged.
+    """
     file = workdir / RUN_ID
     if first_step and file.exists():
-        return file.read_text()
+        try:
+            text = read_text(file)
+        except (OSError, UnicodeDecodeError):
+            text = ""
+        if re.fullmatch("[0-9a-f]{32}", text) is None:
+            raise InputError(
+                f"{file} is damaged: it has no 32 hexadecimal digits; without the file, loggers "
+                "take the rest of the run for a new one"
+            )
+        return text
     replace_file(file, (identity := uuid.uuid4().hex).encode())
     return identity
 
@@ -189,13 +204,17 @@ class Detached:
             while not isinstance(item := self._pending.get(), int):
                 logger.write(item)
             logger.close(item)
-        except Exception as error:  # others' code: of any kind
+        except (Exception, SystemExit) as error:  # others' code: of any kind
             self._give_up(f"failed: {' '.join(str(error).split()) or type(error).__name__}")
 
     def _give_up(self, reason: str) -> None:
         if not self._given_up:
             self._given_up = True
             say(f"warning: the logger {self._name} {reason}; the run goes on without it")
+            with contextlib.suppress(queue.Empty):
+                while True:
+                    self._pending.get_nowait()
+            self._pending.put_nowait(1)  # the thread closes the logger, if that still answers
 
     def write(self, lines: Sequence[dict]) -> None:
         """Hands lines over, unless the logger was given up."""
@@ -207,6 +226,8 @@ class Detached:
 
     def wait(self, seconds: float) -> None:
         """Waits for the logger to finish, at most some seconds."""
+        if self._given_up:
+            return
         self._thread.join(seconds)
         if self._thread.is_alive():
             self._give_up(f"has not finished after {PATIENCE:.0f} s")
@@ -228,6 +249,8 @@ class Loggers:
     """
 
     def __init__(self, names: Sequence[str], run: RunInfo):
+        if "tensorboard" in names:
+            import_tensorboardx()  # not in a thread, since it hides PyTorch from all of them
         self._loggers = [Detached(name, functools.partial(LOGGERS[name][0], run)) for name in names]
 
     def write(self, lines: Sequence[dict]) -> None:

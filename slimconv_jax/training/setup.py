@@ -27,7 +27,7 @@ from slimconv_jax.signatures import keys_of, select
 from slimconv_jax.storage.model_directory import load_model, read_info
 from slimconv_jax.training.augment import augment
 from slimconv_jax.training.config import check_config
-from slimconv_jax.training.distillation import create_teacher
+from slimconv_jax.training.distillation import create_teacher, newest_checkpoint
 from slimconv_jax.training.fine_tuning import check_patterns
 from slimconv_jax.training.loss import Loss, create_loss
 from slimconv_jax.training.optimizer import (
@@ -87,13 +87,15 @@ def create_parts(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> 
     """Builds the parts of a run; compiles and writes nothing.
 
     Args:
-      config: from `complete`.
+      config: from `complete`; of a teacher that is a training run, it gets the checkpoint.
       mesh: from `slimconv_jax.devices.data_mesh`.
 
     Raises:
       ValueError: if the config or the data cannot be used.
     """
     check_config(config, mesh.size)
+    if config.distillation.weight and config.distillation.checkpoint is None:
+        config.distillation.checkpoint = newest_checkpoint(config.distillation.teacher)
     train_source, test_source = load_splits(**config.dataset)
     class_names = train_source.class_names
     model = abstract_model(num_classes=len(class_names), **config.model)

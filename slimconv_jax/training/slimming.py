@@ -9,6 +9,7 @@ network trains for a few epochs as any other, with the old one as its teacher.
 """
 
 import json
+import math
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -24,12 +25,13 @@ from flax.typing import Dtype
 from slimconv_jax.console import Progress, say
 from slimconv_jax.data.loader import Batch
 from slimconv_jax.devices import batch_sharded, data_mesh, replicated
-from slimconv_jax.errors import InputError, require_integer
+from slimconv_jax.errors import InputError, require_integer, require_number
 from slimconv_jax.files import MissingFileError, absolute, read_json, replace_file
 from slimconv_jax.inference.eval_step import make_evaluate, summarize
 from slimconv_jax.inference.evaluate import refuse_data_dir
 from slimconv_jax.inference.saved import SavedModel, open_model
 from slimconv_jax.models.complexity import count_macs, count_params
+from slimconv_jax.models.layers import at_least_float32
 from slimconv_jax.models.resnet import Bottleneck, ResNet
 from slimconv_jax.models.slimconv import CompressionRatio, SlimConv, k_from_reduction
 from slimconv_jax.models.slimify import slimify
@@ -38,6 +40,7 @@ from slimconv_jax.models.zoo import ARCHITECTURES, abstract_resnet, describe, na
 from slimconv_jax.storage.model_directory import save_model
 from slimconv_jax.storage.work_directory import claim_workdir, hold_workdir
 from slimconv_jax.training.config import (
+    check_sections,
     complete,
     default_values,
     override,
@@ -46,6 +49,7 @@ from slimconv_jax.training.config import (
     value_in,
 )
 from slimconv_jax.training.loop import train
+from slimconv_jax.training.metrics import read_metrics
 from slimconv_jax.training.optimizer import is_schedule_free
 from slimconv_jax.training.setup import Parts, create_normalize, create_parts
 
@@ -68,6 +72,12 @@ RECIPE = {
     "step.batch_norm": "global",
 }
 """What differs, in the training at the end, from the config that it has otherwise."""
+
+OURS = (
+    *("init_from", "model.name", "model.k", "distillation.teacher"),
+    *("distillation.checkpoint", "distillation.ema", "distillation.average"),
+)
+"""The keys that follow from the arguments of `slim`."""
 
 RATE_FACTOR = 0.2
 """The learning rate of that training, in terms of the rate of that config."""
@@ -97,7 +107,8 @@ def slim(
       config: a config to train with, as `read_config` takes it; None for that of the run at
         `model`, and for other models "finetune". Any but the run's own gets the preprocessing of
         the model; all get `RECIPE` and `RATE_FACTOR`.
-      overrides: of that config, as in `read_config`; they also override the other arguments.
+      overrides: of that config, as in `read_config`. They override the other arguments, except
+        that what is slimmed, and what it learns from, cannot be changed: the keys in `OURS`.
       data: the name of the data to train on; None for that of the config.
       data_dir: where they are. Needed even if the config of the run at `model` names a directory,
         since that file may be a stranger's.
@@ -109,8 +120,9 @@ def slim(
 
     Returns:
       The stages, also in `slim.json`: before, after imitation and after distillation, each with
-      what it is, `top1` and `top5` (fractions) and `loss` of the test data, `parameters`,
-      `multiply_adds` of an image, and the `seconds` it took.
+      what it is, `top1` and `top5` (fractions) and `loss` of the test data (in the end of the
+      averaged weights, if the run keeps some), `parameters`, `multiply_adds` of an image, and the
+      `seconds` it took, of the training those of the last call.
 
     Raises:
       ValueError: if something cannot be used; see `train`.
@@ -120,8 +132,11 @@ def slim(
     weights = {"checkpoint": checkpoint, "ema": ema, "average": average}
     workdir, old = absolute(workdir), open_model(model, **weights)
     new = _slimmed(old.model, k)
-    if data_dir is None:
-        data_dir = value_in(overrides, "dataset.data_dir")
+    for key in OURS:
+        if value_in(overrides, key) is not None:
+            raise InputError(f"config.{key} is for slim to set")
+    data = value_in(overrides, "dataset.name") or data
+    data_dir = value_in(overrides, "dataset.data_dir") or data_dir
     changes = {"init_from": str(workdir / IMITATED), "num_epochs": num_epochs}
     changes |= {f"distillation.{name}": value for name, value in weights.items()}
     changes |= {"distillation.teacher": str(absolute(model))}
@@ -151,8 +166,10 @@ def slim(
     size = parts.test_data.image_shape
     del parts  # train loads the data again
     start = time.perf_counter()
-    result = train(config, workdir)
+    train(config, workdir)
     seconds = time.perf_counter() - start
+    last = {line["split"]: line for line in read_metrics(workdir)}
+    result = last.get("test_ema", last["test"])
     report.append(_stage("after distillation", new, size, result, seconds))
     _write_report(workdir / REPORT, report)
     return report
@@ -194,10 +211,15 @@ def _read_report(path: epath.Path) -> list[dict[str, Any]]:
     Raises:
       ValueError: if the file is damaged.
     """
-    report, wanted = read_json(path), {"stage", "top1", "top5", "parameters", "multiply_adds"}
-    is_list = isinstance(report, list) and len(report) in (2, 3)
-    is_list = is_list and all(isinstance(s, dict) and wanted <= s.keys() for s in report)
-    if not is_list or "imitation_steps" not in report[1]:
+    report = read_json(path)
+    try:
+        for stage in report:
+            describe_stage(stage)
+        is_whole = isinstance(report, list) and len(report) in (2, 3)
+        is_whole = is_whole and "imitation_steps" in report[1]
+    except (LookupError, TypeError, ValueError):
+        is_whole = False
+    if not is_whole:
         raise InputError(f"{path} is damaged; choose another WORKDIR, or delete this one")
     return report
 
@@ -233,11 +255,11 @@ def _config_of(
         base = recorded
         if data is None and data_dir is None:
             refuse_data_dir(old.path, base.dataset)
-        # Of a stranger's file, nothing is read or written elsewhere.
-        changes |= {"init_from": None, "loggers": ("tensorboard",)}
-        changes |= {"distillation.teacher": None, "dataset.data_dir": None}
+        # A stranger's file sends nothing elsewhere.
+        changes["loggers"] = ("tensorboard",)
     else:
         base = read_config("finetune")
+    check_sections(base)
     if "preprocessing" in old.info and recorded is None:  # the old model sees images as ever
         changes["transform.image_size"] = old.preprocessing.image_size
         changes["transform.crop_ratio"] = old.preprocessing.crop_ratio
@@ -249,7 +271,8 @@ def _config_of(
     changes |= {"model.name": name_of(kind), "model.k": str(k_from_reduction(kind.reduction))}
     if is_schedule_free(base.optimizer.name):
         changes["optimizer.schedule"] = "constant"
-    if isinstance(rate := base.optimizer.learning_rate, int | float):
+    if (rate := base.optimizer.learning_rate) is not None:
+        require_number("optimizer: learning_rate", rate, least=0, below=1e6)
         changes["optimizer.learning_rate"] = RATE_FACTOR * rate
     if data is not None:
         base.dataset = ml_collections.ConfigDict({"name": data})
@@ -335,7 +358,8 @@ def _errors(teacher: ResNet, student: ResNet, images: jax.Array) -> Iterator[jax
         for old, new in zip(theirs, ours, strict=True):
             if isinstance(new, Bottleneck) and isinstance(new.conv2, SlimConv):
                 inner = nnx.relu(old.conv1(x))
-                wanted, output = (b.conv3(nnx.relu(b.conv2(inner))) for b in (old, new))
+                outputs = (b.conv3(nnx.relu(b.conv2(inner))) for b in (old, new))
+                wanted, output = (x.astype(at_least_float32(x.dtype)) for x in outputs)
                 variance = jnp.square(wanted - wanted.mean((0, 1, 2))).mean()
                 yield jnp.square(output - wanted).mean() / (variance + 1e-12)
             x = old(x)
@@ -350,6 +374,10 @@ def _test(parts: Parts, model: ResNet) -> dict[str, float]:
 
 
 def _stage(what: str, model: ResNet, size: tuple, result: dict, seconds: float) -> dict[str, Any]:
+    if not math.isfinite(result["loss"]):
+        raise InputError(
+            f"slim: the test loss {what} is {result['loss']}; another config.model.dtype may help"
+        )
     return {
         "stage": what,
         "model": describe(model.config),

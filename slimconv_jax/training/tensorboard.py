@@ -24,7 +24,7 @@ class EventWriter:
     """
 
     def __init__(self, directory: epath.Path, *, first_step: int):
-        tensorboardx = _import_tensorboardx()
+        tensorboardx = import_tensorboardx()
         self._protos = tensorboardx.proto.event_pb2
         self._scalar = tensorboardx.summary.scalar
         directory.mkdir(parents=True, exist_ok=True)
@@ -52,7 +52,7 @@ class EventWriter:
         self._file.write_event(self._protos.Event(wall_time=time.time(), **fields))
 
 
-def _import_tensorboardx() -> types.ModuleType:
+def import_tensorboardx() -> types.ModuleType:
     """Imports tensorboardX without PyTorch, which it imports if it can, and which takes seconds."""
     hidden = "torch" not in sys.modules
     if hidden:

@@ -10,7 +10,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from slimconv_jax.storage.checkpoints import list_checkpoints, verify_checksums
-from slimconv_jax.storage.work_directory import claim_workdir, hold_workdir, read_run_dataset
+from slimconv_jax.storage.work_directory import claim_workdir, hold_workdir, read_recorded_config
 
 CONFIG = ConfigDict({"seed": 0, "model": {"k": "4/3", "dilation": (True, False)}})
 
@@ -60,7 +60,7 @@ def test_a_damaged_config_is_refused_and_left_alone(tmp_path, content):
     ):
         claim_workdir(tmp_path, CONFIG, {})
     with pytest.raises(ValueError, match=r"config\.json is damaged: it is not "):
-        read_run_dataset(tmp_path)
+        read_recorded_config(tmp_path)
     assert (tmp_path / "config.json").read_bytes() == content
     assert len(list(tmp_path.iterdir())) == 1
 
@@ -71,7 +71,7 @@ def test_a_config_that_is_no_file_is_refused_and_not_waited_for(tmp_path, make):
     with pytest.raises(ValueError, match=r"another experiment: cannot read .*/config\.json: \w"):
         claim_workdir(tmp_path, CONFIG, {})
     with pytest.raises(ValueError, match=r"^cannot read .*/config\.json: \w"):
-        read_run_dataset(tmp_path)
+        read_recorded_config(tmp_path)
 
 
 def test_checkpoints_that_cannot_be_listed_are_not_missing(tmp_path):

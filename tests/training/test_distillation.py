@@ -1,7 +1,10 @@
 """What a student learns from a teacher, compared with PyTorch."""
 
+import types
+
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 import optax
 import pytest
@@ -10,10 +13,12 @@ from flax import nnx
 from plain_step import build, make_batch
 from randomize import randomized
 
-from slimconv_jax.models.variables import variables
+from slimconv_jax.inference.saved import open_model
+from slimconv_jax.models.variables import merge, variables
 from slimconv_jax.models.zoo import abstract_model
 from slimconv_jax.storage.model_directory import save_model
-from slimconv_jax.training.distillation import create_teacher
+from slimconv_jax.training import distillation, loop
+from slimconv_jax.training.distillation import create_teacher, newest_checkpoint
 
 CLASSES = ["a", "b", "c"]
 PREPROCESSING = {"image_size": 8, "mean": [0.1, 0.2, 0.3], "std": [0.5, 0.6, 0.7]}
@@ -113,6 +118,53 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn(teacher_model, path)
         *map(jax.tree.leaves, (state.params, variables(teacher_model)["params"])), strict=True
     ):
         np.testing.assert_allclose(a, b, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_teacher_has_the_dtype_and_the_weights_that_are_asked_for(path, monkeypatch, dtype):
+    asked = []
+
+    def open_saved(path, **options):
+        asked.append(options)
+        return open_model(path, dtype=options["dtype"])
+
+    monkeypatch.setattr(distillation, "open_model", open_saved)
+    options = {"checkpoint": 5, "ema": True, "average": 3}
+    teacher = create_teacher(3, CLASSES, dtype, teacher=path, **options)
+    assert asked == [options | {"dtype": dtype}]
+    logits = jax.eval_shape(
+        lambda images: merge(teacher.graphdef, teacher.variables).stem_output(images),
+        jax.ShapeDtypeStruct((1, 8, 8, 3), np.float32),
+    )
+    assert logits.dtype == dtype
+
+
+def test_a_run_stays_at_the_checkpoint_of_its_teacher(tmp_path):
+    (tmp_path / "run" / "checkpoints" / "6").mkdir(parents=True)
+    assert newest_checkpoint(str(tmp_path / "run")) == 6
+    (tmp_path / "run" / "checkpoints" / "11").mkdir()
+    assert newest_checkpoint(str(tmp_path / "run")) == 11
+    for nothing in (None, "", 3, str(tmp_path), str(tmp_path / "none")):
+        assert newest_checkpoint(nothing) is None
+
+
+def test_hosts_compare_the_weights_of_the_teacher(path, tmp_path):
+    teacher = taught(path)
+    other = jax.tree.map(lambda x: x + 1, teacher.variables)
+    facts = []
+    for weights in (teacher.variables, teacher.variables, other, {}):
+        parts = types.SimpleNamespace(
+            config=ml_collections.ConfigDict(),
+            model=small(),
+            class_names=CLASSES,
+            train_data=[[]],
+            num_test_images=0,
+            train_step=types.SimpleNamespace(args=((None, weights),)),
+        )
+        facts.append(loop._facts(parts, tmp_path))
+    assert facts[0] == facts[1]
+    differing = {name for name in facts[0] if facts[0][name] != facts[2][name]}
+    assert differing == {"the SHA-256 of the teacher's weights"}
 
 
 def test_without_weight_there_is_no_teacher():

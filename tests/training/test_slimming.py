@@ -206,9 +206,9 @@ def test_the_config_of_the_run_with_the_recipe_and_overrides(tmp_path, parts_onl
     ("change", "message"),
     [
         ([], "is damaged: it is not a config"),
-        ({"optimizer": 3}, "is damaged: it is not a config .optimizer is not a section"),
+        ({"optimizer": 3}, "is damaged: it is not a config .config.optimizer must be a section"),
         ({"optimizer": {"name": []}}, "is damaged: it is not a config"),
-        ({"dataset": "x"}, "is damaged: it is not a config .dataset is not a section"),
+        ({"dataset": "x"}, "is damaged: it is not a config"),
         ({"num_epochs": "x"}, "far enough"),  # slim has its own
         ({"batch_size": "x"}, "config.batch_size='x' must be an integer"),
         ({"model": {"width": [3]}}, "far enough"),  # the model is known
@@ -221,18 +221,114 @@ def test_the_damaged_config_of_a_run_is_a_sentence(tmp_path, parts_only, change,
         slim(run, tmp_path / "out")
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"data": "digits"}, "the data have 10"),
+        ({"overrides": ("--config.dataset.name=digits",)}, "the data have 10"),
+        ({"data_dir": "/nowhere", "data": "image_folder"}, "/nowhere"),
+        ({"data": "image_folder", "overrides": ("--config.dataset.data_dir=/there",)}, "/there"),
+        ({"overrides": ("--config.init_from=x",)}, "config.init_from is for slim to set"),
+        ({"overrides": ("--config.model.k=4",)}, "config.model.k is for slim to set"),
+        ({"overrides": ("--config.model.width=4",)}, "the config makes sc_resnet14, .*width 4"),
+        ({"overrides": ("--config.distillation.ema=True",)}, "ema is for slim to set"),
+    ],
+)
+def test_other_data_and_what_cannot_be_overridden(tmp_path, parts_only, options, message):
+    with pytest.raises(InputError, match=message):
+        slim(recorded(tmp_path / "run", RUN), tmp_path / "out", **options)
+
+
+@pytest.mark.parametrize("config", [None, "digits"])
+def test_the_model_sees_images_as_ever(tmp_path, parts_only, config):
+    """A run by its own config; any other model, or config, by the preprocessing of the model."""
+    preprocessing = {"image_size": 24, "crop_ratio": 0.75}
+    preprocessing |= {"mean": [0.1, 0.2, 0.3], "std": [0.5, 0.6, 0.7]}
+    save_model(network(), tmp_path / "run", info={"preprocessing": preprocessing})
+    (tmp_path / "run" / "config.json").write_text(json.dumps(RUN))
+    overrides = ("--config.dataset.name=synthetic", "--config.dataset.num_classes=3")
+    overrides += ("--config.dataset.num_examples=64", "--config.dataset.image_size=8")
+    overrides += ("--config.dataset.train_split=train", "--config.batch_size=16")
+    with pytest.raises(InputError, match="far enough"):
+        slim(tmp_path / "run", tmp_path / "out", config=config, overrides=overrides)
+    found, is_its_own = parts_only[0], config is None
+    assert found.transform.image_size == (None if is_its_own else 24)
+    assert found.transform.crop_ratio == (0.875 if is_its_own else 0.75)
+    assert found.normalize.mean == ((0.5,) * 3 if is_its_own else (0.1, 0.2, 0.3))
+    assert found.normalize.std == ((0.25,) * 3 if is_its_own else (0.5, 0.6, 0.7))
+
+
+def test_what_the_recipe_takes_back(tmp_path, parts_only):
+    settings = {
+        "step": {"batch_norm": "per_device"},
+        "transform": {"progressive_sizes": [4], "image_size": 8},
+        "optimizer": {"name": "schedule_free_sgd", "learning_rate": 1.0, "schedule": "constant"},
+    }
+    with pytest.raises(InputError, match="far enough"):
+        slim(recorded(tmp_path / "run", RUN | settings), tmp_path / "out")
+    (config,) = parts_only
+    assert config.step.batch_norm == "global" and config.transform.progressive_sizes == ()
+    assert config.optimizer.schedule == "constant" and config.optimizer.learning_rate == 0.2
+
+
+@pytest.mark.parametrize("rate", [10**400, True, "0.1", -1, float("nan")])
+def test_a_rate_that_is_none(tmp_path, parts_only, rate):
+    run = recorded(tmp_path / "run", RUN | {"optimizer": {"name": "sgd", "learning_rate": rate}})
+    with pytest.raises(InputError, match=r"learning_rate=.* must be a number|is damaged"):
+        slim(run, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("config.optimizer = 3", "config.optimizer must be a section"),
+        ("config.optimizer = ConfigDict({'name': 3})", "config.optimizer.name=3 must be one of"),
+        ("config.model = 3", "config.model must be a section"),
+        ("config.distillation = 3", "config.distillation must be a section"),
+    ],
+)
+def test_a_config_file_that_is_none(tmp_path, line, message):
+    save_model(network(), tmp_path / "model")
+    file = tmp_path / "config.py"
+    file.write_text(
+        "from ml_collections import ConfigDict\n\n\ndef get_config():\n"
+        "    config = ConfigDict()\n"
+        f"    {line}\n    return config\n"
+    )
+    with pytest.raises(InputError, match=message):
+        slim(tmp_path / "model", tmp_path / "out", config=str(file), data="synthetic")
+
+
+def test_models_compute_in_the_dtype_of_the_run_and_errors_in_float32():
+    teacher = network()
+    images = 300 * jax.random.normal(jax.random.key(0), (1, 8, 8, 3))
+    slimmed = slimify(teacher, k="4/3", image_size=8)[0]
+    pair = [slimming._in_dtype(model, "float16") for model in (teacher, slimmed)]
+    blocks = [model.stages[0][0].conv1(model.stem_output(images)) for model in pair]
+    assert {x.dtype for x in blocks} == {np.dtype("float16")}
+    errors = list(_errors(*pair, images))
+    assert {error.dtype for error in errors} == {np.dtype("float32")}
+    assert np.isfinite(errors).all()
+    with pytest.raises(InputError, match="slim: the test loss before is nan"):
+        slimming._stage("before", teacher, (8, 8, 3), {"loss": float("nan")}, 0.0)
+
+
 def test_another_imitation_and_a_damaged_report_are_refused(tmp_path, parts_only):
     run, workdir = recorded(tmp_path / "run", RUN), tmp_path / "out"
     with pytest.raises(InputError, match="far enough"):
         slim(run, workdir)
     stage = {"stage": "x", "top1": 0.5, "top5": 1.0, "parameters": 5, "multiply_adds": 6}
+    stage["seconds"] = 7.0
     stages = [stage, stage | {"imitation_steps": 300}, stage]
     report = workdir / "slim.json"
     report.write_text(json.dumps(stages))
     assert slim(run, workdir) == stages  # complete
     with pytest.raises(ValueError, match="imitation_steps is 300 there and 9 here"):
         slim(run, workdir, imitation_steps=9)
-    for damaged in ["", "{}", "[]", json.dumps([stage, stage]), json.dumps([stage, {}]), "[3, 4]"]:
+    wrong = [[stage, stage], [stage, {}], [3, 4], {}, [], None, [stage, "seconds"]]
+    for change in ({"top1": "x"}, {"top1": None}, {"seconds": []}, {"stage": {}}):
+        wrong.append([stage | change, stages[1]])
+    for damaged in ["", *map(json.dumps, wrong)]:
         report.write_text(damaged)
         with pytest.raises(InputError, match=f"{report}.* is damaged"):
             slimming._read_report(epath.Path(report))

@@ -1,5 +1,6 @@
 """Runs whose images grow: the phases, the learning rate, and the batches."""
 
+import dataclasses
 import itertools
 
 import numpy as np
@@ -50,6 +51,9 @@ def test_one_size_has_the_steps_of_its_epochs():
     assert timetable.total_steps == 25 and timetable.eval_steps == {12, 25}
     schedule = optax.constant_schedule(0.1)
     assert timetable.scale_schedule(schedule, with_batch=True) is schedule
+    options = config(num_epochs=2, eval_every_epochs=1)
+    options.checkpoint_every_steps = 10
+    assert create_timetable(options, 100).checkpoint_steps == {10, 12, 20, 25}
 
 
 def test_the_learning_rate_follows_the_epochs_and_the_batches():
@@ -77,6 +81,10 @@ def test_each_phase_has_batches_of_its_own_and_a_run_can_start_anywhere():
     last = np.concatenate([batch["label"] for batch in batches[1:]])
     counts = np.bincount([source[index].label for index in range(40)], minlength=5)
     np.testing.assert_array_equal(np.bincount(last, minlength=5), counts)  # each image once
+    same = dataclasses.replace(timetable, phases=(Phase(8), Phase(8, 3, 1)))
+    phases = list(train_batches(same, datasets[1:] * 2, seed=3, first_step=0))
+    orders = [np.concatenate([b["label"] for b in part]) for part in (phases[:3], phases[3:])]
+    assert not np.array_equal(*orders)
     for first_step in (0, 1, 4):
         later = train_batches(timetable, datasets, seed=3, first_step=first_step)
         for again, batch in itertools.zip_longest(later, batches[first_step:]):
