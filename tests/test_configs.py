@@ -97,12 +97,16 @@ REPEATED = {
 }
 
 
+# These take longest to compile.
+HARD = {"imagenet:sc_resnet50,a1", "cifar100:sc_resnet50,modern"}
+
+
 @pytest.mark.parametrize(
     "name",
     [
         pytest.param(
             name,
-            marks=[pytest.mark.slow] * (name in REPEATED) + [pytest.mark.long] * (",a1" in name),
+            marks=[pytest.mark.slow] * (name in REPEATED) + [pytest.mark.long] * (name in HARD),
         )
         for name in CONFIGS
     ],

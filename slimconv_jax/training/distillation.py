@@ -67,8 +67,8 @@ def create_teacher(
         divergence of the student from the teacher, times the square of the temperature (Hinton et
         al., 2015).
       hard: whether the loss is the cross-entropy with the teacher's most likely class instead.
-      checkpoint: of another run, the step whose checkpoint has the weights; None for the newest. A run
-        continues with the same one only.
+      checkpoint: of another run, the step whose checkpoint has the weights; None for the newest.
+        A run continues with the same one only.
       ema: of another run, whether to take the averaged weights.
       average: of another run, the number of checkpoints whose weights are averaged.
 

@@ -256,6 +256,7 @@ def test_what_slimify_refuses(vgg):
         assert str(error.value).startswith(message) and "\n" not in str(error.value)
 
 
+@pytest.mark.long
 def test_slimified_in_parts_a_resnet_has_the_config_of_whole_stages():
     config = ResNetConfig((1, 1, 1, 1), width=8)
 
