@@ -322,8 +322,11 @@ class Transform:
             )
         for size in sizes:
             require_integer("transform: progressive_sizes: each", size, 1, MOST_SIDE)
-        for size, larger in itertools.pairwise((*sizes, self.image_size)):
-            require_integer("transform: progressive_sizes: each", size, 1, larger - 1)
+        if any(size >= larger for size, larger in itertools.pairwise((*sizes, self.image_size))):
+            raise InputError(
+                f"transform: progressive_sizes={tuple(sizes)} must ascend, to less than "
+                f"image_size={self.image_size}"
+            )
 
     def for_tests(self) -> "Transform":
         """Returns the transform of evaluations, which are at a size of their own."""

@@ -102,7 +102,7 @@ def newest_intact(workdir: epath.Path) -> int:
         reasons = "; ".join(map(str, damaged.values()))
         raise InputError(
             f"no checkpoint in {workdir / CHECKPOINTS} can be used: {reasons}; to begin anew, "
-            f"delete {workdir} or choose another --workdir"
+            f"delete {workdir} or choose another work directory"
         )
     for path, error in damaged.items():
         aside = workdir / f"damaged-checkpoint-{path.name}"

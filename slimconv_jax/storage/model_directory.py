@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import importlib.metadata
 import json
+import time
 import types
 import uuid
 from collections.abc import Iterator, Mapping
@@ -341,7 +342,17 @@ def _new_directory(path: epath.PathLike, *, overwrite: bool) -> Iterator[epath.P
     finally:
         if old.exists() and not directory.exists():
             old.rename(directory)
-        hidden.rmtree(missing_ok=True)
+        _delete(hidden)
+
+
+def _delete(directory: epath.Path) -> None:
+    """Deletes a directory, to which threads of Orbax may still write after an interruption."""
+    for seconds in (0.1, 0.5, 2.0, 0):
+        try:
+            directory.rmtree(missing_ok=True)
+            return
+        except OSError:
+            time.sleep(seconds)
 
 
 def _stranger(directory: epath.Path) -> str | None:

@@ -93,7 +93,7 @@ def hold_workdir(workdir: epath.Path) -> Iterator[None]:
             file.seek(0)
             who = printable(file.read(200).decode(errors="replace").strip()) or "another run"
             raise InputError(
-                f"{workdir} is in use by {who}; stop that, or choose another --workdir"
+                f"{workdir} is in use by {who}; stop that, or choose another work directory"
             ) from None
         except OSError as error:  # a file system without locks
             warning = f"{workdir} cannot be locked ({error.strerror}); start no second run there"
@@ -150,14 +150,14 @@ def claim_workdir(
             if there := [name for name in (CHECKPOINTS, DESCRIPTION) if (path / name).exists()]:
                 raise InputError(
                     f"{path} holds {there[0]} but no config.json to say of which experiment; "
-                    "choose another --workdir"
+                    "choose another work directory"
                 ) from None
         except InputError as error:
             differences = str(error)
         if differences:
             raise InputError(
-                f"{path} holds another experiment: {differences}; choose another --workdir, or "
-                "delete this one"
+                f"{path} holds another experiment: {differences}; choose another work "
+                "directory, or delete this one"
             )
         replace_file(file, text.encode())
     return path
@@ -223,7 +223,7 @@ def describe_workdir(model: ResNet, workdir: epath.Path, info: Mapping[str, Any]
         if other := [name for name in before if before[name] != now.get(name)]:
             raise InputError(
                 f"{workdir} holds a model of another architecture, with other {', '.join(other)}; "
-                "choose another --workdir, or delete this one"
+                "choose another work directory, or delete this one"
             )
     text = json.dumps(describe(model, CHECKPOINTS, info), indent=2) + "\n"
     with _writing(workdir):

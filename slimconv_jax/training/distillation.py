@@ -87,7 +87,10 @@ def create_teacher(
         return None
     if not isinstance(teacher, str) or not teacher:
         raise InputError(f"distillation: teacher={teacher!r} must be a path or None")
-    saved = open_model(teacher, dtype=dtype, checkpoint=checkpoint, ema=ema, average=average)
+    try:
+        saved = open_model(teacher, dtype=dtype, checkpoint=checkpoint, ema=ema, average=average)
+    except InputError as error:
+        raise InputError(f"distillation: teacher: {error}") from None
     if saved.model.config.num_classes != num_classes:
         raise InputError(
             f"distillation: the teacher {teacher} has {saved.model.config.num_classes} classes, "

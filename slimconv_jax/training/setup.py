@@ -179,7 +179,9 @@ def create_step(
     params = variables(model)["params"]
     check_patterns(params, **select(config.optimizer, check_patterns))
     try:
-        jax.eval_shape(lambda p: optimizer.update(p, optimizer.init(p), p), params)
+        _, state = jax.eval_shape(lambda p: optimizer.update(p, optimizer.init(p), p), params)
+        if any(0 in leaf.shape for leaf in jax.tree.leaves(state)):
+            raise ValueError("its state has arrays without elements, which checkpoints cannot hold")
     except (TypeError, ValueError) as error:
         reason = f"optimizer: {config.optimizer.name} cannot train this model: {error}"
         raise InputError(reason) from None

@@ -129,6 +129,8 @@ def slim(
     """
     require_integer("imitation_steps", imitation_steps, 0)
     require_integer("num_epochs", num_epochs, 1)
+    if absolute(workdir) == absolute(model):
+        raise InputError(f"{workdir} is the model itself; WORKDIR must be another directory")
     weights = {"checkpoint": checkpoint, "ema": ema, "average": average}
     workdir, old = absolute(workdir), open_model(model, **weights)
     new = _slimmed(old.model, k)
@@ -181,6 +183,7 @@ def _start(
     """Imitates, and saves the new model; returns the first two stages."""
     old, new = (_in_dtype(model, parts.config.model.dtype) for model in (old, new))
     size = parts.test_data.image_shape
+    say(f"evaluating {describe(old.config)}; compiling")
     report = [_stage("before", old, size, _test(parts, old), 0.0)]
     say(describe_stage(report[0]))
     start = time.perf_counter()

@@ -3,6 +3,8 @@ import json
 import os
 import subprocess
 import sys
+import threading
+import time
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +18,12 @@ from slimconv_jax import load_model, save_model
 from slimconv_jax.models.resnet import ResNetConfig
 from slimconv_jax.models.zoo import abstract_resnet
 from slimconv_jax.storage import model_directory
-from slimconv_jax.storage.model_directory import _WEIGHTS, FORMATS, check_destination
+from slimconv_jax.storage.model_directory import (
+    _WEIGHTS,
+    FORMATS,
+    _new_directory,
+    check_destination,
+)
 
 CONFIG = ResNetConfig(
     (1, 1, 2, 1), reduction=3, width=8, num_classes=3, dilation=(False, False, True)
@@ -191,3 +198,22 @@ def test_what_is_no_complete_model(tmp_path, model, format):
             load_model(path)
         weights.write_bytes(data)
     load_model(path)
+
+
+def test_an_interruption_while_threads_still_write_leaves_nothing(tmp_path):
+    def write(directory):
+        for number in range(300):
+            try:
+                (directory / str(number)).mkdir()
+            except FileNotFoundError:  # its parent is gone
+                return
+            time.sleep(0.001)
+
+    with pytest.raises(KeyboardInterrupt), _new_directory(tmp_path / "m", overwrite=False) as part:
+        thread = threading.Thread(target=write, args=(part,))
+        thread.start()
+        while not any(part.iterdir()):
+            time.sleep(0.001)
+        raise KeyboardInterrupt
+    thread.join()
+    assert list(tmp_path.iterdir()) == []

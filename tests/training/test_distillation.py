@@ -185,7 +185,7 @@ def test_bad_settings(path, tmp_path):
             taught(path, **options)
     with pytest.raises(ValueError, match="teacher='' must be a path or None"):
         taught("")
-    with pytest.raises(ValueError, match="there is no directory"):
+    with pytest.raises(ValueError, match="distillation: teacher: there is no directory"):
         taught(str(tmp_path / "nothing"))
     with pytest.raises(ValueError, match="has 3 classes, and the data have 4"):
         create_teacher(4, None, None, teacher=path)

@@ -145,6 +145,7 @@ def test_what_cannot_be_slimmed(tmp_path, capsys):
     out = str(tmp_path / "out")
     for name, arguments, message in [
         ("nothing", [], "there is no directory"),
+        ("out", [], "out is the model itself; WORKDIR must be another directory"),
         ("plain", ["--k", "7"], "k='7' is not a compression ratio"),
         ("plain", ["--num-epochs", "0"], "num_epochs=0 must be an integer"),
         ("plain", ["--config", "nothing"], "the config .*nothing is not there"),

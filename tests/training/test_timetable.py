@@ -97,8 +97,9 @@ def test_bad_sizes():
     with pytest.raises(ValueError, match=r"only 20 images .*batch_size=8, which is 32 at 32 pixe"):
         create_timetable(config(32), 20)
     for sizes, message in [
-        ((64,), "progressive_sizes: each=64 must be an integer from 1 to 63"),
-        ((48, 32), "progressive_sizes: each=48 must be an integer from 1 to 31"),
+        ((0,), "progressive_sizes: each=0 must be an integer >= 1"),
+        ((64,), r"progressive_sizes=\(64,\) must ascend, to less than image_size=64"),
+        ((48, 32), r"progressive_sizes=\(48, 32\) must ascend, to less than image_size=64"),
     ]:
         with pytest.raises(ValueError, match=message):
             transforms_of(config(*sizes))
