@@ -158,3 +158,17 @@ def test_configs_of_the_version_before_mean_the_same():
             *(optimizer.schedule, optimizer.milestones, optimizer.decay_factor),
             *(config.batch_size, config.num_epochs),
         ) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("galore", "galore cannot train this model: its state has arrays without elements"),
+        ("sophia", "sophia cannot train this model: obj_fn must be provided"),
+    ],
+)
+def test_an_optimizer_that_cannot_train_a_model(name, message):
+    nothing = [f"--config.optimizer.{key}=None" for key in ("momentum", "nesterov")]
+    config = read_config("digits", [f"--config.optimizer.name={name}", *nothing])
+    with pytest.raises(ValueError, match=message):
+        build(config, abstract_model_of(config), 1)

@@ -102,6 +102,7 @@ def test_images_that_cannot_be_decoded(saved, folder, capsys):
     assert f"cannot be decoded: {folder}/cut/bee/1.jpg" in printed
 
 
+@pytest.mark.long
 def test_other_preprocessing_gives_other_figures(saved, folder):
     source = ImageFolder(folder, "val")
     arguments = ["evaluate", str(saved), "--data", "image_folder", "--data-dir", str(folder)]

@@ -92,7 +92,9 @@ def test_a_program_gives_the_logits_without_this_package(
     assert f"{program} exists already; --overwrite" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("what", ["remat", "zero", "features"])
+@pytest.mark.parametrize(
+    "what", [pytest.param("remat", marks=pytest.mark.long), "zero", "features"]
+)
 def test_what_else_can_be_exported(what, model, tmp_path):
     config = dataclasses.replace(model.config, num_classes=0 if what == "features" else 7)
     other = randomized(lambda: abstract_resnet(config, remat=what == "remat"))

@@ -33,6 +33,7 @@ def test_the_network_has_the_published_counts():
     assert (count_params(model), count_macs(model)) == (13_953_512, 2_151_023_360)
 
 
+@pytest.mark.long
 def test_it_is_saved_and_loaded(tmp_path):
     settings = {"width": 16, "num_classes": 3, "stem": "cifar"}
     model = randomized(lambda: abstract_model("ghost_resnet50", **settings))

@@ -52,7 +52,9 @@ def small_ungated():
     return abstract_resnet(ResNetConfig((1, 1, 1, 1), width=8, reduction=2, gating=None, **se))
 
 
-@pytest.mark.parametrize("build", [small_sc, small_slimified, small_ungated])
+@pytest.mark.parametrize(
+    "build", [small_sc, pytest.param(small_slimified, marks=pytest.mark.long), small_ungated]
+)
 def test_folding_batch_norm_changes_nothing_but_its_presence(build):
     model = randomized(build)
     before = arrays(model)

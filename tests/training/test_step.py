@@ -243,6 +243,7 @@ def test_the_average_of_an_optimiser_takes_the_place_of_the_moving_one():
         build(tiny_model(), optimizer, ema=True, average=averaged_params, ema_decay=0.9)
 
 
+@pytest.mark.long
 def test_bfloat16_is_for_the_computation_only():
     model = small_model(name="sc_resnet14", width=8, dtype="bfloat16")
     step, state = build(model, ema=True, ema_decay=0.9)
