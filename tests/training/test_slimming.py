@@ -136,12 +136,12 @@ def test_a_run_is_slimmed_and_continues_where_it_was_stopped(trained, tmp_path, 
         slim(trained, workdir, **options | {"k": "8/3"})
 
 
-def test_what_cannot_be_slimmed(tmp_path, capsys):
+def test_what_cannot_be_slimmed(saved, tmp_path, capsys):
     for name in ("resnet18", "sc_resnet14"):
         message = f"slim takes a network of plain bottlenecks, such as resnet50, not {name}"
         with pytest.raises(InputError, match=message):
             slimming._slimmed(network(name), "4/3")
-    save_model(network(), tmp_path / "plain")
+    shutil.copytree(saved, tmp_path / "plain")
     out = str(tmp_path / "out")
     for name, arguments, message in [
         ("nothing", [], "there is no directory"),
@@ -189,14 +189,27 @@ RUN = {
 DIR = ("--config.dataset.data_dir=/there",)
 
 
-def recorded(path, config):
-    """A saved model with the config of a run."""
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A saved model."""
+    path = tmp_path_factory.mktemp("saved") / "model"
     save_model(network(), path)
-    (path / "config.json").write_text(json.dumps(config))
     return path
 
 
-def test_the_config_of_the_run_with_the_recipe_and_overrides(tmp_path, configs):
+@pytest.fixture
+def recorded(saved):
+    """Writes a model with the config of a run."""
+
+    def write(path, config):
+        shutil.copytree(saved, path)
+        (path / "config.json").write_text(json.dumps(config))
+        return path
+
+    return write
+
+
+def test_the_config_of_the_run_with_the_recipe_and_overrides(tmp_path, configs, recorded):
     run = recorded(tmp_path / "run", RUN)
     overrides = ("--config.optimizer.weight_decay=0.01", "--config.num_epochs=7")
     overrides += ("--config.model.dtype=bfloat16", "--config.dataset.num_examples=32")
@@ -224,7 +237,7 @@ def test_the_config_of_the_run_with_the_recipe_and_overrides(tmp_path, configs):
         ({"model": {"width": [3]}}, "far enough"),  # the model is known
     ],
 )
-def test_the_damaged_config_of_a_run_is_a_sentence(tmp_path, configs, change, message):
+def test_the_damaged_config_of_a_run_is_a_sentence(tmp_path, configs, change, message, recorded):
     run = recorded(tmp_path / "run", RUN | change if isinstance(change, dict) else change)
     with pytest.raises(InputError, match=message):
         slim(run, tmp_path / "out")
@@ -239,7 +252,7 @@ def test_the_damaged_config_of_a_run_is_a_sentence(tmp_path, configs, change, me
         ({"overrides": ("--config.distillation.ema=True",)}, "ema is for slim to set"),
     ],
 )
-def test_what_cannot_be_overridden(tmp_path, configs, options, message):
+def test_what_cannot_be_overridden(tmp_path, configs, options, message, recorded):
     with pytest.raises(InputError, match=message):
         slim(recorded(tmp_path / "run", RUN), tmp_path / "out", **options)
 
@@ -254,7 +267,7 @@ def test_what_cannot_be_overridden(tmp_path, configs, options, message):
         ({"overrides": DIR}, "image_folder", "/there"),
     ],
 )
-def test_other_data(tmp_path, configs, options, name, data_dir):
+def test_other_data(tmp_path, configs, options, name, data_dir, recorded):
     theirs = {"dataset": {"name": "image_folder", "data_dir": "/etc"}}
     with pytest.raises(InputError, match="far enough"):
         slim(recorded(tmp_path / "run", RUN | theirs), tmp_path / "out", **options)
@@ -280,7 +293,7 @@ def test_the_model_sees_images_as_ever(tmp_path, configs, config):
     assert found.normalize.std == ((0.25,) * 3 if is_its_own else (0.5, 0.6, 0.7))
 
 
-def test_what_the_recipe_takes_back(tmp_path, configs):
+def test_what_the_recipe_takes_back(tmp_path, configs, recorded):
     settings = {
         "step": {"batch_norm": "per_device"},
         "transform": {"progressive_sizes": [4], "image_size": 8},
@@ -294,7 +307,7 @@ def test_what_the_recipe_takes_back(tmp_path, configs):
 
 
 @pytest.mark.parametrize("rate", [10**400, True, "0.1", -1, float("nan")])
-def test_a_rate_that_is_none(tmp_path, configs, rate):
+def test_a_rate_that_is_none(tmp_path, configs, rate, recorded):
     run = recorded(tmp_path / "run", RUN | {"optimizer": {"name": "sgd", "learning_rate": rate}})
     with pytest.raises(InputError, match=r"learning_rate=.* must be a number|is damaged"):
         slim(run, tmp_path / "out")
@@ -321,6 +334,7 @@ def test_a_config_file_that_is_none(tmp_path, line, message):
         slim(tmp_path / "model", tmp_path / "out", config=str(file), data="synthetic")
 
 
+@pytest.mark.long
 def test_models_compute_in_the_dtype_of_the_run_and_errors_in_float32():
     teacher = network()
     images = 300 * jax.random.normal(jax.random.key(0), (1, 8, 8, 3))
@@ -334,7 +348,7 @@ def test_models_compute_in_the_dtype_of_the_run_and_errors_in_float32():
         slimming._stage("before", teacher, (8, 8, 3), {"loss": float("nan")}, 0.0)
 
 
-def test_another_imitation_and_a_damaged_report_are_refused(tmp_path, configs):
+def test_another_imitation_and_a_damaged_report_are_refused(tmp_path, configs, recorded):
     run, workdir = recorded(tmp_path / "run", RUN), tmp_path / "out"
     with pytest.raises(InputError, match="far enough"):
         slim(run, workdir)
@@ -360,7 +374,7 @@ def test_another_imitation_and_a_damaged_report_are_refused(tmp_path, configs):
         slim(run, workdir)
 
 
-def test_the_weights_of_a_run_that_are_slimmed_are_the_teacher(tmp_path, configs, monkeypatch):
+def test_the_weights_that_are_slimmed_are_the_teacher(tmp_path, configs, monkeypatch, recorded):
     run, asked = recorded(tmp_path / "run", RUN), []
 
     def open_saved(path, *, dtype=None, **weights):
