@@ -25,6 +25,7 @@ from etils import epath
 from flax.typing import Dtype
 
 from slimconv_jax import __version__
+from slimconv_jax.console import say
 from slimconv_jax.devices import find_devices
 from slimconv_jax.errors import LIBRARY_ERRORS, InputError, import_extra, require_choice
 from slimconv_jax.files import (
@@ -347,12 +348,14 @@ def _new_directory(path: epath.PathLike, *, overwrite: bool) -> Iterator[epath.P
 
 def _delete(directory: epath.Path) -> None:
     """Deletes a directory, to which threads of Orbax may still write after an interruption."""
-    for seconds in (0.1, 0.5, 2.0, 0):
+    for seconds in (0.1, 0.5, 2.0):
         try:
             directory.rmtree(missing_ok=True)
             return
-        except OSError:
+        except OSError as error:
+            reason = error.strerror or error
             time.sleep(seconds)
+    say(f"warning: {directory} cannot be deleted: {reason}")
 
 
 def _stranger(directory: epath.Path) -> str | None:

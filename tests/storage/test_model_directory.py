@@ -217,3 +217,15 @@ def test_an_interruption_while_threads_still_write_leaves_nothing(tmp_path):
         raise KeyboardInterrupt
     thread.join()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_cannot_be_deleted_is_named(tmp_path, monkeypatch, capsys):
+    def refuse(self, missing_ok):
+        raise PermissionError(13, "Permission denied")
+
+    directory = model_directory.epath.Path(tmp_path / "d")
+    monkeypatch.setattr(type(directory), "rmtree", refuse)
+    monkeypatch.setattr(model_directory.time, "sleep", lambda seconds: None)
+    model_directory._delete(directory)
+    said = f"warning: {directory} cannot be deleted: Permission denied\n"
+    assert capsys.readouterr().out == said
