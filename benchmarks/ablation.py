@@ -80,8 +80,8 @@ BUDGETS["full"] = {  # the architectures of the paper's figure, for an accelerat
     "optimizer.schedule": "cosine",
     "optimizer.milestones": (),
     "optimizer.warmup_epochs": 2,
-    "num_epochs": 24,
-    "eval_every_epochs": 6,
+    "num_epochs": 12,
+    "eval_every_epochs": 4,
     "checkpoints_to_keep": 1,
 }
 
@@ -113,6 +113,11 @@ PLAIN = {"resnet50": ("resnet50", {})}
 THREE = PLAIN | {f"k={k}": (f"sc_resnet50@{k}", {}) for k in ("4/3", "8/3")}
 SQUEEZED = PLAIN | {
     f"k=4/3, min_squeezed {n}": ("sc_resnet50@4/3", {"model.min_squeezed": n}) for n in (1, 2, 4, 8)
+}
+GATES = {
+    "k=4/3": ("sc_resnet50@4/3", {}),
+    "k=4/3, plain gate": ("sc_resnet50@4/3", {"model.gating": "plain"}),
+    "k=4/3, no gate": ("sc_resnet50@4/3", {"model.gating": None}),
 }
 _GATE = (
     "After four epochs at width 16 SlimConv is 4.3 points behind. How much of that is the gate, "
@@ -184,24 +189,24 @@ STUDIES = {
         "full",
         THREE,
     ),
-    "gating": Study(
-        "Is it the flipped gate, any gate, or the fold? And do a narrower ResNet of the same "
-        "multiply-adds, or a ResNet with squeeze-and-excitation, do as well?",
-        "Flipped and plain gates are equal within the noise; without a gate it is half a point "
-        "less. The narrower ResNet (width 26) is behind k=4/3 by half a point; "
-        "squeeze-and-excitation is ahead of all by a point.",
-        "fifth",
-        {
-            "k=4/3": ("sc_resnet50@4/3", {}),
-            "k=4/3, plain gate": ("sc_resnet50@4/3", {"model.gating": "plain"}),
-            "k=4/3, gate on the upper path": ("sc_resnet50@4/3", {"model.gating": "upper"}),
-            "k=4/3, no gate": ("sc_resnet50@4/3", {"model.gating": None}),
-            **PLAIN,
-            "resnet50, width 26": ("resnet50", {"model.width": 26}),
-            "se_resnet50": ("se_resnet50", {}),
-        },
-        baseline="k=4/3",
-    ),
+    **{
+        f"gating{n}": Study(
+            f"{n} epochs: is it the flipped gate, any gate, or the fold? And do a narrower ResNet "
+            "of the same multiply-adds, or a ResNet with squeeze-and-excitation, do as well?",
+            "Flipped and plain gates are equal within the noise; without a gate it is half a point "
+            "less. The narrower ResNet (width 26) is behind k=4/3 by half a point; "
+            "squeeze-and-excitation is ahead of all by a point.",
+            f"fifth{n}" if n < 60 else "fifth",
+            GATES
+            | PLAIN
+            | {
+                "resnet50, width 26": ("resnet50", {"model.width": 26}),
+                "se_resnet50": ("se_resnet50", {}),
+            },
+            baseline="k=4/3",
+        )
+        for n in (20, 60)
+    },
 }
 
 
