@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import daily
 from randomize import randomized
 
 from slimconv_jax.devices import data_mesh, replicated
@@ -39,6 +40,15 @@ PARAMETERS = {
 }
 
 
+DAILY = {
+    *("cifar100:sc_resnet50", "cifar100_small", "digits", "finetune", "finetune:probe"),
+    *("imagenet:sc_resnet50", "synthetic"),
+}
+"""The recipes of the others are those of these, or take long to compile."""
+
+EACH = daily(DAILY, {name: name for name in CONFIGS})
+
+
 def test_every_config_is_here():
     assert {name.partition(":")[0] for name in CONFIGS} == shipped_configs().keys()
 
@@ -54,7 +64,7 @@ def build(config, model, devices):
     return create_step(config, model, timetable=timetable, mesh=data_mesh(jax.devices()[:devices]))
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", EACH)
 def test_a_config_builds_its_model_and_its_step_at_full_size(name):
     config = read_config(name)
     check_config(config, num_devices=8)
@@ -85,32 +95,7 @@ def test_a_config_takes_a_step_at_full_size_by_its_shapes(name):
     assert metrics["loss"].dtype == np.float32
 
 
-# The recipes of these are those of others; see the last test but one.
-REPEATED = {
-    "cifar100:resnet50",
-    "imagenet:resnet50",
-    "imagenet:sc_resnet50,cosine",
-    "imagenet:sc_resnet101",
-    "imagenet:sc_resnext101_32x3d",
-    "imagenet:resnet50,a2",
-    "imagenet:sc_resnet50,a3",
-}
-
-
-# These take longest to compile.
-HARD = {"imagenet:sc_resnet50,a1", "cifar100:sc_resnet50,modern"}
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(
-            name,
-            marks=[pytest.mark.slow] * (name in REPEATED) + [pytest.mark.long] * (name in HARD),
-        )
-        for name in CONFIGS
-    ],
-)
+@pytest.mark.parametrize("name", EACH)
 def test_a_config_takes_steps(name, monkeypatch):
     """With one basic block a stage, narrow, on fake data."""
     config = read_config(name)

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from cases import daily
 from flax import linen as nn
 from flax import nnx
 from flax.traverse_util import flatten_dict
@@ -44,6 +45,7 @@ def test_converted_weights_give_the_same_logits(model, converted, images):
     assert [m.shape[1:] for m in maps] == [(16, 16, 32), (8, 8, 64), (4, 4, 128), (2, 2, 256)]
 
 
+@pytest.mark.long
 def test_training_updates_the_statistics_of_a_whole_model(model, converted, images):
     variables = sc.linen.variables(converted)
     train = jax.jit(functools.partial(model.apply, train=True, mutable=["batch_stats"]))
@@ -393,7 +395,7 @@ TRANSFORMS = {
 }
 
 
-@pytest.mark.parametrize("block", TRANSFORMS.values(), ids=TRANSFORMS)
+@pytest.mark.parametrize("block", daily({"remat"}, TRANSFORMS))
 def test_a_network_with_transforms_of_flax_is_slimified(photos, block):
     x = jnp.tile(photos, 4)
     for k, features in (("4/3", 6), ("8/3", 3)):

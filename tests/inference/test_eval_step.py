@@ -62,6 +62,7 @@ def test_totals_do_not_depend_on_batches_and_devices(model, batch_size, devices,
     assert model.stem.bn.use_running_average is False
 
 
+@pytest.mark.long
 def test_a_sum_over_very_many_batches_keeps_its_digits():
     # Ten thousand batches of one image: in float32 alone, the sum of the losses would be off
     # in the fifth digit.

@@ -81,7 +81,7 @@ def test_a_folder_from_the_command_line(model, saved, folder, tmp_path, capsys):
     assert "images/s from files to results; on the devices, a batch of 8 takes " in printed
 
 
-@pytest.mark.parametrize("batch_size", [1, 7, 1000])
+@pytest.mark.parametrize("batch_size", [1, pytest.param(7, marks=pytest.mark.long), 1000])
 def test_the_figures_do_not_depend_on_the_batch(saved, folder, batch_size):
     source = ImageFolder(folder, "val")
     one, other = (evaluate(saved, source, batch_size=b) for b in (64, batch_size))

@@ -93,6 +93,7 @@ def test_it_is_saved_loaded_and_equal_to_pytorch(written, tmp_path):
     np.testing.assert_allclose(apply(model, images), expected, atol=1e-4 * np.abs(expected).max())
 
 
+@pytest.mark.long
 def test_slimify_leaves_the_architecture_irregular(written):
     path = written(SMALL)
 

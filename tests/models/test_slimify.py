@@ -337,7 +337,7 @@ def test_the_mode_that_a_call_tells_reaches_the_new_layers(images):
     )
 
 
-@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize("train", [pytest.param(True, marks=pytest.mark.long), False])
 def test_the_innermost_module_that_is_told_a_mode_counts(images, train):
     model, _ = sc.slimify(Wrapped(rngs=nnx.Rngs(0)))
     assert bool(moved(model, lambda model: model(images, train))[0]) == train
@@ -417,6 +417,7 @@ class DropoutMode(ModeInAttribute):
         return self.bn(self.conv1(self.conv(x)), use_running_average=use_running_average)
 
 
+@pytest.mark.long
 def test_the_mode_of_dropout_is_not_that_of_batch_norm(images):
     model, _ = sc.slimify(DropoutMode(rngs=nnx.Rngs(0)), image_size=8)
     assert len(moved(model, lambda m: m(images))[0]) == 10

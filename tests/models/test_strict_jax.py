@@ -114,7 +114,10 @@ def run_step(name, accumulation_steps=1, config=BASIC):
 
 @pytest.mark.parametrize(
     ("name", "accumulation_steps"),
-    [*((name, 1) for name in ("sgd", "adamw", "lars", "lamb")), ("sgd", 2)],
+    [
+        *(("sgd", 1), ("adamw", 1), ("sgd", 2)),
+        *(pytest.param(name, 1, marks=pytest.mark.long) for name in ("lars", "lamb")),
+    ],
 )
 def test_a_step_keeps_shapes_and_dtypes_with_x64(name, accumulation_steps):
     # With SlimConv once.
@@ -127,7 +130,7 @@ def test_a_step_keeps_shapes_and_dtypes_with_x64(name, accumulation_steps):
         assert (one.shape, one.dtype) == (other.shape, other.dtype) == (usual.shape, usual.dtype)
 
 
-@pytest.mark.parametrize("name", ["sgd", "lamb"])
+@pytest.mark.parametrize("name", ["sgd", pytest.param("lamb", marks=pytest.mark.long)])
 def test_a_step_promotes_no_rank_silently(name):
     with jax.numpy_rank_promotion("raise"):
         run_step(name, config=SLIM if name == "sgd" else BASIC)

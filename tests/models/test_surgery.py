@@ -53,7 +53,11 @@ def small_ungated():
 
 
 @pytest.mark.parametrize(
-    "build", [small_sc, pytest.param(small_slimified, marks=pytest.mark.long), small_ungated]
+    "build",
+    [
+        small_sc,
+        *(pytest.param(b, marks=pytest.mark.long) for b in (small_slimified, small_ungated)),
+    ],
 )
 def test_folding_batch_norm_changes_nothing_but_its_presence(build):
     model = randomized(build)

@@ -125,6 +125,7 @@ def test_frozen_parameters_stay_to_the_bit(name, options, moments):
     assert kept < 0.99 * moments * sum(leaf.size for leaf in jax.tree.leaves(before))
 
 
+@pytest.mark.long
 def test_the_gradient_of_what_stays_is_not_computed():
     model = randomized(lambda: small("resnet26"))
 

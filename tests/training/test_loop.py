@@ -315,6 +315,7 @@ def classifier_of(model):
     return {name: np.asarray(getattr(model.classifier, name)[...]) for name in ("kernel", "bias")}
 
 
+@pytest.mark.long
 def test_a_run_starts_from_a_saved_model_with_a_new_classifier(tmp_path, capsys):
     saved = randomized(lambda: abstract_model("tiny", width=8, num_classes=4))
     save_model(saved, tmp_path / "saved")

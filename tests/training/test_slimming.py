@@ -306,7 +306,14 @@ def test_what_the_recipe_takes_back(tmp_path, configs, recorded):
     assert config.optimizer.schedule == "constant" and config.optimizer.learning_rate == 0.2
 
 
-@pytest.mark.parametrize("rate", [10**400, True, "0.1", -1, float("nan")])
+@pytest.mark.parametrize(
+    "rate",
+    [
+        10**400,
+        float("nan"),
+        *(pytest.param(rate, marks=pytest.mark.long) for rate in (True, "0.1", -1)),
+    ],
+)
 def test_a_rate_that_is_none(tmp_path, configs, rate, recorded):
     run = recorded(tmp_path / "run", RUN | {"optimizer": {"name": "sgd", "learning_rate": rate}})
     with pytest.raises(InputError, match=r"learning_rate=.* must be a number|is damaged"):
@@ -318,8 +325,12 @@ def test_a_rate_that_is_none(tmp_path, configs, rate, recorded):
     [
         ("config.optimizer = 3", "config.optimizer must be a section"),
         ("config.optimizer = ConfigDict({'name': 3})", "config.optimizer.name=3 must be one of"),
-        ("config.model = 3", "config.model must be a section"),
-        ("config.distillation = 3", "config.distillation must be a section"),
+        pytest.param("config.model = 3", "config.model must be a section", marks=pytest.mark.long),
+        pytest.param(
+            "config.distillation = 3",
+            "config.distillation must be a section",
+            marks=pytest.mark.long,
+        ),
     ],
 )
 def test_a_config_file_that_is_none(tmp_path, line, message):
