@@ -3,8 +3,8 @@
 import jax
 import numpy as np
 import pytest
-from cases import daily
 import torch
+from cases import daily
 from flax import nnx
 from torch_state_dict import as_tensors, random_state_dict
 

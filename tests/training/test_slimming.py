@@ -1,5 +1,6 @@
 """A trained network is slimmed: its new layers imitate the old ones, then it learns from it."""
 
+import functools
 import json
 import re
 import shutil
@@ -156,8 +157,14 @@ def test_what_cannot_be_slimmed(saved, tmp_path, capsys):
         assert not (tmp_path / "out").exists()
 
 
+@pytest.fixture(scope="module")
+def slimmed():
+    """What becomes of `network()`, which takes most of a second."""
+    return functools.cache(lambda k, slimmed=slimming._slimmed: slimmed(network(), k))
+
+
 @pytest.fixture
-def configs(monkeypatch):
+def configs(monkeypatch, slimmed):
     """Makes `slim` stop before it loads data or computes; returns the configs that it came to."""
     configs = []
 
@@ -173,6 +180,7 @@ def configs(monkeypatch):
 
     monkeypatch.setattr(slimming, "create_parts", parts_of)
     monkeypatch.setattr(slimming, "_start", stop)
+    monkeypatch.setattr(slimming, "_slimmed", lambda model, k: slimmed(k))
     return configs
 
 
