@@ -19,6 +19,7 @@ from slimconv_jax.files import absolute
 from slimconv_jax.inference.eval_step import describe, describe_skipped, summarize
 from slimconv_jax.models.complexity import count_macs, count_params
 from slimconv_jax.models.resnet import ResNet
+from slimconv_jax.models.variables import variables
 from slimconv_jax.models.zoo import describe as describe_model
 from slimconv_jax.storage.checkpoints import CHECKPOINTS, list_checkpoints, newest_intact
 from slimconv_jax.storage.model_directory import read_info, versions
@@ -32,6 +33,7 @@ from slimconv_jax.storage.work_directory import (
 )
 from slimconv_jax.training.checkpoint import Checkpoints
 from slimconv_jax.training.config import complete, default_values
+from slimconv_jax.training.fine_tuning import trained
 from slimconv_jax.training.hosts import Comparison, on_first
 from slimconv_jax.training.interruption import RunInterruptedError, StopSignal
 from slimconv_jax.training.metrics import rank_evaluations, read_metrics
@@ -151,8 +153,13 @@ def _announce(parts: Parts, origin: str) -> None:
         + (f" at {size} pixels" if len(sizes) > 1 else "")
         for size, phase, end in zip(sizes, timetable.phases, timetable.knots[0][1:], strict=True)
     )
+    learning = ""
+    if freeze := config.optimizer.freeze:
+        params = variables(model)["params"]
+        pairs = zip(*map(jax.tree.leaves, (params, trained(params, freeze))), strict=True)
+        learning = f" ({sum(p.size for p, is_trained in pairs if is_trained):,} of them trained)"
     say(
-        f"model    {describe_model(model.config)}: {count_params(model):,} parameters, "
+        f"model    {describe_model(model.config)}: {count_params(model):,} parameters{learning}, "
         f"{count_macs(model, height):,} multiply-adds at {width}x{height}\n"
         f"data     {len(data)} training images {data.where}, "
         f"{parts.num_test_images} test images, {len(parts.class_names)} classes\n"
@@ -231,10 +238,10 @@ def _test(parts: Parts, step: int, state: TrainState, reporter: Reporter, stop: 
     if state.ema is not None:
         models["test_ema"] = {**state.variables, **state.ema}
     results = {}
-    for name, variables in models.items():
+    for name, collections in models.items():
         batches = parts.test_data.eval_batches(parts.config.eval_batch_size)
         batches = itertools.takewhile(lambda _: not stop.requested(), batches)
-        totals = parts.evaluate(variables, batches)
+        totals = parts.evaluate(collections, batches)
         results[name] = summarize({key: total.item() for key, total in totals.items()})
     if not stop.requested():
         reporter.test(step, results)

@@ -23,6 +23,7 @@ from slimconv_jax.errors import InputWarning
 from slimconv_jax.inference.evaluate import evaluate
 from slimconv_jax.inference.saved import open_model
 from slimconv_jax.models import zoo
+from slimconv_jax.models.complexity import count_params
 from slimconv_jax.models.variables import by_name
 from slimconv_jax.models.zoo import abstract_model, create_model
 from slimconv_jax.storage.model_directory import load_model, read_info, save_model
@@ -344,8 +345,11 @@ def test_a_run_starts_from_a_saved_model_with_a_new_classifier(tmp_path, capsys)
 
     # A run is a saved model as well, and with the same classes its classifier is kept.
     config.init_from = str(tmp_path / "run")
+    config.optimizer.freeze = ("stem.*",)
     train(config, tmp_path / "next")
     printed = capsys.readouterr().out
+    all_params, of_stem = count_params(scratch), count_params(scratch.stem)
+    assert f"{all_params:,} parameters ({all_params - of_stem:,} of them trained), " in printed
     assert "a new classifier" not in printed
     for name, value in classifier_of(scratch).items():
         np.testing.assert_array_equal(classifier_of(load_model(tmp_path / "next"))[name], value)
